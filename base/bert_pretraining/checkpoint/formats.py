@@ -1,0 +1,75 @@
+"""Weights from a file, strictly: every tensor there, none too many, every shape right."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.errors import UserError
+
+DECODER = "cls.predictions.decoder.weight"
+WORD_EMBEDDING = "bert.embeddings.word_embeddings.weight"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in the apex layout, bare or under a `model` key.
+
+    Only tensors and plain containers are unpickled (`weights_only=True`).
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no checkpoint at {path}; pass --init_checkpoint FILE, "
+            "or --init_checkpoint random to start from random weights"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{path}: not a checkpoint that can be read safely ({reason}); copy or export it again"
+        ) from error
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, Tensor) for value in weights.values()
+    ):
+        raise UserError(f"{path}: holds no named tensors, bare or under a 'model' key")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy a checkpoint's weights into `model`.
+
+    Raises UserError that names the first missing, unexpected or misshapen tensor and how
+    many there are of each.
+    """
+    weights = read_weights(path)
+    if WORD_EMBEDDING in weights:
+        weights.setdefault(DECODER, weights[WORD_EMBEDDING])
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    misshapen = [
+        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    faults = []
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            faults.append(f"{what}: {names[0]}{more}")
+    if misshapen:
+        more = f", and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
+        faults.append(f"wrong shape: {misshapen[0]}{more}")
+    if faults:
+        raise UserError(
+            f"{path} does not fit the model of bert_config.json: {'; '.join(faults)}; "
+            "pass the checkpoint and bert_config.json of one model"
+        )
+    if not torch.equal(weights[DECODER], weights[WORD_EMBEDDING]):
+        raise UserError(f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor")
+    model.load_state_dict(weights)

@@ -1,0 +1,266 @@
+"""Configuration: field defaults, then TOML files (with `extends`), then flags.
+
+`resolve()` turns flags into a frozen, validated `Config` and remembers where each value
+came from. Unknown flags, unknown keys, wrong types and impossible values are UserErrors
+that name the nearest right thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.settings import GROUPS, Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and for every field the file or "flag" or "default" it is from."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """Where a run reads from. `init_checkpoint` is None for random weights."""
+
+    train_dir: Path
+    eval_dir: Path
+    bert_config: Path
+    init_checkpoint: Path | None
+
+
+def configs_directory() -> Path:
+    """`configs/` of the checkout, or the copy that an installed package carries."""
+    checkout = Path(__file__).resolve().parents[2] / "configs"
+    return checkout if checkout.is_dir() else Path(__file__).resolve().parent / "configs"
+
+
+def config_names() -> list[tuple[str, str]]:
+    """Every (name, config) that ships; files with a leading underscore are only extended."""
+    paths = sorted(configs_directory().glob("*/*.toml"))
+    return [(path.parent.name, path.stem) for path in paths if not path.stem.startswith("_")]
+
+
+def parse_topology(config: str) -> tuple[int, int] | None:
+    """`03V100x1x8` -> (1 node, 8 processes a node); None for a name of another form."""
+    match = re.fullmatch(r".+?x(\d+)x(\d+)", config)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """ "; did you mean X?", or nothing if no name is near."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Flags with underscores or hyphens; an error is one UserError line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse all of `arguments`; an unknown flag names its nearest neighbour."""
+        normal = [
+            re.sub(r"^--[^=]+", lambda match: "--" + match[0][2:].replace("-", "_"), argument)
+            for argument in arguments
+        ]
+        values, unknown = self.parse_known_args(normal)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            if not flag.startswith("--"):
+                raise UserError(f"unexpected argument '{flag}'; every value follows a --flag")
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(f"unknown flag {flag}{nearest(flag, known)}")
+        return values
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field of Config; a flag that is not given leaves no trace."""
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for field in FIELDS.values():
+        group = groups[field.metadata["group"]]
+        kind = _base_type(field)
+        text = field.metadata["help"].replace("%", "%%")
+        options = {"default": argparse.SUPPRESS, "dest": field.name, "help": text}
+        if kind is bool:
+            group.add_argument(
+                f"--{field.name}", nargs="?", const=True, type=_parse_bool, metavar="BOOL",
+                **options,
+            )  # fmt: skip
+            group.add_argument(
+                f"--no_{field.name}", action="store_false", dest=field.name,
+                default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+            )  # fmt: skip
+        else:
+            metavar = kind.__name__.upper()
+            group.add_argument(f"--{field.name}", type=kind, metavar=metavar, **options)
+
+
+def resolve(flags: dict[str, object]) -> Resolved:
+    """Flags (name -> typed value) over the TOML files they name over the defaults.
+
+    Raises UserError for an unknown configuration, key, type or value.
+    """
+    values = {field.name: field.default for field in FIELDS.values()}
+    sources = dict.fromkeys(FIELDS, "default")
+    name, config = flags.get("name", values["name"]), flags.get("config", values["config"])
+    for path, content in _file_layers(_config_path(str(name), str(config))):
+        for key, value in content.items():
+            values[key] = _checked_key(key, value, path)
+            sources[key] = _shown(path)
+    for key, value in flags.items():
+        values[key] = value
+        sources[key] = "flag"
+    if flags.get("fp16") and "precision" not in flags:
+        values["precision"], sources["precision"] = None, "flag"
+    resolved = Config(**values)
+    _validate(resolved)
+    return Resolved(resolved, sources)
+
+
+def data_paths(config: Config) -> DataPaths:
+    """The directories and files that `data_dir` and its overrides stand for.
+
+    Raises UserError if data_dir is missing.
+    """
+    root = Path(config.data_dir) if config.data_dir else None
+    needed = (config.train_dir, config.eval_dir, config.bert_config_path, config.init_checkpoint)
+    if root is None and not all(needed):
+        raise UserError("no data: pass --data_dir DIR (see README, 'Data')")
+    if root is not None and not root.is_dir():
+        raise UserError(
+            f"no such data_dir: {root}; make the mini data set with: "
+            f"python -m bert_pretraining data make-mini --output_dir {root}"
+        )
+
+    def choose(override: str | None, name: str) -> Path:
+        return Path(override) if override else root / name
+
+    checkpoint: Path | None = choose(config.init_checkpoint, DEFAULT_CHECKPOINT)
+    if config.init_checkpoint == "random":
+        checkpoint = None
+    return DataPaths(
+        train_dir=choose(config.train_dir, "2048_shards_uncompressed"),
+        eval_dir=choose(config.eval_dir, "eval_set_uncompressed"),
+        bert_config=choose(config.bert_config_path, "bert_config.json"),
+        init_checkpoint=checkpoint,
+    )
+
+
+def show(resolved: Resolved) -> str:
+    """Every value and where it came from, as commented TOML."""
+    lines = []
+    for key, title in GROUPS.items():
+        lines.append(f"# {title}")
+        for field in FIELDS.values():
+            if field.metadata["group"] == key:
+                value = getattr(resolved.config, field.name)
+                text = "# not set" if value is None else json.dumps(value)
+                shown = f"{field.name} = {text}"
+                lines.append(f"{shown:<52} # {resolved.sources[field.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _base_type(field: dataclasses.Field) -> type:
+    return _TYPES[str(field.type).split(" | ")[0]]
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def _shown(path: Path) -> str:
+    """A shipped file as configs/NAME/FILE, any other as it is."""
+    root = configs_directory().parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _config_path(name: str, config: str) -> Path:
+    if config.endswith(".toml"):
+        return Path(config)
+    path = configs_directory() / name / f"{config}.toml"
+    if path.is_file() and not config.startswith("_"):
+        return path
+    pairs = config_names()
+    names = sorted({pair[0] for pair in pairs})
+    if name not in names:
+        raise UserError(
+            f"--name {name}: no such name{nearest(name, names)} (has: {', '.join(names)})"
+        )
+    configs = [pair[1] for pair in pairs if pair[0] == name]
+    raise UserError(
+        f"--config {config}: no such configuration of {name}{nearest(config, configs)} "
+        f"(has: {', '.join(configs)})"
+    )
+
+
+def _file_layers(path: Path) -> list[tuple[Path, dict]]:
+    """The file and everything it extends, the most basic first."""
+    layers: list[tuple[Path, dict]] = []
+    while True:
+        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+            raise UserError(f"{_shown(path)}: extends itself")
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read configuration {path} ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{_shown(path)}: not valid TOML ({error})") from error
+        parent = content.pop("extends", None)
+        layers.insert(0, (path, content))
+        if parent is None:
+            return layers
+        path = path.parent / f"{parent}.toml"
+
+
+def _checked_key(key: str, value: object, path: Path) -> object:
+    if key not in FIELDS or key in ("name", "config"):
+        known = [name for name in FIELDS if name not in ("name", "config")]
+        raise UserError(f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}")
+    kind = _base_type(FIELDS[key])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(
+            f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {json.dumps(value)}"
+        )
+    return value
+
+
+def _validate(config: Config) -> None:
+    for field in FIELDS.values():
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            close = nearest(str(value), list(choices))
+            raise UserError(f"--{field.name} {value}: one of {', '.join(choices)}{close}")
+        minimum = field.metadata["minimum"]
+        if minimum is not None and not value >= minimum:
+            raise UserError(f"--{field.name} {value}: must be at least {minimum}")

@@ -1,0 +1,1 @@
+"""Shards, their order, packed batches, and the makers of data sets."""

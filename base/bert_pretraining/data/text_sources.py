@@ -1,0 +1,81 @@
+"""Other texts for a mini data set: the running Python's documentation, or any files.
+
+Documents become one sentence a line; the vocabulary is the text's commonest words and
+endings, counted, so that it is the same on every run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from bert_pretraining.errors import UserError
+
+MAX_WORDS = 4000
+MAX_ENDINGS = 200
+
+
+def standard_library_documents() -> list[list[str]]:
+    """The docstrings of the running Python's standard library, a module a document."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" in path.parts or "test" in str(path.relative_to(root)):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # some of the library's files are broken on purpose
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        documents.append([line for text in texts if text for line in sentences(text)])
+    return [document for document in documents if len(document) > 1]
+
+
+def file_documents(paths: Iterable[Path]) -> list[list[str]]:
+    """Plain text files: blank lines separate documents, and sentences end in . ! or ?"""
+    documents = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})") from error
+        documents.extend(sentences(block) for block in re.split(r"\n\s*\n", text))
+    return [document for document in documents if document]
+
+
+def sentences(text: str) -> list[str]:
+    """Split running text after . ! or ? that a space follows."""
+    flat = " ".join(text.split())
+    return [part for part in re.split(r"(?<=[.!?]) ", flat) if part]
+
+
+def count_vocabulary(documents: list[list[str]]) -> list[str]:
+    """A WordPiece vocabulary of the text: specials, characters, endings, commonest words."""
+    words: Counter[str] = Counter()
+    for document in documents:
+        for sentence in document:
+            words.update(re.findall(r"\w+|[^\w\s]", sentence.lower()))
+    characters = sorted({character for word in words for character in word})
+    endings: Counter[str] = Counter()
+    for word, count in words.items():
+        for length in (2, 3, 4):
+            if len(word) > length + 2:
+                endings[word[-length:]] += count
+
+    def commonest(counter: Counter[str], limit: int) -> list[str]:
+        return sorted(counter, key=lambda item: (-counter[item], item))[:limit]
+
+    pieces = [
+        *characters,
+        *(f"##{character}" for character in characters),
+        *(f"##{ending}" for ending in commonest(endings, MAX_ENDINGS)),
+        *commonest(words, MAX_WORDS),
+    ]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces)]

@@ -1,0 +1,108 @@
+"""The process group: who this process is, and sums over ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bert_pretraining.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`; `local_rank` counts inside the machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cpu":
+            return "CPU"
+        return torch.cuda.get_device_name(self.device)
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """`--device` -> this rank's device. UserError if there is no such GPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, but the configuration "
+            f"wants a rank on device {local_rank}; pass --nproc_per_node "
+            f"{torch.cuda.device_count()}, or --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def start(device: str, dist_backend: str) -> Ranks:
+    """Join the process group that the environment names, or run alone.
+
+    On a CPU the backend becomes gloo.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "gloo" if chosen.type == "cpu" else dist_backend
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return Ranks(rank, local_rank, world_size, chosen)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(device: torch.device) -> None:
+    """Wait for every rank, and for this rank's device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum `values` elementwise over the ranks, in place; the same on every rank after."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(make: object) -> object:
+    """Rank 0's object on every rank; `make()` is called on rank 0 only.
+
+    If it raises there, every rank raises: the same UserError, or a RuntimeError that
+    names rank 0's.
+    """
+    if not dist.is_initialized():
+        return make()
+    box: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            kind = UserError if isinstance(error, UserError) else RuntimeError
+            box[1] = kind(str(error))
+            dist.broadcast_object_list(box, src=0)
+            raise
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

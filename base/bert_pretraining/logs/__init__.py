@@ -1,0 +1,1 @@
+"""MLPerf log, PerfLog and the terminal."""

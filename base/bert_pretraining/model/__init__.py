@@ -1,0 +1,1 @@
+"""BERT over packed tokens, with its MLM and NSP heads."""

@@ -1,0 +1,176 @@
+"""BERT over packed tokens: embeddings, encoder, pooler.
+
+Module names follow the published checkpoints, so that `state_dict()` is the apex layout:
+`bert.embeddings...`, `bert.encoder.layer.N.attention.self.query...`, `cls....`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_pretraining.data.packing import PackedBatch
+from bert_pretraining.kernels import Kernels
+from bert_pretraining.model.bert_config import BertConfig
+
+
+class LayerNormParameters(nn.Module):
+    """Weight and bias of a LayerNorm that a fused operator applies."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+
+class Embeddings(nn.Module):
+    """Word + position + segment embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, hidden)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
+        self.LayerNorm = LayerNormParameters(hidden)
+        self.epsilon = config.layer_norm_epsilon
+        self.dropout = config.hidden_dropout_prob
+        self.kernels = kernels
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Returns (T, hidden)."""
+        return self.kernels.embedding_layer_norm_dropout(
+            batch.input_ids,
+            batch.position_ids,
+            batch.segment_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.epsilon,
+            self.dropout if self.training else 0.0,
+        )
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value projections (one matrix product), then attention."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.kernels = kernels
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """hidden: (T, hidden). Returns (T, hidden)."""
+        # Three parameters, because LAMB's trust ratio is one per published tensor.
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        qkv = F.linear(hidden, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
+        dropout = self.dropout if self.training else 0.0
+        context = self.kernels.attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout)
+        return context.reshape(hidden.shape)
+
+
+class ResidualOutput(nn.Module):
+    """Projection, then bias + dropout + residual + LayerNorm in one operator."""
+
+    def __init__(self, in_features: int, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = LayerNormParameters(config.hidden_size)
+        self.epsilon = config.layer_norm_epsilon
+        self.dropout = config.hidden_dropout_prob
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x: (T, in_features); residual: (T, hidden). Returns (T, hidden)."""
+        return self.kernels.bias_dropout_residual_layer_norm(
+            F.linear(x, self.dense.weight),
+            self.dense.bias,
+            residual,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.epsilon,
+            self.dropout if self.training else 0.0,
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.self = SelfAttention(config, kernels)
+        self.output = ResidualOutput(config.hidden_size, config, kernels)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return self.output(self.self(hidden, batch), hidden)
+
+
+class DenseGelu(nn.Module):
+    """Projection and GELU; the layout calls its matrix `dense`."""
+
+    def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias)
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention, then the feed-forward network."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.attention = Attention(config, kernels)
+        self.intermediate = DenseGelu(config.hidden_size, config.intermediate_size, kernels)
+        self.output = ResidualOutput(config.intermediate_size, config, kernels)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        hidden = self.attention(hidden, batch)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        for layer in self.layer:
+            hidden = layer(hidden, batch)
+        return hidden
+
+
+class Pooler(nn.Module):
+    """tanh(projection) of each sequence's first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """hidden: (T, hidden). Returns (B, hidden)."""
+        return torch.tanh(self.dense(hidden[batch.cu_seqlens[:-1].long()]))
+
+
+class Bert(nn.Module):
+    """Embeddings, encoder and pooler."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config, kernels)
+        self.encoder = Encoder(config, kernels)
+        self.pooler = Pooler(config)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Returns every token's (T, hidden) and every sequence's (B, hidden)."""
+        hidden = self.encoder(self.embeddings(batch), batch)
+        return hidden, self.pooler(hidden, batch)

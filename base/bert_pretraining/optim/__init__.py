@@ -1,0 +1,32 @@
+"""LAMB, the learning-rate schedule and loss scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from bert_pretraining.optim.lamb import ForeachLamb, Lamb, LambSettings, ReferenceLamb
+from bert_pretraining.optim.loss_scale import LossScale
+from bert_pretraining.optim.schedule import Schedule
+
+OPTIMIZERS = {"reference": ReferenceLamb, "foreach": ForeachLamb}
+
+
+def create_optimizer(
+    name: str, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: LambSettings
+) -> Lamb:
+    """The optimizer called `name`; "auto" is the fastest that equals the reference."""
+    return OPTIMIZERS["foreach" if name == "auto" else name](named_parameters, settings)
+
+
+__all__ = [
+    "OPTIMIZERS",
+    "ForeachLamb",
+    "Lamb",
+    "LambSettings",
+    "LossScale",
+    "ReferenceLamb",
+    "Schedule",
+    "create_optimizer",
+]

@@ -1,0 +1,28 @@
+"""The learning rate as a pure function of the number of updates done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then linear decay to 0 at `max_steps`.
+
+    As MLPerf's TensorFlow reference has it: with s updates done, the rate is
+    `learning_rate * (s - start_warmup_step) / warmup_steps` while that is below 1, else
+    `learning_rate * (1 - s / max_steps)`. The decay's clock starts at 0, not at the end
+    of the warm-up.
+    """
+
+    learning_rate: float
+    max_steps: int
+    warmup_steps: int = 0
+    start_warmup_step: int = 0
+
+    def __call__(self, updates: int) -> float:
+        """The rate of the update that follows after `updates` of them."""
+        since_start = updates - self.start_warmup_step
+        if since_start < self.warmup_steps:
+            return self.learning_rate * since_start / self.warmup_steps
+        return self.learning_rate * (1.0 - min(updates / self.max_steps, 1.0))

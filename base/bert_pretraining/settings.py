@@ -1,0 +1,201 @@
+"""Every setting of a run: name, type, default, meaning.
+
+Names follow DeepSparkHub's BERT sample, so that its command lines and configurations
+keep working. `config.py` fills a `Config` from files and flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+GROUPS = {
+    "run": "configuration and device",
+    "data": "data and files",
+    "training": "training",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation and target",
+    "logging": "logs and checkpoints",
+    "submission": "MLPerf submission",
+    "upstream": "upstream's switches that this design has no need of; they change nothing",
+}
+
+
+def setting(
+    default: object,
+    group: str,
+    help_text: str,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+) -> object:
+    """A dataclass field with its help text and bounds."""
+    return field(
+        default=default,
+        metadata={"group": group, "help": help_text, "choices": choices, "minimum": minimum},
+    )
+
+
+def ignored(default: object, why: str) -> object:
+    """A field of upstream's that is accepted and has no effect, and why."""
+    return setting(default, "upstream", why)
+
+
+_PACKED = "no effect: batches hold no padding"
+_KERNELS = "no effect: --kernels chooses the operators"
+_REDUCTION = "no effect: gradients are reduced in overlapping buckets"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, fully resolved."""
+
+    name: str = setting("mini", "run", "who tuned the configuration: a folder of configs/")
+    config: str = setting(
+        "CPUx1x2", "run", "<device>x<nodes>x<processes per node>, or the path of a .toml file"
+    )
+    nnodes: int = setting(1, "run", "machines", minimum=1)
+    nproc_per_node: int = setting(1, "run", "processes (ranks) on each machine", minimum=1)
+    device: str = setting("auto", "run", "where to train", choices=("auto", "cpu", "cuda"))
+    dist_backend: str = setting(
+        "nccl", "run", "collectives; gloo on a CPU", choices=("nccl", "gloo")
+    )
+    kernels: str = setting(
+        "auto", "run", "provider of the operators", choices=("auto", "reference", "torch")
+    )
+    seed: int | None = setting(
+        None, "run", "master seed; by default from the system's entropy", minimum=0
+    )
+
+    data_dir: str | None = setting(
+        None, "data", "holds 2048_shards_uncompressed/, eval_set_uncompressed/, bert_config.json"
+    )
+    train_dir: str | None = setting(None, "data", "training shards, if not in data_dir")
+    eval_dir: str | None = setting(None, "data", "evaluation shards, if not in data_dir")
+    bert_config_path: str | None = setting(None, "data", "bert_config.json, if not in data_dir")
+    init_checkpoint: str | None = setting(
+        None, "data", "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none"
+    )
+    data_lanes: int = setting(
+        0,
+        "data",
+        "shards read side by side, 0 for one a rank; the order of the sequences follows from "
+        "this and the seed, whatever the number of ranks",
+        minimum=0,
+    )
+    output_dir: str | None = setting(
+        None, "data", "logs and checkpoints; by default output/<name>_<config>"
+    )
+
+    train_batch_size: int = setting(18, "training", "sequences a rank and micro-batch", minimum=1)
+    gradient_accumulation_steps: int = setting(1, "training", "micro-batches an update", minimum=1)
+    max_steps: int = setting(1536, "training", "updates after which to stop", minimum=1)
+    max_samples_termination: int = setting(
+        14_000_000, "training", "sequences after which to stop", minimum=1
+    )
+    precision: str | None = setting(
+        None, "training", "weights and activations", choices=("fp32", "bf16", "fp16")
+    )
+    fp16: bool = setting(False, "training", "the same as --precision fp16; fp32 on a CPU")
+    loss_scale: float = setting(
+        0.0, "training", "fixed loss scale for fp16; 0 for a dynamic one", minimum=0.0
+    )
+    mlm_loss_normalization: str = setting(
+        "rank",
+        "training",
+        "'rank': each micro-batch's own mean, then the mean over ranks (upstream's way); "
+        "'global': the mean over all masked tokens of the update",
+        choices=("rank", "global"),
+    )
+
+    optimizer: str = setting(
+        "auto", "optimizer", "LAMB's implementation", choices=("auto", "reference", "foreach")
+    )
+    learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
+    weight_decay_rate: float = setting(0.01, "optimizer", "LAMB's weight decay", minimum=0.0)
+    opt_lamb_beta_1: float = setting(0.9, "optimizer", "LAMB's beta 1", minimum=0.0)
+    opt_lamb_beta_2: float = setting(0.999, "optimizer", "LAMB's beta 2", minimum=0.0)
+    opt_lamb_epsilon: float = setting(1e-6, "optimizer", "LAMB's epsilon", minimum=0.0)
+    max_gradient_norm: float = setting(
+        1.0, "optimizer", "gradients of a greater norm are scaled down to it", minimum=1e-12
+    )
+    warmup_steps: int = setting(0, "optimizer", "updates of linear warm-up", minimum=0)
+    warmup_proportion: float = setting(
+        0.0, "optimizer", "warm-up as a share of max_steps, where warmup_steps is 0", minimum=0.0
+    )
+    start_warmup_step: int = setting(
+        0, "optimizer", "update at which the warm-up starts; may be negative"
+    )
+
+    target_mlm_accuracy: float = setting(
+        0.72, "evaluation", "masked-token accuracy on the evaluation set that ends the run"
+    )
+    eval_steps: int = setting(
+        0, "evaluation", "updates between evaluations; 0 for the MLPerf schedule", minimum=0
+    )
+    eval_interval_samples: int = setting(
+        0, "evaluation", "sequences between evaluations; 0 for the MLPerf formula", minimum=0
+    )
+    eval_batch_size: int = setting(128, "evaluation", "sequences a batch", minimum=1)
+    num_eval_examples: int = setting(10_000, "evaluation", "sequences to evaluate", minimum=1)
+
+    log_freq: int = setting(1, "logging", "updates between STEP_END lines; 0 for none", minimum=0)
+    save_checkpoint: bool = setting(False, "logging", "write model.ckpt-<step>.pt at the end")
+
+    submission_org: str = setting("unknown", "submission", "organisation in the MLPerf log")
+    submission_platform: str = setting("", "submission", "platform; by default the host's name")
+    submission_division: str = setting(
+        "closed", "submission", "division in the MLPerf log", choices=("closed", "open")
+    )
+    submission_status: str = setting(
+        "onprem",
+        "submission",
+        "status in the MLPerf log",
+        choices=("cloud", "onprem", "preview", "research"),
+    )
+
+    cache_eval_data: bool = ignored(False, "no effect: evaluation batches always stay in memory")
+    exchange_padding: bool = ignored(False, _PACKED)
+    unpad: bool = ignored(False, _PACKED)
+    unpad_fmha: bool = ignored(False, _PACKED)
+    pad: bool = ignored(False, _PACKED)
+    dense_seq_output: bool = ignored(False, "no effect: the MLM head sees masked rows only")
+    fused_mha: bool = ignored(False, _KERNELS)
+    fused_gelu_bias: bool = ignored(False, _KERNELS)
+    fused_dropout_add: bool = ignored(False, _KERNELS)
+    enable_fuse_dropout: bool = ignored(False, _KERNELS)
+    disable_fuse_mask: bool = ignored(False, _KERNELS)
+    disable_fuse_scale: bool = ignored(False, _KERNELS)
+    disable_fuse_qkv: bool = ignored(False, _KERNELS)
+    disable_apex_softmax: bool = ignored(False, _KERNELS)
+    ddp_type: str = ignored("native", "no effect: always torch's DistributedDataParallel")
+    allreduce_post_accumulation: bool = ignored(False, _REDUCTION)
+    allreduce_post_accumulation_fp16: bool = ignored(False, _REDUCTION)
+    distributed_lamb: bool = ignored(False, "no effect yet: every rank holds the whole optimizer")
+    dwu_group_size: int = ignored(0, _REDUCTION)
+    dwu_num_blocks: int = ignored(4, _REDUCTION)
+    dwu_num_chunks: int = ignored(1, _REDUCTION)
+    dwu_num_rs_pg: int = ignored(2, _REDUCTION)
+    dwu_num_ar_pg: int = ignored(4, _REDUCTION)
+    dwu_num_ag_pg: int = ignored(2, _REDUCTION)
+    dwu_overlap_reductions: bool = ignored(False, _REDUCTION)
+    dwu_e5m2_allgather: bool = ignored(False, _REDUCTION)
+    do_train: bool = ignored(True, "no effect: a run always trains")
+    bypass_amp: bool = ignored(False, "no effect: there is no AMP")
+    opt_level: str = ignored("O2", "no effect: --precision decides")
+
+    @property
+    def resolved_precision(self) -> str:
+        """`precision`, or what `fp16` stands for."""
+        return self.precision or ("fp16" if self.fp16 else "fp32")
+
+    @property
+    def resolved_output_dir(self) -> str:
+        stem = self.config.rsplit("/", 1)[-1].removesuffix(".toml")
+        return self.output_dir or f"output/{self.name}_{stem}"
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        return self.warmup_steps or int(self.max_steps * self.warmup_proportion)
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.nproc_per_node

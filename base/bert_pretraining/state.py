@@ -1,0 +1,65 @@
+"""What a run knows of itself, and the rules of when to evaluate and when to stop.
+
+The rules are pure functions of numbers that are equal on every rank, so all ranks decide
+alike without asking each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RunState:
+    """Counters and latest figures; equal on every rank except between evaluations."""
+
+    global_steps: int = 0
+    num_trained_samples: int = 0
+    samples_seen: int = 0
+    skipped_steps: int = 0
+    eval_loss: float = float("nan")
+    eval_mlm_accuracy: float = 0.0
+    converged: bool = False
+
+
+def evaluation_interval(global_batch_size: int) -> int:
+    """Samples between evaluations by the MLPerf rules.
+
+    floor(0.05 * (230.23 * global_batch_size + 3000000) / 25000) * 25000
+    """
+    return int(0.05 * (230.23 * global_batch_size + 3_000_000) / 25_000) * 25_000
+
+
+def evaluation_due(
+    global_step: int, samples_per_step: int, eval_steps: int, interval_samples: int
+) -> bool:
+    """Whether to evaluate after step `global_step` (1, 2, ...).
+
+    Every `eval_steps` steps if that is positive; else at the first step at which another
+    multiple of `interval_samples` has been reached: step ceil(k * interval / samples).
+    """
+    if eval_steps > 0:
+        return global_step % eval_steps == 0
+    done = global_step * samples_per_step
+    return done // interval_samples > (done - samples_per_step) // interval_samples
+
+
+def stop_reason(
+    state: RunState, target_mlm_accuracy: float, max_steps: int, max_samples: int
+) -> str | None:
+    """Why training ends after this step, or None.
+
+    "target" wins over the limits when both hold.
+    """
+    if state.eval_mlm_accuracy >= target_mlm_accuracy:
+        return "target"
+    if state.global_steps >= max_steps:
+        return "max_steps"
+    if state.num_trained_samples >= max_samples:
+        return "max_samples_termination"
+    return None
+
+
+def logging_due(global_step: int, log_freq: int) -> bool:
+    """Whether step `global_step` (1, 2, ...) is logged: the first, and every log_freq-th."""
+    return global_step == 1 or (log_freq > 0 and global_step % log_freq == 0)

@@ -1,0 +1,264 @@
+"""One training run on one rank, top to bottom: set up, evaluate, loop, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bert_pretraining import distributed, seeds, state
+from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_checkpoint
+from bert_pretraining.config import Config, DataPaths, Resolved, data_paths
+from bert_pretraining.data.loader import TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.order import SampleOrder
+from bert_pretraining.data.shards import ShardInfo, list_shards
+from bert_pretraining.distributed import Ranks
+from bert_pretraining.errors import (
+    EXIT_CONVERGED,
+    EXIT_NOT_CONVERGED,
+    TrainingError,
+    UserError,
+)
+from bert_pretraining.evaluate import Evaluation, evaluate
+from bert_pretraining.kernels import select
+from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.loss_weights import loss_weights
+from bert_pretraining.optim import LambSettings, LossScale, Schedule, create_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INITIAL_LOSS_SCALE = 2.0**20
+
+
+def main(resolved: Resolved) -> int:
+    """Train as configured. Returns EXIT_CONVERGED or EXIT_NOT_CONVERGED, on every rank."""
+    config = resolved.config
+    paths = data_paths(config)
+    ranks = distributed.start(config.device, config.dist_backend)
+    log = RunLog(resolved, ranks.rank, ranks.device_name, ranks.world_size)
+    run = state.RunState()
+    try:
+        _train(config, paths, ranks, log, run)
+    except BaseException:
+        # The process group stays as it is: to leave it now would make the other ranks
+        # fail, and report it, before this one has reported the cause.
+        log.aborted(run)
+        raise
+    finally:
+        log.close()
+    distributed.stop()
+    return EXIT_CONVERGED if run.converged else EXIT_NOT_CONVERGED
+
+
+def _train(
+    config: Config, paths: DataPaths, ranks: Ranks, log: RunLog, run: state.RunState
+) -> None:
+    # ---- everything that needs no data: untimed by the MLPerf rules
+    seed = distributed.from_main(
+        lambda: seeds.draw_master_seed() if config.seed is None else config.seed
+    )
+    torch.manual_seed(seeds.worker_seed(seed, ranks.rank))
+    accumulation = config.gradient_accumulation_steps
+    samples_per_step = config.train_batch_size * accumulation * ranks.world_size
+    eval_interval = config.eval_interval_samples or state.evaluation_interval(samples_per_step)
+    warmup = config.resolved_warmup_steps
+    schedule = Schedule(config.learning_rate, config.max_steps, warmup, config.start_warmup_step)
+    log.hyperparameters(seed, samples_per_step)
+
+    bert_config = BertConfig.load(paths.bert_config)
+    shards: list[ShardInfo] = distributed.from_main(lambda: list_shards(paths.train_dir))
+    _check_lengths(shards[0], bert_config, paths)
+    lanes = config.data_lanes or ranks.world_size
+    order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
+
+    precision = _precision(config, ranks, log)
+    kernels = select(config.kernels, ranks.device, DTYPES[precision])
+    log.say(f"Kernels: {kernels.describe()}")
+    module = BertForPreTraining(bert_config, kernels, seeds.model_seed(seed))
+    log.built("CONVERT_MODEL", module)
+    if paths.init_checkpoint is not None:
+        load_weights(module, paths.init_checkpoint)
+    log.say(f"Start weights: {paths.init_checkpoint or f'random (seed {seed})'}")
+    module.to(device=ranks.device, dtype=DTYPES[precision])
+    settings = LambSettings(
+        config.opt_lamb_beta_1,
+        config.opt_lamb_beta_2,
+        config.opt_lamb_epsilon,
+        config.weight_decay_rate,
+        config.max_gradient_norm,
+    )
+    optimizer = create_optimizer(config.optimizer, module.named_parameters(), settings)
+    log.built("CREATE_OPTIMIZER", optimizer)
+    loss_scale = _loss_scale(config, precision)
+    log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
+    model = _replicate(module, ranks)
+    log.built("MODEL_TO_DDP", model)
+
+    # ---- the clock starts; from here on data is read
+    distributed.barrier(ranks.device)
+    log.mlperf.run_start()
+    distributed.barrier(ranks.device)
+    num_eval_batches, eval_batches = load_evaluation_batches(
+        paths.eval_dir,
+        config.num_eval_examples,
+        config.eval_batch_size,
+        bert_config.vocab_size,
+        ranks.rank,
+        ranks.world_size,
+    )
+
+    def run_evaluation() -> Evaluation:
+        result = evaluate(module, num_eval_batches, eval_batches, ranks)
+        run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
+        return result
+
+    def stop_reason() -> str | None:
+        return state.stop_reason(
+            run, config.target_mlm_accuracy, config.max_steps, config.max_samples_termination
+        )
+
+    start = run_evaluation()
+    log.start_evaluated(start.loss, start.mlm_accuracy, start.seconds)
+    batches = iter(
+        TrainingLoader(
+            shards,
+            order,
+            config.train_batch_size,
+            ranks.rank,
+            ranks.world_size,
+            vocab_size=bert_config.vocab_size,
+            pin_memory=ranks.device.type == "cuda",
+        )
+    )
+    model.train()
+    epoch = -1
+    reason = None
+    while reason is None:
+        first_sample = run.samples_seen
+        if order.epoch(first_sample) != epoch:
+            if epoch >= 0:
+                log.perf.log("EPOCH_END", {"epoch": epoch})
+            epoch = order.epoch(first_sample)
+            log.perf.log("EPOCH_BEGIN", {"epoch": epoch})
+
+        # ---- one update: forward and backward for each micro-batch, then LAMB
+        micro_batches = [next(batches).to(ranks.device) for _ in range(accumulation)]
+        run.samples_seen += samples_per_step
+        weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
+        sums = torch.zeros(5, device=ranks.device)
+        optimizer.zero_grad()
+        for batch, (mlm_weight, next_sentence_weight) in zip(micro_batches, weights, strict=True):
+            with _reduction(model, batch is micro_batches[-1]):
+                out = model(batch)
+                loss = out.mlm_loss * mlm_weight + out.next_sentence_loss * next_sentence_weight
+                (loss * loss_scale.scale).backward()
+            counts = (batch.num_masked, batch.num_sequences)
+            parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
+            sums += torch.stack(
+                [part.detach().float() for part in parts] + [sums.new_tensor(n) for n in counts]
+            )
+        finite = optimizer.step(schedule(optimizer.updates), 1.0 / loss_scale.scale)
+        loss_scale.update(finite)
+        if not finite:
+            run.skipped_steps += 1
+            _check_overflow(loss_scale, run)
+            log.say(f"Skipped an update: overflow in fp16; loss scale now {loss_scale.scale:g}")
+            continue
+        run.global_steps += 1
+        run.num_trained_samples += samples_per_step
+
+        # ---- evaluate where due, and always at the last step; stop where due
+        reason = stop_reason()
+        due = reason is not None or state.evaluation_due(
+            run.global_steps, samples_per_step, config.eval_steps, eval_interval
+        )
+        evaluation = run_evaluation() if due else None
+        if reason != "target":
+            # The last evaluation may have met the target. One that already had is not
+            # taken back: the start checkpoint counts, as upstream has it.
+            reason = stop_reason()
+        run.converged = reason == "target"
+
+        figures = None
+        if state.logging_due(run.global_steps, config.log_freq) or due:
+            mlm_loss, correct, next_sentence_loss, masked, sequences = distributed.sum_over_ranks(
+                sums
+            ).tolist()
+            figures = {
+                "loss": mlm_loss / max(masked, 1) + next_sentence_loss / sequences,
+                "mlm_acc": correct / max(masked, 1),
+                "epoch": epoch,
+                "end_training": reason is not None,
+                "iter_dataloader_idx": order.shard_ordinal(first_sample),
+                "learning_rate": schedule(optimizer.updates),
+            }
+        log.step(run, samples_per_step, figures, evaluation and evaluation.seconds)
+
+    batches.close()
+    log.perf.log("EPOCH_END", {"epoch": epoch})
+    distributed.barrier(ranks.device)
+    log.trained(run, start.num_sequences)
+    if config.save_checkpoint and ranks.is_main:
+        path = checkpoint_path(Path(config.resolved_output_dir), run.global_steps)
+        content = dataclasses.asdict(run)
+        save_checkpoint(path, module.state_dict(), optimizer.state_dict(), content)
+        log.say(f"Checkpoint: {path}")
+    log.finished(run, reason)
+
+
+def _precision(config: Config, ranks: Ranks, log: RunLog) -> str:
+    precision = config.resolved_precision
+    if precision == "fp16" and ranks.device.type == "cpu":
+        log.say("Notice: fp16 needs a GPU; training in fp32 on this CPU")
+        return "fp32"
+    return precision
+
+
+def _loss_scale(config: Config, precision: str) -> LossScale:
+    if precision != "fp16":
+        return LossScale(1.0, dynamic=False)
+    if config.loss_scale > 0:
+        return LossScale(config.loss_scale, dynamic=False)
+    return LossScale(float(os.environ.get("INIT_LOSS_SCALE", INITIAL_LOSS_SCALE)), dynamic=True)
+
+
+def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
+    if ranks.world_size == 1:
+        return module
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Ranks exchange gradients once an update: in the last micro-batch's backward."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def _check_lengths(shard: ShardInfo, bert_config: BertConfig, paths: DataPaths) -> None:
+    if shard.max_seq_length > bert_config.max_position_embeddings:
+        raise UserError(
+            f"{shard.path}: sequences of {shard.max_seq_length} tokens, but {paths.bert_config} "
+            f"has max_position_embeddings {bert_config.max_position_embeddings}; "
+            "data and model must fit together"
+        )
+
+
+def _check_overflow(loss_scale: LossScale, run: state.RunState) -> None:
+    if not loss_scale.dynamic:
+        raise TrainingError(
+            f"a gradient is not finite after {run.global_steps} updates; "
+            "try a lower --learning_rate or --precision fp32"
+        )
+    if loss_scale.scale < 1.0:
+        raise TrainingError(
+            f"fp16 overflows at every loss scale after {run.global_steps} updates; "
+            "the weights or the data are broken, or try --precision bf16"
+        )

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train BERT: bash run_training.sh [flags]; --help lists them.
+# Without flags: installs what is missing into .venv, makes the mini data set, trains on it.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/environment.sh
+source "$root/scripts/environment.sh"
+if [ $# -eq 0 ]; then
+    prepare_python requirements.txt
+else
+    find_python
+fi
+export PYTHONPATH="$root/base${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m bert_pretraining launch "$@"

@@ -1,0 +1,106 @@
+"""Real gloo processes: the same training and the same evaluation on any number of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import command
+
+STEPS = 12
+
+
+def events(output: str, name: str) -> list[dict]:
+    lines = [line for line in output.splitlines() if line.startswith("[PerfLog] ")]
+    records = [json.loads(line.removeprefix("[PerfLog] ")) for line in lines]
+    return [record["value"] for record in records if record["event"] == name]
+
+
+def launch(data: Path, cwd: Path, *flags: object) -> tuple[int, str, str]:
+    done = command(
+        "launch", "--name", "mini", "--config", "CPUx1x2", "--device", "cpu", "--data_dir", data,
+        "--seed", 11, "--max_steps", STEPS, "--log_freq", 1, *flags, cwd=cwd,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+# ranks, batch a rank, accumulation: 48 sequences an update each, dealt from 12 lanes
+SPLITS = [(1, 48, 1), (2, 24, 1), (3, 16, 1), (2, 8, 3)]
+
+
+@pytest.fixture(scope="module")
+def runs(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Final weights and output of the same run, split in several ways over ranks."""
+    results = {}
+    for ranks, batch, accumulation in SPLITS:
+        cwd = tmp_path_factory.mktemp("run")
+        code, output, errors = launch(
+            mini_data, cwd, "--nproc_per_node", ranks, "--train_batch_size", batch,
+            "--gradient_accumulation_steps", accumulation, "--data_lanes", 12,
+            "--mlm_loss_normalization", "global", "--save_checkpoint", "--output_dir", "out",
+        )  # fmt: skip
+        assert code == 3, errors
+        content = torch.load(cwd / f"out/model.ckpt-{STEPS}.pt", weights_only=True)
+        results[ranks, batch, accumulation] = content["model"], output
+    return results
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_the_same_weights_on_the_same_global_batches(runs: dict, split: tuple) -> None:
+    alone, together = runs[SPLITS[0]][0], runs[split][0]
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=2e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_the_same_losses(runs: dict, split: tuple) -> None:
+    alone, together = (events(runs[which][1], "STEP_END") for which in (SPLITS[0], split))
+    assert len(alone) == STEPS
+    for one, other in zip(alone, together, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["mlm_acc"] == pytest.approx(one["mlm_acc"], abs=5e-3)
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_the_start_evaluation_is_the_same_to_the_last_bit(runs: dict, split: tuple) -> None:
+    alone, together = (events(runs[which][1], "INIT_EVALUATION")[0] for which in (SPLITS[0], split))
+    assert together["eval_loss"] == alone["eval_loss"]
+    assert together["eval_mlm_accuracy"] == alone["eval_mlm_accuracy"]
+
+
+@pytest.mark.parametrize("fault", ["damaged shard", "eval set missing", "vocabulary"])
+def test_bad_data_ends_all_ranks_with_one_line(mini_data: Path, tmp_path: Path, fault: str) -> None:
+    flags: list[object] = ["--output_dir", "out"]
+    if fault == "damaged shard":
+        shards = tmp_path / "shards"
+        shards.mkdir()
+        source = sorted((mini_data / "2048_shards_uncompressed").iterdir())[:2]
+        for path in source:
+            (shards / path.name).write_bytes(path.read_bytes())
+        broken = shards / source[1].name
+        content = bytearray(broken.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        broken.write_bytes(content)
+        flags += ["--train_dir", shards]
+    elif fault == "eval set missing":
+        flags += ["--eval_dir", tmp_path / "absent"]
+    else:
+        bert_config = json.loads((mini_data / "bert_config.json").read_text())
+        bert_config["vocab_size"] = 200
+        (tmp_path / "bert_config.json").write_text(json.dumps(bert_config))
+        flags += [
+            "--bert_config_path",
+            tmp_path / "bert_config.json",
+            "--init_checkpoint",
+            "random",
+        ]
+    code, _, errors = launch(mini_data, tmp_path, *flags)
+    assert code == 2, errors
+    lines = [line for line in errors.splitlines() if not line.startswith("Notice: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    (log,) = (tmp_path / "out").glob("run-*/mllog.txt")
+    assert '"status": "aborted"' in log.read_text() or "run_start" not in log.read_text()

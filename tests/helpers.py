@@ -1,0 +1,92 @@
+"""What tests share: reference data, random batches, the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert_pretraining.data.packing import PackedBatch, pack
+from bert_pretraining.data.shards import flatten
+from bert_pretraining.kernels import select
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.heads import BertForPreTraining
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT.parent / "shared" / "reference"
+
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"reference data absent: {REFERENCE}"
+)
+
+
+def padded_arrays(
+    lengths: list[int], max_seq_length: int, vocab_size: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Random sequences of the given lengths, as in a shard; a fifth of the tokens masked."""
+    random = np.random.RandomState(seed)
+    count, predictions = len(lengths), max(1, max_seq_length // 5)
+    arrays = {
+        "input_ids": np.zeros((count, max_seq_length), "i2"),
+        "input_mask": np.zeros((count, max_seq_length), "i1"),
+        "segment_ids": np.zeros((count, max_seq_length), "i1"),
+        "masked_lm_positions": np.zeros((count, predictions), "i2"),
+        "masked_lm_ids": np.zeros((count, predictions), "i2"),
+        "next_sentence_labels": random.randint(0, 2, count).astype("i1"),
+    }
+    for row, length in enumerate(lengths):
+        arrays["input_ids"][row, :length] = random.randint(5, vocab_size, length)
+        arrays["input_mask"][row, :length] = 1
+        arrays["segment_ids"][row, length // 2 : length] = 1
+        masked = np.sort(random.permutation(length)[: max(1, length // 5)])
+        arrays["masked_lm_positions"][row, : len(masked)] = masked
+        arrays["masked_lm_ids"][row, : len(masked)] = random.randint(1, vocab_size, len(masked))
+    return arrays
+
+
+def packed(arrays: dict[str, np.ndarray], rows: slice = slice(None)) -> PackedBatch:
+    """Some rows of padded arrays as one batch."""
+    shard = flatten(arrays, vocab_size=2**15, where="test")
+    return pack([(shard, np.arange(shard.num_sequences)[rows])])
+
+
+def tiny_config(**changes: object) -> BertConfig:
+    """A model that runs in milliseconds, without dropout."""
+    values = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 512,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
+    return BertConfig(**{**values, **changes})
+
+
+def make_model(
+    config: BertConfig, provider: str = "reference", dtype: torch.dtype = torch.float32
+) -> BertForPreTraining:
+    """A model with random weights on the CPU."""
+    kernels = select(provider, torch.device("cpu"), dtype)
+    return BertForPreTraining(config, kernels, seed=1).to(dtype)
+
+
+def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m bert_pretraining ...` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "bert_pretraining", *(str(part) for part in arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )

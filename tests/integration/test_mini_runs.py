@@ -1,0 +1,170 @@
+"""The command lines that the README shows, on the mini data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT, command
+
+CHECKER = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training"]
+
+
+@pytest.fixture
+def workplace(mini_data: Path, tmp_path: Path) -> Path:
+    """A directory with the mini data set where the README puts it."""
+    (tmp_path / "data/datasets").mkdir(parents=True)
+    (tmp_path / "data/datasets/bert_mini").symlink_to(mini_data)
+    return tmp_path
+
+
+def run_training(cwd: Path, flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "run_training.sh"), *flags.split()],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def perf_events(output: str) -> list[dict]:
+    lines = [line for line in output.splitlines() if line.startswith("[PerfLog] ")]
+    return [json.loads(line.removeprefix("[PerfLog] ")) for line in lines]
+
+
+def test_first_command_on_eight_ranks_meets_its_target_at_once(workplace: Path) -> None:
+    done = run_training(
+        workplace,
+        "--name default --config V100x1x8 --data_dir data/datasets/bert_mini/ --max_steps 500 "
+        "--train_batch_size 10 --target_mlm_accuracy 0.33 "
+        "--init_checkpoint data/datasets/bert_mini/model.ckpt-28252.apex.pt --device cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "already meets the target" in done.stdout
+    assert "Notice: fp16 needs a GPU" in done.stdout
+    events = perf_events(done.stdout)
+    names = [event["event"] for event in events]
+    assert names == [
+        "LAUNCH_TRAINING", "SUBMITTED_INFO", "INIT_START", "CONVERT_MODEL", "CREATE_OPTIMIZER",
+        "MODEL_TO_FP16", "MODEL_TO_DDP", "INIT_EVALUATION", "INIT_END", "TRAIN_BEGIN",
+        "EPOCH_BEGIN", "STEP_END", "EVALUATION", "EPOCH_END", "TRAIN_END", "FINISHED",
+    ]  # fmt: skip
+    values = {event["event"]: event["value"] for event in events}
+    assert 0.33 <= values["INIT_EVALUATION"]["eval_mlm_accuracy"] <= 0.36
+    assert values["STEP_END"]["global_steps"] == 1
+    assert values["STEP_END"]["num_trained_samples"] == 80
+    assert set(values["FINISHED"]) == {
+        "e2e_time", "training_sequences_per_second", "converged", "final_loss",
+        "final_mlm_accuracy", "raw_train_time", "init_time",
+    }  # fmt: skip
+    assert values["FINISHED"]["converged"] is True
+    assert "| CPU x8" in done.stdout
+
+
+def test_second_command_runs_and_stops_at_max_steps(workplace: Path) -> None:
+    done = run_training(
+        workplace,
+        "--name iluvatar --config 03V100x1x8 --train_batch_size 27 "
+        "--data_dir data/datasets/bert_mini/ --master_port 22233 --max_steps 20 --device cpu",
+    )
+    assert done.returncode == 3, done.stderr
+    assert "not reached (stopped by max_steps) after 20 steps, 4320 sequences" in done.stdout
+    finished = perf_events(done.stdout)[-1]["value"]
+    assert finished["converged"] is False
+
+
+def test_mini_run_reaches_the_target_and_its_log_passes_the_checker(workplace: Path) -> None:
+    done = run_training(workplace, "--name mini --config CPUx1x2 --output_dir out --seed 3")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    (folder,) = (workplace / "out").glob("run-*")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "mllog.txt",
+        "perflog.txt",
+        "versions.json",
+    ]
+    values = {event["event"]: event["value"] for event in perf_events(done.stdout)}
+    assert values["FINISHED"]["final_mlm_accuracy"] >= 0.72
+    assert (folder / "perflog.txt").read_text().splitlines() == [
+        line for line in done.stdout.splitlines() if line.startswith("[PerfLog] ")
+    ]
+    for ruleset in ("3.0.0", "4.1.0", "5.0.0"):
+        checked = subprocess.run(
+            [*CHECKER, "--ruleset", ruleset, str(folder / "mllog.txt")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
+    """A rank that dies without a word is reported by the launcher."""
+    sitecustomize = workplace / "sitecustomize.py"
+    sitecustomize.write_text(
+        "import os, signal, threading\n"
+        "if os.environ.get('RANK') == '1' and 'train' in open('/proc/self/cmdline').read():\n"
+        "    threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
+    )
+    done = command(
+        "launch", "--name", "mini", "--config", "CPUx1x2", "--target_mlm_accuracy", 2,
+        "--max_steps", 100000, cwd=workplace,
+        PYTHONPATH=f"{workplace}:{ROOT / 'base'}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "Error: rank 1 was killed by SIGKILL; all ranks were ended"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data_dir absent", "no such data_dir: absent; make the mini data set with"),
+        ("--train_batch_size 0", "--train_batch_size 0: must be at least 1"),
+        ("--confg CPUx1x2", "unknown flag --confg; did you mean --config?"),
+        ("--name mini --config CPUx1x3", "no such configuration of mini"),
+        ("--init_checkpoint absent.pt", "no checkpoint at absent.pt"),
+        ("--bert_config_path absent.json", "cannot read absent.json"),
+        ("--device cuda", "PyTorch sees no CUDA device"),
+        ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workplace: Path, flags: str, words: str) -> None:
+    if flags == "--device cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    done = command("launch", "--nproc_per_node", 1, *flags.split(), cwd=workplace)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Notice: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("Error: ")
+    assert words in lines[0]
+
+
+def test_dry_run_starts_nothing(tmp_path: Path) -> None:
+    done = run_training(tmp_path, "--name iluvatar --config 03V100x1x8 --dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "WORLD_SIZE=8" in done.stdout
+    assert "train_batch_size = 27" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_show_and_unknown_commands(tmp_path: Path) -> None:
+    shown = command("config", "show", "--name", "iluvatar", "--config", "03V100x1x8", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "configs/iluvatar/03V100x1x8.toml" in shown.stdout
+    wrong = command("config", "sho", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean config show" in wrong.stderr
+    assert command(cwd=tmp_path).stdout.startswith("usage:")

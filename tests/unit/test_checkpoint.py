@@ -1,0 +1,139 @@
+"""Checkpoints: strict, safe, whole or not there."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert_pretraining.checkpoint import load_weights, read_weights, save_checkpoint, write_weights
+from bert_pretraining.errors import UserError
+from bert_pretraining.model.heads import BertForPreTraining
+from helpers import REFERENCE, make_model, needs_reference, tiny_config
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {name: value + 1 for name, value in make_model(tiny_config()).state_dict().items()}
+
+
+@pytest.fixture
+def model() -> BertForPreTraining:
+    return make_model(tiny_config())
+
+
+@pytest.mark.parametrize("form", ["model key", "bare", "module prefix", "without decoder"])
+def test_accepted_layouts(
+    tmp_path: Path, model: BertForPreTraining, weights: dict, form: str
+) -> None:
+    content: dict = {"model": weights}
+    if form == "bare":
+        content = weights
+    elif form == "module prefix":
+        content = {"model": {f"module.{name}": value for name, value in weights.items()}}
+    elif form == "without decoder":
+        weights.pop("cls.predictions.decoder.weight")
+    torch.save(content, tmp_path / "start.pt")
+    load_weights(model, tmp_path / "start.pt")
+    for name, value in model.state_dict().items():
+        if name != "cls.predictions.decoder.weight":
+            assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda w: w.pop("bert.pooler.dense.bias"), "missing: bert.pooler.dense.bias;"),
+        (lambda w: w.update(extra=torch.ones(1)), "unexpected: extra;"),
+        (
+            lambda w: w.update({"bert.pooler.dense.bias": torch.ones(3)}),
+            r"wrong shape: bert.pooler.dense.bias is \(3,\), the model's is \(32,\)",
+        ),
+        (
+            lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(104, 32)}),
+            "decoder.weight differs from",
+        ),
+    ],
+)
+def test_unfit_weights_are_named_and_nothing_is_loaded(
+    tmp_path: Path, model: BertForPreTraining, weights: dict, spoil: object, words: str
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spoil(weights)
+    write_weights(tmp_path / "start.pt", weights)
+    with pytest.raises(UserError, match=words):
+        load_weights(model, tmp_path / "start.pt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("hostile-code-ran"),))
+
+
+def test_a_pickle_that_runs_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": Hostile()}}, tmp_path / "hostile.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Hostile()}))
+    for name in ("hostile.pt", "plain.pt"):
+        with pytest.raises(UserError, match="can be read safely"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", None])
+def test_damaged_files_are_one_line(tmp_path: Path, weights: dict, content: bytes | None) -> None:
+    path = tmp_path / "start.pt"
+    write_weights(path, weights)
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match=r"start\.pt: ") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_contents(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds no named tensors"):
+        read_weights(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        read_weights(tmp_path / "absent.pt")
+
+
+def test_saving_replaces_whole_files_only(tmp_path: Path, weights: dict) -> None:
+    path = tmp_path / "output" / "model.ckpt-1.pt"
+    save_checkpoint(path, weights, {"updates": 1}, {"global_steps": 1})
+    assert [file.name for file in path.parent.iterdir()] == ["model.ckpt-1.pt"]
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"model", "optimizer", "state"}
+
+
+@needs_reference
+def test_the_reference_checkpoint_fits_its_config() -> None:
+    from bert_pretraining.model.bert_config import BertConfig
+
+    model = make_model(BertConfig.load(REFERENCE / "checkpoint/bert_config.json"))
+    load_weights(model, REFERENCE / "checkpoint/model.ckpt-28252.apex.pt")
+    assert model.bert.embeddings.word_embeddings.weight.shape == (30528, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "no key 'vocab_size'"),
+        ('{"hidden_size": "64"}', "no key|must be int"),
+    ],
+)
+def test_bad_bert_config(tmp_path: Path, text: str, words: str) -> None:
+    from bert_pretraining.model.bert_config import BertConfig
+
+    (tmp_path / "bert_config.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        BertConfig.load(tmp_path / "bert_config.json")
+    with pytest.raises(UserError, match="cannot read"):
+        BertConfig.load(tmp_path / "absent.json")

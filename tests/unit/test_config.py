@@ -1,0 +1,184 @@
+"""Configuration: layers, sources, upstream's values, and errors that help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bert_pretraining import config
+from bert_pretraining.config import FlagParser, add_config_flags, data_paths, resolve, show
+from bert_pretraining.errors import UserError
+
+
+def parse(*arguments: str) -> dict[str, object]:
+    parser = FlagParser(allow_abbrev=False)
+    add_config_flags(parser)
+    return vars(parser.parse(list(arguments)))
+
+
+def test_flag_over_file_over_default_with_sources() -> None:
+    resolved = resolve(
+        parse("--name", "iluvatar", "--config", "03V100x1x8", "--train_batch_size", "9")
+    )
+    assert resolved.config.train_batch_size == 9
+    assert resolved.sources["train_batch_size"] == "flag"
+    assert resolved.config.max_steps == 28000
+    assert resolved.sources["max_steps"] == "configs/iluvatar/03V100x1x8.toml"
+    assert resolved.sources["learning_rate"] == "configs/iluvatar/_base.toml"
+    assert resolved.config.opt_lamb_epsilon == 1e-6
+    assert resolved.sources["opt_lamb_epsilon"] == "default"
+    assert "max_steps = 28000" in show(resolved)
+
+
+def test_hyphens_equals_signs_and_booleans() -> None:
+    values = parse("--train-batch-size=3", "--start_warmup_step", "-76", "--no-fp16")
+    assert values == {"train_batch_size": 3, "start_warmup_step": -76, "fp16": False}
+    assert parse("--save_checkpoint") == {"save_checkpoint": True}
+    assert parse("--save_checkpoint", "false") == {"save_checkpoint": False}
+
+
+def test_fp16_flag_is_precision_fp16_and_precision_wins() -> None:
+    nvidia = ("--name", "nvidia", "--config", "H200x1x1")
+    assert resolve(parse(*nvidia)).config.resolved_precision == "bf16"
+    assert resolve(parse(*nvidia, "--fp16")).config.resolved_precision == "fp16"
+    default = ("--name", "default", "--config", "V100x1x8")
+    assert resolve(parse(*default)).config.resolved_precision == "fp16"
+    assert resolve(parse(*default, "--precision", "fp32")).config.resolved_precision == "fp32"
+
+
+@pytest.mark.parametrize(("name", "stem"), config.config_names())
+def test_every_config_resolves_and_its_name_is_its_topology(name: str, stem: str) -> None:
+    resolved = resolve({"name": name, "config": stem}).config
+    assert config.parse_topology(stem) == (resolved.nnodes, resolved.nproc_per_node)
+
+
+def test_all_names_are_there() -> None:
+    assert {f"{name}/{stem}" for name, stem in config.config_names()} == {
+        *(f"default/V100x1x{count}" for count in (1, 4, 8, 16)),
+        *(f"iluvatar/0{stage}V100x1x8" for stage in range(4)),
+        *(f"iluvatar/V100x{nodes}x8" for nodes in (1, 2, 4)),
+        "iluvatar/03V100x1x16",
+        "iluvatar/V100x1x1",
+        *("mini/CPUx1x1", "mini/CPUx1x2", "mini/GPUx1x1"),
+        *("nvidia/H200x1x1", "nvidia/H200x1x8"),
+    }
+
+
+# learning rate, batch, max_steps, max samples, target, eval_steps: from DeepSparkHub's files
+UPSTREAM = {
+    "default/V100x1x1": (2.0e-4, 10, 7100, 4500000, 0.72, 1000),
+    "default/V100x1x4": (2.0e-4, 10, 7100, 4500000, 0.72, 1000),
+    "default/V100x1x8": (3.5e-4, 10, 7100, 4500000, 0.72, 1000),
+    "default/V100x1x16": (3.5e-4, 10, 7100, 4500000, 0.72, 1000),
+    "iluvatar/00V100x1x8": (3.5e-4, 27, 14000, 4500000, 0.45, 1000),
+    "iluvatar/01V100x1x8": (3.5e-4, 27, 14000, 4500000, 0.489, 200),
+    "iluvatar/02V100x1x8": (3.5e-4, 27, 14000, 4500000, 0.706, 200),
+    "iluvatar/03V100x1x8": (3.5e-4, 27, 28000, 9000000, 0.72, 200),
+    "iluvatar/03V100x1x16": (3.5e-4, 27, 28000, 18000000, 0.72, 200),
+    "iluvatar/V100x1x1": (3.5e-4, 27, 7100, 4500000, 0.40, 200),
+    "iluvatar/V100x1x8": (3.5e-4, 27, 28000, 9000000, 0.72, 1000),
+    "iluvatar/V100x2x8": (4e-4, 27, 8000, 4500000, 0.71, 1000),
+    "iluvatar/V100x4x8": (4e-4, 27, 8000, 4500000, 0.40, 200),
+}
+
+
+@pytest.mark.parametrize("which", UPSTREAM)
+def test_upstream_values(which: str) -> None:
+    name, stem = which.split("/")
+    values = resolve({"name": name, "config": stem}).config
+    assert (
+        values.learning_rate,
+        values.train_batch_size,
+        values.max_steps,
+        values.max_samples_termination,
+        values.target_mlm_accuracy,
+        values.eval_steps,
+    ) == UPSTREAM[which]
+    assert values.seed == 9031
+    assert values.fp16
+    assert values.eval_batch_size == values.train_batch_size
+    assert (values.opt_lamb_beta_1, values.opt_lamb_beta_2) == (0.9, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train_batchsize", "3"], "unknown flag --train_batchsize; did you mean --train_batch"),
+        (["--train_batch_size", "many"], "invalid int value"),
+        (["--train_batch_size"], "expected one argument"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--save_checkpoint", "perhaps"], "neither true nor false"),
+    ],
+)
+def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"name": "iluvata", "config": "V100x1x8"}, "did you mean iluvatar"),
+        ({"name": "default", "config": "V100x1x9"}, "did you mean V100x1x8"),
+        ({"name": "default", "config": "_base"}, "no such configuration"),
+        ({"train_batch_size": 0}, "--train_batch_size 0: must be at least 1"),
+        ({"learning_rate": float("nan")}, "must be at least 0"),
+        ({"device": "gpu"}, "one of auto, cpu, cuda"),
+        ({"precision": "fp8"}, "--precision fp8: one of fp32, bf16, fp16"),
+    ],
+)
+def test_bad_values(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_stepz = 3", "unknown key 'max_stepz'; did you mean max_steps"),
+        ('max_steps = "3"', "key 'max_steps' must be int"),
+        ("max_steps = true", "key 'max_steps' must be int"),
+        ("fp16 = 1", "key 'fp16' must be bool"),
+        ("max_steps = ", "not valid TOML"),
+        ('extends = "mine"', "extends itself"),
+        ('extends = "nobody"', "cannot read configuration"),
+        ('name = "me"', "unknown key 'name'"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        resolve({"config": str(path)})
+
+
+def test_own_file_extends_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "common.toml").write_text("max_steps = 7\nlearning_rate = 1\n")
+    (tmp_path / "mine.toml").write_text('extends = "common"\nmax_steps = 8\n')
+    resolved = resolve({"config": str(tmp_path / "mine.toml")})
+    assert (resolved.config.max_steps, resolved.config.learning_rate) == (8, 1.0)
+    assert resolved.sources["learning_rate"].endswith("common.toml")
+    assert resolved.config.resolved_output_dir == "output/mini_mine"
+
+
+def test_data_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such data_dir: .*make-mini"):
+        data_paths(resolve({"data_dir": str(tmp_path / "absent")}).config)
+    with pytest.raises(UserError, match="pass --data_dir"):
+        data_paths(resolve({"name": "default", "config": "V100x1x1"}).config)
+    paths = data_paths(resolve({"data_dir": str(tmp_path), "eval_dir": "elsewhere"}).config)
+    assert paths.train_dir == tmp_path / "2048_shards_uncompressed"
+    assert paths.eval_dir == Path("elsewhere")
+    assert paths.init_checkpoint == tmp_path / "model.ckpt-28252.apex.pt"
+    random = resolve({"data_dir": str(tmp_path), "init_checkpoint": "random"}).config
+    assert data_paths(random).init_checkpoint is None
+
+
+def test_every_field_has_help_and_shows_as_toml() -> None:
+    for field in config.FIELDS.values():
+        assert field.metadata["help"]
+    lines = [line.split("#")[0].strip() for line in show(resolve({})).splitlines()]
+    values = dict(line.split(" = ", 1) for line in lines if " = " in line and line[-1] != "=")
+    assert json.loads(values["learning_rate"]) == 1.4e-2

@@ -1,0 +1,141 @@
+"""Bindings, plans and what the launcher makes of its ranks' ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from bert_pretraining import config, launch, outcome, topology
+from bert_pretraining.errors import UserError
+from bert_pretraining.launch import LaunchFlags
+
+FLAGS = LaunchFlags(0, "127.0.0.1", None, "auto", 0, None, False)
+
+
+def plan(name: str, stem: str, **changes: object) -> launch.Plan:
+    resolved = config.resolve({"name": name, "config": stem})
+    flags = LaunchFlags(**{**FLAGS.__dict__, **changes})
+    return launch.make_plan(resolved, flags, ["--name", name, "--config", stem])
+
+
+def test_cpus_are_dealt_in_runs() -> None:
+    bindings = topology.split_cpus(list(range(10)), 4)
+    assert [binding.cpus for binding in bindings] == [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9)]
+    assert [binding.threads for binding in bindings] == [3, 3, 2, 2]
+
+
+def test_only_allowed_cpus_are_dealt() -> None:
+    bindings = topology.split_cpus([9, 3, 4, 12], 2)
+    assert [binding.cpu_list for binding in bindings] == ["3-4", "9,12"]
+
+
+@pytest.mark.parametrize(("cpus", "ranks"), [([0, 1], 8), ([5], 3), ([0, 1, 2], 3), ([0, 1, 2], 4)])
+def test_more_ranks_than_cpus_share_them_evenly(cpus: list[int], ranks: int) -> None:
+    bindings = topology.split_cpus(cpus, ranks)
+    used = [cpu for binding in bindings for cpu in binding.cpus]
+    assert set(used) == set(cpus)
+    counts = [used.count(cpu) for cpu in cpus]
+    assert max(counts) - min(counts) <= 1
+    assert all(binding.threads == 1 for binding in bindings)
+
+
+def test_no_cpus_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 CPUs for 2 ranks"):
+        topology.split_cpus([], 2)
+
+
+def test_numactl_command() -> None:
+    binding = topology.Binding((0, 1, 2, 8), 4)
+    assert binding.numactl() == ["numactl", "--physcpubind=0-2,8", "--localalloc"]
+
+
+def fake_numactl(folder: Path, script: str) -> str:
+    path = folder / "numactl"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_numactl_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "echo 'set_mempolicy: Operation not permitted' >&2; exit 1"
+    monkeypatch.setenv("PATH", fake_numactl(tmp_path, refusal))
+    assert plan("mini", "CPUx1x2").binder == "affinity"
+    assert "Operation not permitted; binding by CPU affinity" in capsys.readouterr().err
+    assert plan("mini", "CPUx1x2", bind="none").binder == "none"
+    with pytest.raises(UserError, match=r"--bind required: .*Operation not permitted"):
+        plan("mini", "CPUx1x2", bind="required")
+
+
+def test_numactl_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", fake_numactl(tmp_path, "exit 0"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made = plan("mini", "CPUx1x2")
+    assert made.binder == "numactl"
+    text = launch.describe(made)
+    assert "RANK=1 LOCAL_RANK=1 OMP_NUM_THREADS=" in text
+    assert "numactl --physcpubind=" in text
+    assert "-m bert_pretraining train --name mini --config CPUx1x2" in text
+
+
+def test_threads_that_the_user_exported_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS=" not in launch.describe(plan("mini", "CPUx1x2"))
+
+
+@pytest.mark.parametrize(("name", "stem"), config.config_names())
+def test_every_config_can_be_planned(name: str, stem: str) -> None:
+    nodes, processes = config.parse_topology(stem)
+    address = "10.0.0.1" if nodes > 1 else "127.0.0.1"
+    text = launch.describe(plan(name, stem, master_addr=address, node_rank=nodes - 1))
+    assert f"WORLD_SIZE={nodes * processes}" in text
+    first = (nodes - 1) * processes
+    for local_rank in range(processes):
+        assert f"RANK={first + local_rank} LOCAL_RANK={local_rank}" in text
+
+
+def test_many_machines_need_an_address_and_a_rank() -> None:
+    with pytest.raises(UserError, match="pass --master_addr"):
+        plan("iluvatar", "V100x2x8")
+    with pytest.raises(UserError, match="--node_rank 2: must be from 0 to 1"):
+        plan("iluvatar", "V100x2x8", master_addr="10.0.0.1", node_rank=2)
+
+
+def test_a_busy_port_is_a_user_error() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=f"--master_port {port} cannot be used"):
+            launch.run(plan("mini", "CPUx1x2", master_port=port))
+    with pytest.raises(UserError, match="--master_port 99999 cannot be used"):
+        launch.run(plan("mini", "CPUx1x2", master_port=99999))
+
+
+def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(outcome.FOLDER_VARIABLE, raising=False)
+    assert outcome.record_finish(0, 3) is False
+    monkeypatch.setenv(outcome.FOLDER_VARIABLE, str(tmp_path))
+    assert outcome.read_finish(tmp_path) is None
+    assert outcome.record_finish(10, 0)
+    assert outcome.record_finish(2, 3)
+    assert outcome.read_finish(tmp_path) == 3
+    outcome.record_failure(3, 2, "first")
+    outcome.record_failure(0, 1, "second", "trace")
+    assert [failure.message for failure in outcome.read_failures(tmp_path)] == ["first", "second"]
+
+
+def test_explaining_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.explain(tmp_path, 1, -9) == 1
+    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    assert launch.explain(tmp_path, 1, 7) == 1
+    assert "rank 1 ended with exit code 7" in capsys.readouterr().err
+    failure = {"rank": 1, "time": 1.0, "exit_code": 2, "message": "no data", "detail": ""}
+    (tmp_path / "failure-1.json").write_text(json.dumps(failure))
+    assert launch.explain(tmp_path, 0, 2) == 2
+    assert capsys.readouterr().err == "Error: no data\n"

@@ -1,0 +1,181 @@
+"""Order and loader: every sequence once an epoch, and a pure function of the sample number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bert_pretraining.data.loader import TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.order import SampleOrder
+from bert_pretraining.data.packing import PackedBatch
+from bert_pretraining.data.shards import list_shards, write_shard
+from bert_pretraining.errors import UserError
+from helpers import padded_arrays
+
+SIZES = [[7, 5, 9, 4], [1], [3, 0, 10], [2] * 11, [50]]
+
+
+def where(order: SampleOrder, samples: range) -> list[tuple[int, int]]:
+    """(shard, row) of each sample, one at a time."""
+    places = []
+    for sample in samples:
+        ((shard, rows),) = order.locate(np.array([sample]))
+        places.append((shard, int(rows[0])))
+    return places
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+def test_every_sequence_once_an_epoch(sizes: list[int], lanes: int) -> None:
+    order = SampleOrder(sizes, seed=3, lanes=lanes)
+    everything = {(shard, row) for shard, size in enumerate(sizes) for row in range(size)}
+    total = len(everything)
+    for epoch in range(3):
+        places = where(order, range(epoch * total, (epoch + 1) * total))
+        assert set(places) == everything
+        assert len(places) == total
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    order = SampleOrder([20, 20], seed=3, lanes=2)
+    first, second = where(order, range(40)), where(order, range(40, 80))
+    assert first != second
+    assert first == where(SampleOrder([20, 20], seed=3, lanes=2), range(40))
+    assert first != where(SampleOrder([20, 20], seed=4, lanes=2), range(40))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_located_together_is_located_one_by_one(sizes: list[int]) -> None:
+    order = SampleOrder(sizes, seed=5, lanes=3)
+    samples = np.arange(2 * sum(sizes) + 1)
+    together = {
+        (shard, int(row)) for shard, rows in order.locate(samples) for row in rows
+    }  # fmt: skip
+    assert together == set(where(order, range(len(samples))))
+    assert sum(len(rows) for _, rows in order.locate(samples)) == len(samples)
+
+
+def test_a_rank_reads_its_own_lanes_only() -> None:
+    order = SampleOrder([10] * 8, seed=1, lanes=4)
+    shards = [
+        {shard for shard, _ in order.locate(np.arange(rank, 80, 4))} for rank in range(4)
+    ]  # fmt: skip
+    assert all(len(own) == 2 for own in shards)
+    assert set.union(*shards) == set(range(8))
+
+
+def test_following_shards_are_those_that_come_next() -> None:
+    order = SampleOrder([4] * 6, seed=2, lanes=2)
+    for rank in range(2):
+        samples = np.arange(rank, 48, 2)
+        for step in range(0, len(samples) - 4, 4):
+            ahead = order.following_shards(samples[step : step + 1])
+            shards = [order.locate(samples[place : place + 1])[0][0] for place in range(24)]
+            later = [shard for shard in shards[step:] if shard != shards[step]]
+            assert not later or ahead == later[:1]
+
+
+def test_shard_ordinal_counts_shards_of_the_lane() -> None:
+    order = SampleOrder([4] * 6, seed=2, lanes=2)
+    assert [order.shard_ordinal(sample) for sample in range(0, 24, 2)] == [0] * 4 + [1] * 4 + [
+        2
+    ] * 4
+
+
+def test_no_sequences_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no sequences"):
+        SampleOrder([0, 0], seed=1, lanes=1)
+
+
+@pytest.fixture
+def shard_dir(tmp_path: Path) -> Path:
+    """Three shards of 5, 8 and 3 sequences whose first token numbers them 1000 on."""
+    number = 1000
+    for index, size in enumerate([5, 8, 3]):
+        arrays = padded_arrays([9 + index] * size, 16, vocab_size=900, seed=index)
+        arrays["input_ids"][:, 0] = np.arange(number, number + size)
+        number += size
+        write_shard(tmp_path / f"part_{index:05d}_of_00003.hdf5", arrays)
+    return tmp_path
+
+
+def take(directory: Path, rank: int, world_size: int, count: int, seen: int = 0) -> list:
+    shards = list_shards(directory)
+    order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=world_size)
+    loader = TrainingLoader(shards, order, 3, rank, world_size, 2000, samples_seen=seen)
+    batches = iter(loader)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def first_tokens(batches: list[PackedBatch]) -> list[int]:
+    return [
+        token
+        for batch in batches
+        for token in batch.input_ids[batch.cu_seqlens[:-1].long()].tolist()
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_loader_gives_each_sequence_once_an_epoch(shard_dir: Path, world_size: int) -> None:
+    steps = 16  # 16 * 3 * world_size samples: whole epochs of 16 sequences
+    tokens = [
+        token
+        for rank in range(world_size)
+        for token in first_tokens(take(shard_dir, rank, world_size, steps))
+    ]
+    counts = np.bincount(tokens, minlength=1016)[1000:]
+    assert counts.tolist() == [3 * world_size] * 16
+
+
+def test_loader_seeks_to_where_it_would_have_been(shard_dir: Path) -> None:
+    all_batches = take(shard_dir, 1, 2, 12)
+    resumed = take(shard_dir, 1, 2, 5, seen=7 * 3 * 2)
+    for batch, again in zip(all_batches[7:], resumed, strict=True):
+        assert batch.input_ids.tolist() == again.input_ids.tolist()
+        assert batch.masked_positions.tolist() == again.masked_positions.tolist()
+
+
+def test_seeking_reads_nothing_before_it(shard_dir: Path) -> None:
+    (shard_dir / "part_00001_of_00003.hdf5").rename(shard_dir / "kept")
+    shards = list_shards(shard_dir)
+    order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
+    read = [order.locate(np.arange(5, 8))[0][0]]
+    (shards[1 - read[0]].path).write_bytes(b"gone bad")
+    loader = TrainingLoader(shards, order, 1, 0, 1, 2000, samples_seen=7)
+    assert order.locate(np.array([7]))[0][0] == read[0]
+    assert next(iter(loader)).num_sequences == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "vanished", "wrong ids"])
+def test_a_bad_shard_ends_the_loader_with_its_name(shard_dir: Path, fault: str) -> None:
+    shards = list_shards(shard_dir)
+    path = shards[1].path
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif fault == "vanished":
+        path.unlink()
+    else:
+        write_shard(path, padded_arrays([9] * 8, 16, vocab_size=30000))
+    order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
+    with pytest.raises(UserError, match=path.name):
+        for _, _ in zip(range(20), TrainingLoader(shards, order, 3, 0, 1, 2000), strict=False):
+            pass
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_batches_are_the_same_at_any_world_size(
+    shard_dir: Path, world_size: int
+) -> None:
+    count, everything = load_evaluation_batches(shard_dir, 14, 4, 2000)
+    dealt = {}
+    for rank in range(world_size):
+        total, mine = load_evaluation_batches(shard_dir, 14, 4, 2000, rank, world_size)
+        assert total == count
+        dealt.update(mine)
+    assert sum(batch.num_sequences for batch in dealt.values()) == 14
+    for number, batch in everything:
+        assert dealt[number].input_ids.tolist() == batch.input_ids.tolist()

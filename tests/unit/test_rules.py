@@ -1,0 +1,108 @@
+"""Schedule, evaluation, stopping, loss scale, seeds: pure rules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bert_pretraining import seeds
+from bert_pretraining.logs.mlperf import run_status
+from bert_pretraining.optim import LossScale, Schedule
+from bert_pretraining.state import (
+    RunState,
+    evaluation_due,
+    evaluation_interval,
+    logging_due,
+    stop_reason,
+)
+
+
+def test_schedule_without_warmup_is_linear_decay() -> None:
+    schedule = Schedule(3.5e-4, max_steps=14000)
+    assert schedule(0) == 3.5e-4
+    # The value that DeepSparkHub's published log shows at step 6000.
+    assert schedule(6000) == pytest.approx(0.00019999999999999998, rel=1e-12)
+    assert schedule(14000) == 0.0
+    assert schedule(20000) == 0.0
+
+
+def test_schedule_warms_up_from_zero_and_decays_from_the_start_of_training() -> None:
+    schedule = Schedule(1.0, max_steps=1000, warmup_steps=100)
+    assert [schedule(step) for step in (0, 50, 99)] == [0.0, 0.5, 0.99]
+    assert schedule(100) == 0.9
+
+
+def test_schedule_with_a_negative_start_of_warmup() -> None:
+    # The RCP row for a global batch of 8192: 287 steps of warm-up from step -76.
+    schedule = Schedule(2.88293e-3, max_steps=600, warmup_steps=287, start_warmup_step=-76)
+    assert schedule(0) == pytest.approx(2.88293e-3 * 76 / 287)
+    assert schedule(210) == pytest.approx(2.88293e-3 * 286 / 287)
+    assert schedule(211) == pytest.approx(2.88293e-3 * (1 - 211 / 600))
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "samples"),
+    [(1, 150000), (2171, 150000), (2172, 175000), (4344, 200000), (6516, 225000), (8687, 250000),
+     (10859, 275000), (13031, 300000), (15203, 325000)],
+)  # fmt: skip
+def test_evaluation_interval_of_the_rules(global_batch_size: int, samples: int) -> None:
+    assert evaluation_interval(global_batch_size) == samples
+
+
+@pytest.mark.parametrize(("per_step", "interval"), [(448, 150000), (7, 10), (64, 64), (100, 30)])
+def test_evaluation_is_due_at_the_first_step_past_each_interval(
+    per_step: int, interval: int
+) -> None:
+    due = {step for step in range(1, 2000) if evaluation_due(step, per_step, 0, interval)}
+    expected = {
+        math.ceil(k * interval / per_step) for k in range(1, 2000 * per_step // interval + 2)
+    }
+    assert due == {step for step in expected if step < 2000}
+
+
+def test_eval_steps_takes_the_place_of_the_schedule() -> None:
+    assert [step for step in range(1, 8) if evaluation_due(step, 10**6, 3, 1)] == [3, 6]
+
+
+def test_stop_reasons() -> None:
+    def reason(accuracy: float, steps: int, samples: int) -> str | None:
+        state = RunState(steps, samples, eval_mlm_accuracy=accuracy)
+        return stop_reason(state, target_mlm_accuracy=0.72, max_steps=10, max_samples=100)
+
+    assert reason(0.71, 9, 99) is None
+    assert reason(0.72, 9, 99) == "target"
+    assert reason(0.72, 10, 100) == "target"
+    assert reason(0.71, 10, 99) == "max_steps"
+    assert reason(0.71, 9, 100) == "max_samples_termination"
+
+
+def test_logging_due() -> None:
+    assert [step for step in range(1, 7) if logging_due(step, 3)] == [1, 3, 6]
+    assert [step for step in range(1, 7) if logging_due(step, 0)] == [1]
+
+
+def test_run_status() -> None:
+    assert (run_status(True), run_status(False)) == ("success", "aborted")
+
+
+def test_loss_scale_halves_and_doubles() -> None:
+    scale = LossScale(8.0, dynamic=True, growth_interval=3)
+    scale.update(False)
+    assert scale.scale == 4.0
+    for _ in range(3):
+        scale.update(True)
+    assert scale.scale == 8.0
+    scale.update(True)
+    scale.update(False)
+    assert (scale.scale, scale.good_steps) == (4.0, 0)
+    fixed = LossScale(8.0, dynamic=False)
+    fixed.update(False)
+    assert fixed.scale == 8.0
+
+
+def test_seeds_differ_by_purpose_and_never_change() -> None:
+    assert seeds.derive(1, "shards", 0) == 2917168511
+    every = [seeds.worker_seed(1, rank) for rank in range(100)] + [seeds.model_seed(1)]
+    assert len(set(every)) == len(every)
+    assert 0 <= seeds.draw_master_seed() < 2**31
