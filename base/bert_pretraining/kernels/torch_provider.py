@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this length the CPU attends to all sequences at once, padded; longer ones go one by
-# one. Measured: docs/LOG.md, 2026-11-23.
-PADDED_ATTENTION_LIMIT = 128
+# A CPU attends to all sequences at once, padded, while the longest one's queries are no
+# more than this many numbers (tokens x hidden size); else one by one. Small ones are bound
+# by the number of calls, large ones by the arithmetic. Measured: docs/LOG.md, 2026-11-23.
+PADDED_ATTENTION_LIMIT = 8192
 
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> tuple[Callable, str]:
     """The attention for a device and dtype, and the reason for it."""
     if device.type != "cuda":
-        return cpu_attention, f"padded up to {PADDED_ATTENTION_LIMIT} tokens, else one by one"
+        return cpu_attention, "padded for small sequences, else one by one"
     if dtype not in (torch.float16, torch.bfloat16):
         return efficient_attention, f"memory-efficient: no flash attention in {dtype}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -27,7 +28,7 @@ def attention_for(device: torch.device, dtype: torch.dtype) -> tuple[Callable, s
 
 def cpu_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
     """Attention on a CPU: no work between sequences, and few calls for short ones."""
-    if max_seqlen > PADDED_ATTENTION_LIMIT:
+    if max_seqlen * qkv.shape[2] * qkv.shape[3] > PADDED_ATTENTION_LIMIT:
         return looped_attention(qkv, cu_seqlens, max_seqlen, dropout)
     return padded_attention(qkv, cu_seqlens, max_seqlen, dropout)
 

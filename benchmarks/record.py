@@ -1,0 +1,49 @@
+"""What every benchmark writes down: the machine, the versions, the commit, the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+from bert_pretraining.logs.run_log import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def circumstances() -> dict[str, object]:
+    """CPU model and count, versions, commit; enough to read the figures by."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":")[1].strip()
+            break
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "cpu": model,
+        "machine": platform.machine(),
+        "cpus_allowed": len(os.sched_getaffinity(0)),
+        "commit": commit,
+        "versions": versions(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """n, minimum, median and maximum."""
+    return {
+        "n": len(values),
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+    }
+
+
+def write(path: Path, figures: dict[str, object]) -> None:
+    """Keep `figures` and the circumstances as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**circumstances(), **figures}, indent=2) + "\n")

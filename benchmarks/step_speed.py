@@ -1,0 +1,135 @@
+"""The CPU step: `torch` against `reference` operators, and attention padded against looped.
+
+    PYTHONPATH=base OMP_NUM_THREADS=2 python benchmarks/step_speed.py --output results/DATE_mini
+
+Candidates alternate in one run, so that a noisy machine disturbs them alike; read ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import record
+import torch
+
+from bert_pretraining.data.packing import pack
+from bert_pretraining.data.shards import FlatShard, flatten
+from bert_pretraining.kernels import select, torch_provider
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.optim import LambSettings, create_optimizer
+
+REPEATS = 9
+MODELS = {
+    # name: (model sizes, sequence lengths of a batch)
+    "mini, 64 sequences of 32 to 64": (
+        BertConfig(238, 64, 2, 2, 256, 64, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+        np.random.RandomState(0).randint(32, 65, 64),
+    ),
+    "2 layers of BERT-large, 8 sequences of 30 to 512": (
+        BertConfig(30522, 1024, 2, 16, 4096, 512),
+        np.random.RandomState(0).randint(30, 513, 8),
+    ),
+}
+
+
+def shard_of(lengths: np.ndarray, vocab_size: int) -> FlatShard:
+    """Random sequences of these lengths, 15% of the tokens masked."""
+    random = np.random.RandomState(1)
+    count, longest = len(lengths), int(lengths.max())
+    mask = np.arange(longest) < lengths[:, None]
+    predictions = int(longest * 0.15)
+    labelled = np.arange(predictions) < (lengths * 0.15).astype(int)[:, None]
+    arrays = {
+        "input_ids": random.randint(5, vocab_size, (count, longest)) * mask,
+        "input_mask": mask.astype("i1"),
+        "segment_ids": np.zeros((count, longest), "i1"),
+        "masked_lm_positions": np.tile(np.arange(predictions), (count, 1)) * labelled,
+        "masked_lm_ids": random.randint(1, vocab_size, (count, predictions)) * labelled,
+        "next_sentence_labels": np.zeros(count, "i1"),
+    }
+    return flatten(arrays, vocab_size, "benchmark")
+
+
+def alternate(candidates: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds a call, the candidates in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(REPEATS + 1):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            if repeat:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[[], None]:
+    """A whole training step: forward, backward, LAMB."""
+    kernels = select(provider, torch.device("cpu"), torch.float32)
+    model = BertForPreTraining(config, kernels, seed=1)
+    optimizer = create_optimizer("auto", model.named_parameters(), LambSettings())
+    batch = pack([(shard_of(lengths, config.vocab_size), np.arange(len(lengths)))])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sums = model(batch)
+        (sums.mlm_loss / batch.num_masked + sums.next_sentence_loss / len(lengths)).backward()
+        optimizer.step(1e-4)
+
+    return step
+
+
+def attention_of(attention: Callable, length: int, heads: int, size: int) -> Callable[[], None]:
+    """Forward and backward over 2,048 tokens of sequences of half to full length."""
+    lengths = np.random.RandomState(0).randint(length // 2, length + 1, 3 * 2048 // length + 1)
+    lengths = lengths[: np.searchsorted(np.cumsum(lengths), 2048) + 1]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    qkv = torch.randn(int(cu_seqlens[-1]), 3, heads, size, requires_grad=True)
+
+    def call() -> None:
+        attention(qkv, cu_seqlens, int(lengths.max()), 0.0).sum().backward()
+        qkv.grad = None
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    figures: dict[str, object] = {"threads": torch.get_num_threads(), "repeats": REPEATS}
+    steps = {}
+    for name, (config, lengths) in MODELS.items():
+        providers = {key: step_of(key, config, lengths) for key in ("reference", "torch")}
+        spreads = {key: record.spread(times) for key, times in alternate(providers).items()}
+        ratio = spreads["reference"]["median"] / spreads["torch"]["median"]
+        speed = len(lengths) / spreads["torch"]["median"]
+        tokens = int(lengths.sum()) / spreads["torch"]["median"]
+        steps[name] = {"seconds": spreads, "reference over torch": ratio, "sequences/s": speed}
+        print(f"{name}: {speed:.1f} sequences/s, {tokens:.0f} tokens/s; {ratio:.2f}x reference")
+    crossover = {}
+    for length in (16, 32, 64, 128, 256, 512):
+        for heads, size in ((2, 32), (16, 64)):
+            calls = {
+                name: attention_of(getattr(torch_provider, name), length, heads, size)
+                for name in ("looped_attention", "padded_attention")
+            }
+            spreads = {key: record.spread(times) for key, times in alternate(calls).items()}
+            ratio = spreads["looped_attention"]["median"] / spreads["padded_attention"]["median"]
+            crossover[f"length {length}, {heads} heads of {size}"] = {
+                "seconds": spreads,
+                "looped over padded": ratio,
+            }
+            print(f"attention, up to {length} tokens, {heads} heads of {size}: looped takes "
+                  f"{ratio:.2f}x padded")  # fmt: skip
+    record.write(
+        arguments.output / "step_speed.json", {**figures, "step": steps, "attention": crossover}
+    )
+
+
+if __name__ == "__main__":
+    main()
