@@ -32,9 +32,10 @@ _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and for every field the file or "flag" or "default" it is from."""
+    """A configuration, its file, and for every field the file, "flag" or "default"."""
 
     config: Config
+    path: str
     sources: dict[str, str]
 
 
@@ -124,7 +125,8 @@ def resolve(flags: dict[str, object]) -> Resolved:
     values = {field.name: field.default for field in FIELDS.values()}
     sources = dict.fromkeys(FIELDS, "default")
     name, config = flags.get("name", values["name"]), flags.get("config", values["config"])
-    for path, content in _file_layers(_config_path(str(name), str(config))):
+    file = _config_path(str(name), str(config))
+    for path, content in _file_layers(file):
         for key, value in content.items():
             values[key] = _checked_key(key, value, path)
             sources[key] = _shown(path)
@@ -135,7 +137,7 @@ def resolve(flags: dict[str, object]) -> Resolved:
         values["precision"], sources["precision"] = None, "flag"
     resolved = Config(**values)
     _validate(resolved)
-    return Resolved(resolved, sources)
+    return Resolved(resolved, _shown(file), sources)
 
 
 def data_paths(config: Config) -> DataPaths:

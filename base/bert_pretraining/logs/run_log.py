@@ -52,17 +52,17 @@ class RunLog:
             sinks = [[file.line, self.console.line] for file in self._files]
         self.perf = PerfLog(sinks[0], rank)
         self.mlperf = MlperfLog(sinks[1])
-        self._launched(resolved.sources["config"])
+        self._launched(resolved.path)
 
     def say(self, text: str) -> None:
         """A line for people, on rank 0's terminal."""
         self.console.line(text)
 
-    def _launched(self, config_source: str) -> None:
+    def _launched(self, config_path: str) -> None:
         config = self.config
         self.perf.log("LAUNCH_TRAINING", {"other": "Launch training"})
         # "submmiter" is how upstream spells it, and what its tooling reads.
-        submitted = {"submmiter": config.name, "model": "bert", "config_path": config_source}
+        submitted = {"submmiter": config.name, "model": "bert", "config_path": config_path}
         self.perf.log("SUBMITTED_INFO", {**submitted, "config": dataclasses.asdict(config)})
         self.mlperf.submission(
             config.submission_division,
