@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
-from bert_pretraining import __version__, config, launch, outcome
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_USAGE, TrainingError, UserError
+from bert_pretraining import __version__, config, data_commands, launch, outcome
+from bert_pretraining.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    TrainingError,
+    UserError,
+)
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -17,38 +22,39 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   train             one trainer alone, in this process
   config show       the resolved configuration, and where each value came from
   config list       every configuration that ships
-  data make-mini    make the mini data set
+  data make-mini        make the mini data set
+  data prepare          text -> shards and evaluation set, as the MLPerf reference makes them
+  data create-examples, shard, pick-eval, to-varlength, checksum     its stages
   version           the package's version
 
 COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 2 bad input, 1 crash.
 """
 
-MINI_DATA_DIR = "data/datasets/bert_mini"
-
 
 def main() -> int:
     """Run one command; errors become one line and an exit code."""
-    rank = int(os.environ.get("RANK", 0))
     try:
         return _dispatch(sys.argv[1:])
     except UserError as error:
-        if not outcome.record_failure(rank, EXIT_USAGE, str(error)):
-            print(f"Error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
-        if not outcome.record_failure(rank, EXIT_CRASH, str(error)):
-            print(f"Error: {error}", file=sys.stderr)
-        return EXIT_CRASH
+        return _fail(EXIT_CRASH, str(error))
     except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return 130
+        return _fail(EXIT_INTERRUPTED, "interrupted")
     except Exception as error:
-        detail = traceback.format_exc()
         message = f"{type(error).__name__}: {error}"
-        if not outcome.record_failure(rank, EXIT_CRASH, message, detail):
-            print(detail, file=sys.stderr, end="")
-        return EXIT_CRASH
+        return _fail(EXIT_CRASH, message, traceback.format_exc())
+
+
+def _fail(exit_code: int, message: str, detail: str = "") -> int:
+    """Show what ended this process, or, of a rank, leave it to the launcher to show."""
+    if outcome.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
+        # No clean-up: gloo's threads may wait for ranks that are gone, and abort.
+        sys.stdout.flush()
+        os._exit(exit_code)
+    print(f"{detail}Error: {message}", file=sys.stderr)
+    return exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -65,7 +71,7 @@ def _dispatch(arguments: list[str]) -> int:
         "rank": launch.run_rank,
         "config show": _config_show,
         "config list": _config_list,
-        "data make-mini": _make_mini,
+        **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
         "version": _version,
     }
     if command not in commands:
@@ -82,8 +88,8 @@ def _launch(arguments: list[str]) -> int:
     if "name" not in values and "config" not in values:
         values = {**values, "name": "mini", "config": _embedded_config(values.get("device"))}
     resolved = config.resolve(values)
-    if not arguments and not Path(MINI_DATA_DIR).exists():
-        _make_mini([])
+    if not arguments and not Path(data_commands.MINI_DATA_DIR).exists():
+        data_commands.make_mini([])
     plan = launch.make_plan(resolved, flags, _trainer_flags(values))
     if flags.dry_run:
         print(launch.describe(plan))
@@ -132,68 +138,6 @@ def _config_list(arguments: list[str]) -> None:
         raise UserError(f"config list takes no flags, not {arguments[0]}")
     for name, stem in config.config_names():
         print(f"--name {name} --config {stem}")
-
-
-def _make_mini(arguments: list[str]) -> None:
-    parser = config.FlagParser(prog="python -m bert_pretraining data make-mini", allow_abbrev=False)
-    parser.add_argument("--output_dir", default=MINI_DATA_DIR, help=f"({MINI_DATA_DIR})")
-    parser.add_argument("--num_shards", type=int, default=16, help="(16; 2048 as the real one)")
-    parser.add_argument("--max_seq_length", type=int, default=64, help="(64)")
-    parser.add_argument("--seed", type=int, default=12345, help="of the text (12345)")
-    parser.add_argument(
-        "--source", choices=("grammar", "stdlib"), default="grammar",
-        help="a grammar's sentences, or the running Python's own documentation",
-    )  # fmt: skip
-    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own text")
-    parser.add_argument(
-        "--pretrain", action="store_true",
-        help="train the start checkpoint anew (to about 0.34) and put it into the package",
-    )  # fmt: skip
-    values = parser.parse(arguments)
-
-    from bert_pretraining import start_checkpoint
-    from bert_pretraining.data import mini
-
-    settings = mini.MiniSettings(
-        Path(values.output_dir),
-        values.num_shards,
-        values.max_seq_length,
-        values.seed,
-        values.source,
-        [Path(name) for name in values.text],
-    )
-    report = mini.make_mini(settings)
-    if not report.has_start_checkpoint:
-        start_checkpoint.write_random_start(
-            settings.output_dir, mini.CHECKPOINT_NAME, settings.seed
-        )
-    print(mini.describe(report))
-    if values.pretrain:
-        _pretrain_mini(settings.output_dir)
-
-
-def _pretrain_mini(data_dir: Path) -> None:
-    """Train from random weights to about 0.34 and package the result."""
-    from bert_pretraining import start_checkpoint, train
-    from bert_pretraining.data import mini
-
-    with tempfile.TemporaryDirectory() as output_dir:
-        flags = {
-            "name": "mini",
-            "config": "CPUx1x1",
-            "data_dir": str(data_dir),
-            "output_dir": output_dir,
-            "init_checkpoint": "random",
-            "seed": 12345,
-            "target_mlm_accuracy": 0.338,
-            "eval_steps": 1,
-            "save_checkpoint": True,
-        }
-        if train.main(config.resolve(flags)) != EXIT_CONVERGED:
-            raise UserError("the run did not reach 0.338; the packaged checkpoint is unchanged")
-        for destination in (mini.PACKAGED_CHECKPOINT, data_dir / mini.CHECKPOINT_NAME):
-            start_checkpoint.package_start(Path(output_dir), destination)
-            print(f"Wrote {destination}")
 
 
 def _version(_: list[str]) -> None:

@@ -105,7 +105,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         options = {"default": argparse.SUPPRESS, "dest": field.name, "help": text}
         if kind is bool:
             group.add_argument(
-                f"--{field.name}", nargs="?", const=True, type=_parse_bool, metavar="BOOL",
+                f"--{field.name}", nargs="?", const=True, type=parse_bool, metavar="BOOL",
                 **options,
             )  # fmt: skip
             group.add_argument(
@@ -188,7 +188,8 @@ def _base_type(field: dataclasses.Field) -> type:
     return _TYPES[str(field.type).split(" | ")[0]]
 
 
-def _parse_bool(text: str) -> bool:
+def parse_bool(text: str) -> bool:
+    """A flag's true or false, for argparse."""
     if text.lower() in ("true", "1", "yes", "on"):
         return True
     if text.lower() in ("false", "0", "no", "off"):

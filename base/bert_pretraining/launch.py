@@ -173,8 +173,8 @@ def run(plan: Plan) -> int:
         try:
             elastic_launch(launch_config, plan.command[0])(*entry)
         except ChildFailedError as error:
-            rank, first = error.get_first_failure()
-            return explain(Path(folder), rank, first.exitcode)
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return explain(Path(folder), codes)
         except SignalException as error:
             print(f"Ended by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval.value
@@ -235,24 +235,33 @@ def _master_port(plan: Plan) -> int:
 
 def _quieten_torchrun() -> None:
     """Its own account of a failure would bury the rank's."""
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def explain(folder: Path, first_rank: int, exit_code: int) -> int:
-    """Say which rank failed first and why; return the exit code that fits."""
+def explain(folder: Path, exit_codes: dict[int, int]) -> int:
+    """Say which rank failed first and why; return the exit code that fits.
+
+    exit_codes: of the ranks that failed; negative for those that a signal ended. A rank
+    that died without a word explains the others' lost connections; else the earliest
+    record does.
+    """
     failures = outcome.read_failures(folder)
-    killed = exit_code < 0 and exit_code != -signal.SIGTERM
-    if killed or not failures:
-        cause = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else (
-            f"ended with exit code {exit_code}"
-        )  # fmt: skip
-        print(f"Error: rank {first_rank} {cause}; all ranks were ended", file=sys.stderr)
+    spoke = {failure.rank for failure in failures}
+    silent = [(rank, code) for rank, code in sorted(exit_codes.items()) if rank not in spoke]
+    # SIGTERM is what torchrun ends the others with.
+    silent.sort(key=lambda item: item[1] == -signal.SIGTERM)
+    if silent and (not failures or silent[0][1] != -signal.SIGTERM):
+        rank, code = silent[0]
+        cause = f"ended with exit code {code}"
+        if code < 0:
+            cause = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            cause += " (by hand, or for want of memory)"
+        print(f"Error: rank {rank} {cause}; all ranks were ended", file=sys.stderr)
         return EXIT_CRASH
     first = failures[0]
-    if first.detail:
-        print(first.detail, file=sys.stderr, end="")
-        print(f"Error: rank {first.rank}: {first.message}", file=sys.stderr)
-    else:
-        print(f"Error: {first.message}", file=sys.stderr)
+    where = f"rank {first.rank}: " if first.detail else ""
+    print(f"{first.detail}Error: {where}{first.message}", file=sys.stderr)
     return first.exit_code

@@ -243,7 +243,7 @@ def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManage
 
 
 def _check_lengths(shard: ShardInfo, bert_config: BertConfig, paths: DataPaths) -> None:
-    if shard.max_seq_length > bert_config.max_position_embeddings:
+    if shard.max_seq_length and shard.max_seq_length > bert_config.max_position_embeddings:
         raise UserError(
             f"{shard.path}: sequences of {shard.max_seq_length} tokens, but {paths.bert_config} "
             f"has max_position_embeddings {bert_config.max_position_embeddings}; "

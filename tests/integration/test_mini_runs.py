@@ -121,7 +121,7 @@ def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "Error: rank 1 was killed by SIGKILL; all ranks were ended"
+        "Error: rank 1 was killed by SIGKILL (by hand, or for want of memory); all ranks were ended"
     )
 
 
@@ -133,6 +133,7 @@ def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
         ("--confg CPUx1x2", "unknown flag --confg; did you mean --config?"),
         ("--name mini --config CPUx1x3", "no such configuration of mini"),
         ("--init_checkpoint absent.pt", "no checkpoint at absent.pt"),
+        ("--init_checkpoint data/datasets/bert_mini/vocab.txt", "not a checkpoint of PyTorch"),
         ("--bert_config_path absent.json", "cannot read absent.json"),
         ("--device cuda", "PyTorch sees no CUDA device"),
         ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),

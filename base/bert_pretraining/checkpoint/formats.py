@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,12 +27,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "or --init_checkpoint random to start from random weights"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
+        in_place = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: not a checkpoint that can be read safely ({reason}); copy or export it again"
+            f"{path}: not a checkpoint of PyTorch, or one with more than tensors in it, which is "
+            "not safe to read; copy it again, or export its tensors alone"
         ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path}: damaged or no checkpoint of PyTorch; copy it again") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(value, Tensor) for value in weights.values()

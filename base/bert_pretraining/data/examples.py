@@ -76,7 +76,11 @@ class Vocabulary:
 
     def documents(self, text: str) -> list[Document]:
         """Text of one sentence a line, a blank line between documents -> documents."""
-        lines = [line.strip() for line in text.split("\n")]
+        return self.documents_of_lines(text.split("\n"))
+
+    def documents_of_lines(self, lines: list[str]) -> list[Document]:
+        """The same, of lines."""
+        lines = [line.strip() for line in lines]
         documents: list[Document] = [[]]
         for line, ids in zip(lines, self.encode(lines), strict=True):
             if not line:

@@ -4,6 +4,9 @@ A fixed-length shard of N sequences of S tokens and P predictions holds `input_i
 (N, S) i2, `input_mask` (N, S) i1, `segment_ids` (N, S) i1, `masked_lm_positions`
 (N, P) i2, `masked_lm_ids` (N, P) i2 and `next_sentence_labels` (N,) i1. A prediction
 whose label id is 0 is padding.
+
+A variable-length shard (NVIDIA's, from MLPerf 2.0 on) holds the same but `input_mask`,
+with one array a row, and no padding.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 
 from bert_pretraining.errors import UserError
 
+# dataset -> dtype in a fixed-length shard
 SCHEMA = {
     "input_ids": "i2",
     "input_mask": "i1",
@@ -29,14 +33,19 @@ SCHEMA = {
 }
 
 
+VARLENGTH_DATASETS = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
+
+
 @dataclass(frozen=True)
 class ShardInfo:
-    """What is known of a shard without reading its rows."""
+    """What is known of a shard without reading its rows.
+
+    max_seq_length is None for a variable-length shard.
+    """
 
     path: Path
     num_sequences: int
-    max_seq_length: int
-    max_predictions_per_seq: int
+    max_seq_length: int | None
 
 
 @dataclass(frozen=True)
@@ -103,33 +112,85 @@ def _open(path: Path) -> Iterator[h5py.File]:
 
 def _inspect(path: Path) -> ShardInfo:
     with _open(path) as file:
-        missing = [key for key in SCHEMA if key not in file]
+        varlength = "input_ids" in file and h5py.check_vlen_dtype(file["input_ids"].dtype)
+        needed = [key for key in SCHEMA if key != "input_mask" or not varlength]
+        missing = [key for key in needed if key not in file]
         if missing:
             raise UserError(
                 f"{path}: no dataset '{missing[0]}' (has: {', '.join(sorted(file)) or 'nothing'}); "
                 "make the shard again"
             )
-        shapes = {key: file[key].shape for key in SCHEMA}
+        shapes = {key: file[key].shape for key in needed}
     num_sequences = shapes["next_sentence_labels"][0]
     for key, shape in shapes.items():
-        if len(shape) != (1 if key == "next_sentence_labels" else 2) or shape[0] != num_sequences:
+        dimensions = 1 if key == "next_sentence_labels" or varlength else 2
+        if len(shape) != dimensions or shape[0] != num_sequences:
             raise UserError(
                 f"{path}: dataset '{key}' has shape {shape}, expected {num_sequences} rows; "
                 "make the shard again"
             )
-    return ShardInfo(path, num_sequences, shapes["input_ids"][1], shapes["masked_lm_ids"][1])
+    return ShardInfo(path, num_sequences, None if varlength else shapes["input_ids"][1])
+
+
+def shard_rows(path: Path) -> int:
+    """The number of sequences in a shard."""
+    return _inspect(path).num_sequences
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """A fixed-length shard's arrays, as they are in the file."""
+    if _inspect(path).max_seq_length is None:
+        raise UserError(f"{path}: a variable-length shard; a fixed-length one is needed here")
+    with _open(path) as file:
+        return {key: file[key][()] for key in SCHEMA}
+
+
+def read_token_rows(path: Path) -> list[np.ndarray]:
+    """Each sequence's real token ids, from a shard of either form."""
+    if _inspect(path).max_seq_length is None:
+        with _open(path) as file:
+            return list(file["input_ids"][()])
+    with _open(path) as file:
+        ids, lengths = file["input_ids"][()], file["input_mask"][()].sum(axis=1, dtype=np.int64)
+    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
 def read_shard(path: Path, vocab_size: int) -> FlatShard:
-    """Read one shard whole and strip its padding.
+    """Read one shard of either form whole, without padding.
 
     Raises UserError naming the file and the fault: missing datasets, ids outside
     [0, vocab_size), a mask that is not a prefix, predictions outside the sequence.
     """
-    _inspect(path)
+    if _inspect(path).max_seq_length is not None:
+        return flatten(read_arrays(path), vocab_size, str(path))
     with _open(path) as file:
-        arrays = {key: file[key][()] for key in SCHEMA}
-    return flatten(arrays, vocab_size, str(path))
+        rows = {key: file[key][()] for key in VARLENGTH_DATASETS}
+        next_sentence_labels = file["next_sentence_labels"][()]
+    lengths, counts = (
+        np.fromiter((len(row) for row in rows[key]), np.int64, len(rows[key]))
+        for key in ("input_ids", "masked_lm_ids")
+    )
+    flat = {key: np.concatenate([*value, np.empty(0, np.int16)]) for key, value in rows.items()}
+    if (
+        len(flat["segment_ids"]) != lengths.sum()
+        or len(flat["masked_lm_positions"]) != counts.sum()
+    ):
+        raise UserError(f"{path}: rows of different datasets differ in length; make it again")
+    return _checked(
+        FlatShard(
+            input_ids=_compact(flat["input_ids"]),
+            segment_ids=flat["segment_ids"].astype(np.uint8),
+            offsets=np.cumsum(lengths) - lengths,
+            lengths=lengths,
+            masked_positions=flat["masked_lm_positions"],
+            masked_labels=_compact(flat["masked_lm_ids"]),
+            masked_offsets=np.cumsum(counts) - counts,
+            masked_counts=counts,
+            next_sentence_labels=next_sentence_labels,
+        ),
+        vocab_size,
+        str(path),
+    )
 
 
 def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatShard:
@@ -139,39 +200,92 @@ def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatS
     max_seq_length = mask.shape[1]
     if not np.array_equal(mask, np.arange(max_seq_length) < lengths[:, None]):
         raise UserError(f"{where}: input_mask is not ones followed by zeros; make the shard again")
-    if lengths.size and lengths.min() < 1:
-        raise UserError(f"{where}: a sequence without tokens; make the shard again")
-    input_ids = arrays["input_ids"][mask].astype(np.int32)
     labelled = arrays["masked_lm_ids"] != 0
-    labels = arrays["masked_lm_ids"][labelled].astype(np.int32)
-    positions = arrays["masked_lm_positions"][labelled].astype(np.int32)
     counts = labelled.sum(axis=1, dtype=np.int64)
-    for name, ids in (("input_ids", input_ids), ("masked_lm_ids", labels)):
+    return _checked(
+        FlatShard(
+            input_ids=_compact(arrays["input_ids"][mask]),
+            segment_ids=arrays["segment_ids"][mask].astype(np.uint8),
+            offsets=np.cumsum(lengths) - lengths,
+            lengths=lengths,
+            masked_positions=arrays["masked_lm_positions"][labelled],
+            masked_labels=_compact(arrays["masked_lm_ids"][labelled]),
+            masked_offsets=np.cumsum(counts) - counts,
+            masked_counts=counts,
+            next_sentence_labels=arrays["next_sentence_labels"],
+        ),
+        vocab_size,
+        where,
+    )
+
+
+def _compact(ids: np.ndarray) -> np.ndarray:
+    """Half the memory where ids fit; negative ones stay visible to the check."""
+    fits = ids.size == 0 or (ids.min() >= 0 and ids.max() < 2**16)
+    return ids.astype(np.uint16) if fits else ids
+
+
+def _checked(shard: FlatShard, vocab_size: int, where: str) -> FlatShard:
+    """The shard itself, if it can be trained on."""
+    if shard.lengths.size and shard.lengths.min() < 1:
+        raise UserError(f"{where}: a sequence without tokens; make the shard again")
+    for name, ids in (("input_ids", shard.input_ids), ("masked_lm_ids", shard.masked_labels)):
         if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
             wrong = ids.max() if ids.max() >= vocab_size else ids.min()
             raise UserError(
                 f"{where}: {name} has token {wrong}, but the model's vocabulary has {vocab_size} "
                 "entries; data and bert_config.json must be of one vocabulary"
             )
-    if positions.size and (positions.min() < 0 or (positions >= np.repeat(lengths, counts)).any()):
+    positions = shard.masked_positions
+    ends = np.repeat(shard.lengths, shard.masked_counts)
+    if positions.size and (positions.min() < 0 or (positions >= ends).any()):
         raise UserError(f"{where}: a masked position outside its sequence; make the shard again")
-    return FlatShard(
-        input_ids=input_ids,
-        segment_ids=arrays["segment_ids"][mask],
-        offsets=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        masked_positions=positions,
-        masked_labels=labels,
-        masked_offsets=np.cumsum(counts) - counts,
-        masked_counts=counts,
-        next_sentence_labels=arrays["next_sentence_labels"],
-    )
+    return shard
 
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a fixed-length shard; a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".partial")
-    with h5py.File(temporary, "w") as file:
+    with _writing(path) as file:
         for key, dtype in SCHEMA.items():
             file.create_dataset(key, data=arrays[key], dtype=dtype)
+
+
+def write_varlength_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the variable-length form of a fixed-length shard's arrays.
+
+    As in the reference, a prediction is real where its position is not 0.
+    """
+    lengths = arrays["input_mask"].sum(axis=1, dtype=np.int64)
+    counts = (arrays["masked_lm_positions"] != 0).sum(axis=1)
+    with _writing(path) as file:
+        for key in VARLENGTH_DATASETS:
+            dtype = h5py.vlen_dtype(np.dtype(SCHEMA[key]))
+            kept = counts if key.startswith("masked") else lengths
+            rows = file.create_dataset(key, (len(lengths),), dtype=dtype)
+            for row, (values, count) in enumerate(zip(arrays[key], kept, strict=True)):
+                rows[row] = values[:count]
+        labels = arrays["next_sentence_labels"]
+        file.create_dataset("next_sentence_labels", data=labels, dtype="i1")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[h5py.File]:
+    """A new file that takes `path`'s place once it is whole."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(temporary, "w") as file:
+            yield file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path} ({reason}); free disk space, or choose another place"
+        ) from error
