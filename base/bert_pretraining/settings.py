@@ -74,6 +74,13 @@ class Config:
     init_checkpoint: str | None = setting(
         None, "data", "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none"
     )
+    batching: str = setting(
+        "random",
+        "data",
+        "'random' sequences a batch, or 'balanced' to level token counts between batches and "
+        "ranks (in place of upstream's exchange_padding)",
+        choices=("random", "balanced"),
+    )
     data_lanes: int = setting(
         0,
         "data",

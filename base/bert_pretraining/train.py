@@ -14,16 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bert_pretraining import distributed, seeds, state
 from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_checkpoint
 from bert_pretraining.config import Config, DataPaths, Resolved, data_paths
-from bert_pretraining.data.loader import TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import ShardInfo, list_shards
 from bert_pretraining.distributed import Ranks
-from bert_pretraining.errors import (
-    EXIT_CONVERGED,
-    EXIT_NOT_CONVERGED,
-    TrainingError,
-    UserError,
-)
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, TrainingError
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
@@ -73,7 +68,6 @@ def _train(
 
     bert_config = BertConfig.load(paths.bert_config)
     shards: list[ShardInfo] = distributed.from_main(lambda: list_shards(paths.train_dir))
-    _check_lengths(shards[0], bert_config, paths)
     lanes = config.data_lanes or ranks.world_size
     order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
 
@@ -109,6 +103,7 @@ def _train(
         config.num_eval_examples,
         config.eval_batch_size,
         bert_config.vocab_size,
+        bert_config.max_position_embeddings,
         ranks.rank,
         ranks.world_size,
     )
@@ -125,17 +120,16 @@ def _train(
 
     start = run_evaluation()
     log.start_evaluated(start.loss, start.mlm_accuracy, start.seconds)
-    batches = iter(
-        TrainingLoader(
-            shards,
-            order,
-            config.train_batch_size,
-            ranks.rank,
-            ranks.world_size,
-            vocab_size=bert_config.vocab_size,
-            pin_memory=ranks.device.type == "cuda",
-        )
+    feed = Feed(
+        config.train_batch_size,
+        ranks.rank,
+        ranks.world_size,
+        bert_config.vocab_size,
+        bert_config.max_position_embeddings,
+        config.batching,
+        pin_memory=ranks.device.type == "cuda",
     )
+    batches = iter(TrainingLoader(shards, order, feed))
     model.train()
     epoch = -1
     reason = None
@@ -240,15 +234,6 @@ def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManage
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
-
-
-def _check_lengths(shard: ShardInfo, bert_config: BertConfig, paths: DataPaths) -> None:
-    if shard.max_seq_length and shard.max_seq_length > bert_config.max_position_embeddings:
-        raise UserError(
-            f"{shard.path}: sequences of {shard.max_seq_length} tokens, but {paths.bert_config} "
-            f"has max_position_embeddings {bert_config.max_position_embeddings}; "
-            "data and model must fit together"
-        )
 
 
 def _check_overflow(loss_scale: LossScale, run: state.RunState) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_pretraining.data.loader import TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.balance import balance, window_of
+from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.data.shards import list_shards, write_shard
@@ -101,11 +102,13 @@ def shard_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def take(directory: Path, rank: int, world_size: int, count: int, seen: int = 0) -> list:
+def take(
+    directory: Path, rank: int, world_size: int, count: int, seen: int = 0, batching: str = "random"
+) -> list:
     shards = list_shards(directory)
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=world_size)
-    loader = TrainingLoader(shards, order, 3, rank, world_size, 2000, samples_seen=seen)
-    batches = iter(loader)
+    feed = Feed(3, rank, world_size, 2000, 16, batching, samples_seen=seen)
+    batches = iter(TrainingLoader(shards, order, feed))
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -119,21 +122,28 @@ def first_tokens(batches: list[PackedBatch]) -> list[int]:
     ]
 
 
+@pytest.mark.parametrize("batching", ["random", "balanced"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_loader_gives_each_sequence_once_an_epoch(shard_dir: Path, world_size: int) -> None:
+def test_loader_gives_each_sequence_once_an_epoch(
+    shard_dir: Path, world_size: int, batching: str
+) -> None:
     steps = 16  # 16 * 3 * world_size samples: whole epochs of 16 sequences
     tokens = [
         token
         for rank in range(world_size)
-        for token in first_tokens(take(shard_dir, rank, world_size, steps))
+        for token in first_tokens(take(shard_dir, rank, world_size, steps, batching=batching))
     ]
     counts = np.bincount(tokens, minlength=1016)[1000:]
     assert counts.tolist() == [3 * world_size] * 16
 
 
-def test_loader_seeks_to_where_it_would_have_been(shard_dir: Path) -> None:
-    all_batches = take(shard_dir, 1, 2, 12)
-    resumed = take(shard_dir, 1, 2, 5, seen=7 * 3 * 2)
+@pytest.mark.parametrize("batching", ["random", "balanced"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loader_seeks_to_where_it_would_have_been(
+    shard_dir: Path, world_size: int, batching: str
+) -> None:
+    all_batches = take(shard_dir, 0, world_size, 12, batching=batching)
+    resumed = take(shard_dir, 0, world_size, 5, 7 * 3 * world_size, batching)
     for batch, again in zip(all_batches[7:], resumed, strict=True):
         assert batch.input_ids.tolist() == again.input_ids.tolist()
         assert batch.masked_positions.tolist() == again.masked_positions.tolist()
@@ -145,7 +155,7 @@ def test_seeking_reads_nothing_before_it(shard_dir: Path) -> None:
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
     read = [order.locate(np.arange(5, 8))[0][0]]
     (shards[1 - read[0]].path).write_bytes(b"gone bad")
-    loader = TrainingLoader(shards, order, 1, 0, 1, 2000, samples_seen=7)
+    loader = TrainingLoader(shards, order, Feed(1, 0, 1, 2000, 16, samples_seen=7))
     assert order.locate(np.array([7]))[0][0] == read[0]
     assert next(iter(loader)).num_sequences == 1
 
@@ -161,21 +171,76 @@ def test_a_bad_shard_ends_the_loader_with_its_name(shard_dir: Path, fault: str) 
     else:
         write_shard(path, padded_arrays([9] * 8, 16, vocab_size=30000))
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
+    batches = iter(TrainingLoader(shards, order, Feed(3, 0, 1, 2000, 16)))
     with pytest.raises(UserError, match=path.name):
-        for _, _ in zip(range(20), TrainingLoader(shards, order, 3, 0, 1, 2000), strict=False):
-            pass
+        for _ in range(20):
+            next(batches)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_evaluation_batches_are_the_same_at_any_world_size(
     shard_dir: Path, world_size: int
 ) -> None:
-    count, everything = load_evaluation_batches(shard_dir, 14, 4, 2000)
+    count, everything = load_evaluation_batches(shard_dir, 14, 4, 2000, 16)
     dealt = {}
     for rank in range(world_size):
-        total, mine = load_evaluation_batches(shard_dir, 14, 4, 2000, rank, world_size)
+        total, mine = load_evaluation_batches(shard_dir, 14, 4, 2000, 16, rank, world_size)
         assert total == count
         dealt.update(mine)
     assert sum(batch.num_sequences for batch in dealt.values()) == 14
     for number, batch in everything:
         assert dealt[number].input_ids.tolist() == batch.input_ids.tolist()
+
+
+def test_a_sequence_longer_than_the_model_takes(shard_dir: Path) -> None:
+    shards = list_shards(shard_dir)
+    order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
+    batches = iter(TrainingLoader(shards, order, Feed(16, 0, 1, 2000, max_seq_length=10)))
+    with pytest.raises(UserError, match="a sequence of 11 tokens"):
+        next(batches)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (4, 4), (64, 8), (48 * 41, 48), (30, 1)])
+def test_balancing_uses_each_sequence_once(count: int, batch_size: int) -> None:
+    lengths = np.random.RandomState(1).randint(1, 513, count)
+    batches = balance(lengths, batch_size, np.random.RandomState(2))
+    assert batches.shape == (count // batch_size, batch_size)
+    assert sorted(batches.flatten().tolist()) == list(range(count))
+
+
+def test_balanced_batches_are_level_and_random() -> None:
+    lengths = np.random.RandomState(1).randint(20, 513, 48 * 256)
+    batches = balance(lengths, 48, np.random.RandomState(2))
+    totals = lengths[batches].sum(axis=1)
+    plain = lengths.reshape(-1, 48).sum(axis=1)
+    assert np.ptp(totals) <= 0.005 * totals.mean()
+    assert np.ptp(plain) > 0.2 * plain.mean()
+    again = balance(lengths, 48, np.random.RandomState(2))
+    assert np.array_equal(batches, again)
+    other = balance(lengths, 48, np.random.RandomState(3))
+    together = {frozenset(batch.tolist()) for batch in batches}
+    assert not together & {frozenset(batch.tolist()) for batch in other}
+
+
+def test_windows_tile_an_epoch_and_never_span_two() -> None:
+    # 10 samples an epoch, batches of 3: batch 3 holds samples 9, 10, 11 of two epochs
+    windows = [window_of(number, 3, 0, (0, 10), 2) for number in range(4)]
+    assert windows == [range(0, 2), range(0, 2), range(2, 3), range(3, 4)]
+    assert window_of(4, 3, 0, (10, 20), 2) == range(4, 6)
+    assert window_of(6, 3, 0, (10, 20), 2) == range(6, 7)
+
+
+def test_balanced_batches_of_a_rank_are_level(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    for index in range(3):
+        arrays = padded_arrays(random.randint(2, 65, 200).tolist(), 64, 900, seed=index)
+        write_shard(tmp_path / f"part_{index}.hdf5", arrays)
+    shards = list_shards(tmp_path)
+    order = SampleOrder([200, 200, 200], seed=1, lanes=2)
+    spreads = {}
+    for batching in ("random", "balanced"):
+        batches = iter(TrainingLoader(shards, order, Feed(10, 1, 2, 900, 64, batching)))
+        totals = [next(batches).num_tokens for _ in range(30)]
+        batches.close()
+        spreads[batching] = np.ptp(totals)
+    assert spreads["balanced"] < 0.1 * spreads["random"]

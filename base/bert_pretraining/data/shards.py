@@ -155,12 +155,24 @@ def read_token_rows(path: Path) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
-def read_shard(path: Path, vocab_size: int) -> FlatShard:
+def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
     """Read one shard of either form whole, without padding.
 
     Raises UserError naming the file and the fault: missing datasets, ids outside
-    [0, vocab_size), a mask that is not a prefix, predictions outside the sequence.
+    [0, vocab_size), sequences longer than max_seq_length, a mask that is not a prefix,
+    predictions outside the sequence.
     """
+    shard = _read_flat(path, vocab_size)
+    longest = shard.lengths.max(initial=0)
+    if max_seq_length is not None and longest > max_seq_length:
+        raise UserError(
+            f"{path}: a sequence of {longest} tokens, but bert_config.json has "
+            f"max_position_embeddings {max_seq_length}; data and model must fit together"
+        )
+    return shard
+
+
+def _read_flat(path: Path, vocab_size: int) -> FlatShard:
     if _inspect(path).max_seq_length is not None:
         return flatten(read_arrays(path), vocab_size, str(path))
     with _open(path) as file:
