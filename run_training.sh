@@ -5,6 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/environment.sh
 source "$root/scripts/environment.sh"
+case " $* " in *" --help "* | *" -h "* | *" --dry_run "* | *" --dry-run "*) needs_no_modules=1 ;; esac
 if [ $# -eq 0 ]; then
     prepare_python requirements.txt
 else

@@ -45,7 +45,7 @@ class SampleDataset(Dataset):
         row = {key: torch.from_numpy(np.asarray(array[index], dtype=np.int64))
                for key, array in self.arrays.items()}  # fmt: skip
         labels = torch.zeros(LENGTH, dtype=torch.long)
-        count = int((row["masked_lm_positions"] != 0).sum())
+        count = torch.count_nonzero(row["masked_lm_positions"])
         labels[row["masked_lm_positions"][:count]] = row["masked_lm_ids"][:count]
         return [
             row["input_ids"],
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sequences", type=int, default=32768)
     parser.add_argument("--num_shards", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--batch_size", type=int, default=27)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

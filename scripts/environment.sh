@@ -40,15 +40,20 @@ find_python() {
     fi
     local missing
     missing=$(missing_modules "$PYTHON" "${extra_modules:-}")
-    [ -z "$missing" ] || [ -n "${may_install:-}" ] || fail \
+    [ -z "$missing" ] || [ -n "${may_install:-}" ] || [ -n "${needs_no_modules:-}" ] || fail \
         "$PYTHON lacks $missing; run 'bash run_training.sh' once without flags, or: $PYTHON -m pip install -r requirements.txt"
 }
 
-# Like find_python; where modules are missing, installs the given requirement files into .venv.
+# Like find_python; where modules are missing, or .venv was made of other requirements,
+# installs the given requirement files into .venv.
 prepare_python() {
+    local venv="$root/.venv" file wanted
     may_install=1 find_python
-    [ -n "$(missing_modules "$PYTHON" "${extra_modules:-}")" ] || return 0
-    local venv="$root/.venv" file
+    wanted=$(cd "$root" && cat "$@" | cksum)
+    if [ -z "$(missing_modules "$PYTHON" "${extra_modules:-}")" ]; then
+        [ "$PYTHON" = "$venv/bin/python" ] || return 0
+        case "$(cat "$venv/installed-requirements" 2>/dev/null)" in *"$wanted"*) return 0 ;; esac
+    fi
     if [ ! -x "$venv/bin/python" ]; then
         echo "First use: creating $venv with $("$PYTHON" --version)" >&2
         "$PYTHON" -m venv "$venv" || {
@@ -58,8 +63,9 @@ prepare_python() {
     fi
     PYTHON=$venv/bin/python
     for file in "$@"; do
-        echo "First use: installing $file into $venv (some minutes)" >&2
+        echo "Installing $file into $venv (some minutes on first use)" >&2
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$root/$file" >&2 ||
             fail "cannot install $file; see pip's message above"
     done
+    echo "$wanted" >>"$venv/installed-requirements"
 }

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -136,14 +137,14 @@ def resolve(flags: dict[str, object]) -> Resolved:
     if flags.get("fp16") and "precision" not in flags:
         values["precision"], sources["precision"] = None, "flag"
     resolved = Config(**values)
-    _validate(resolved)
+    _validate(resolved, sources)
     return Resolved(resolved, _shown(file), sources)
 
 
 def data_paths(config: Config) -> DataPaths:
     """The directories and files that `data_dir` and its overrides stand for.
 
-    Raises UserError if data_dir is missing.
+    Raises UserError if data_dir or the checkpoint is missing.
     """
     root = Path(config.data_dir) if config.data_dir else None
     needed = (config.train_dir, config.eval_dir, config.bert_config_path, config.init_checkpoint)
@@ -161,6 +162,11 @@ def data_paths(config: Config) -> DataPaths:
     checkpoint: Path | None = choose(config.init_checkpoint, DEFAULT_CHECKPOINT)
     if config.init_checkpoint == "random":
         checkpoint = None
+    elif not checkpoint.is_file():
+        raise UserError(
+            f"no checkpoint at {checkpoint}; pass --init_checkpoint FILE, "
+            "or --init_checkpoint random to start from random weights"
+        )
     return DataPaths(
         train_dir=choose(config.train_dir, "2048_shards_uncompressed"),
         eval_dir=choose(config.eval_dir, "eval_set_uncompressed"),
@@ -177,8 +183,9 @@ def show(resolved: Resolved) -> str:
         for field in FIELDS.values():
             if field.metadata["group"] == key:
                 value = getattr(resolved.config, field.name)
-                text = "# not set" if value is None else json.dumps(value)
-                shown = f"{field.name} = {text}"
+                shown = f"{field.name} = {json.dumps(value)}"
+                if value is None:
+                    shown = f"# {field.name} is not set"
                 lines.append(f"{shown:<52} # {resolved.sources[field.name]}")
         lines.append("")
     return "\n".join(lines)
@@ -249,21 +256,26 @@ def _checked_key(key: str, value: object, path: Path) -> object:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(
-            f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {json.dumps(value)}"
-        )
+        raise UserError(f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}")
     return value
 
 
-def _validate(config: Config) -> None:
+def _validate(config: Config, sources: dict[str, str]) -> None:
     for field in FIELDS.values():
         value = getattr(config, field.name)
         if value is None:
             continue
+        where = f"--{field.name} {value}"
+        if sources[field.name] not in ("flag", "default"):
+            where = f"{sources[field.name]}: {field.name} = {value}"
         choices = field.metadata["choices"]
         if choices and value not in choices:
             close = nearest(str(value), list(choices))
-            raise UserError(f"--{field.name} {value}: one of {', '.join(choices)}{close}")
-        minimum = field.metadata["minimum"]
+            raise UserError(f"{where}: must be one of {', '.join(choices)}{close}")
+        minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
         if minimum is not None and not value >= minimum:
-            raise UserError(f"--{field.name} {value}: must be at least {minimum}")
+            raise UserError(f"{where}: must be at least {minimum:g}")
+        if maximum is not None and not value <= maximum:
+            raise UserError(f"{where}: must be at most {maximum:g}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: must be finite")

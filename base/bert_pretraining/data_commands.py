@@ -71,11 +71,15 @@ def make_mini(arguments: list[str]) -> None:
         values.source,
         [Path(name) for name in values.text],
     )
-    report = mini.make_mini(settings)
-    if not report.has_start_checkpoint:
-        start_checkpoint.write_random_start(
-            settings.output_dir, mini.CHECKPOINT_NAME, settings.seed
+    defaults = mini.MiniSettings(settings.output_dir, settings.num_shards)
+    if values.pretrain and settings != defaults:
+        raise UserError(
+            "--pretrain makes the checkpoint of the default data set: leave out "
+            "--max_seq_length, --seed, --source and --text"
         )
+    if values.text and values.source != "grammar":
+        raise UserError("--text takes the place of --source; leave one of them out")
+    report = mini.make_mini(settings, start_checkpoint.write_random_start)
     print(mini.describe(report))
     if values.pretrain:
         _pretrain_mini(settings.output_dir)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,13 +14,14 @@ from torch import Tensor
 
 from bert_pretraining.errors import UserError
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size`; `local_rank` counts inside the machine."""
+    """This process among `world_size`, and its device."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -60,8 +63,9 @@ def start(device: str, dist_backend: str) -> Ranks:
     chosen = choose_device(device, local_rank)
     if world_size > 1 and not dist.is_initialized():
         backend = "gloo" if chosen.type == "cpu" else dist_backend
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return Ranks(rank, local_rank, world_size, chosen)
+        device_id = chosen if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+    return Ranks(rank, world_size, chosen)
 
 
 def stop() -> None:
@@ -85,7 +89,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def from_main(make: object) -> object:
+def from_main(make: Callable[[], Made]) -> Made:
     """Rank 0's object on every rank; `make()` is called on rank 0 only.
 
     If it raises there, every rank raises: the same UserError, or a RuntimeError that
@@ -93,7 +97,7 @@ def from_main(make: object) -> object:
     """
     if not dist.is_initialized():
         return make()
-    box: list[object] = [None, None]
+    box: list = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = make()

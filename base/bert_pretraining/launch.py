@@ -45,7 +45,7 @@ class Plan:
     flags: LaunchFlags
     bindings: list[topology.Binding]
     binder: str  # numactl, affinity or none
-    command: list[str]
+    trainer_flags: list[str]
     environment: dict[str, str]
 
 
@@ -62,7 +62,9 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
         help="bind ranks to cores: where possible, never, or else fail",
     )  # fmt: skip
     group.add_argument("--max_restarts", type=int, default=0, help="restarts after a failure")
-    group.add_argument("--log_dir", help="keep each rank's output in a file here as well")
+    group.add_argument(
+        "--log_dir", help="keep each rank's output here too; lines on the terminal get a prefix"
+    )
     group.add_argument("--dry_run", action="store_true", help="print what would run, run nothing")
 
 
@@ -102,7 +104,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         flags=flags,
         bindings=bindings,
         binder=binder,
-        command=[sys.executable, "-u", "-m", "bert_pretraining", "train", *arguments],
+        trainer_flags=arguments,
         environment=_environment(settings.nnodes),
     )
 
@@ -128,7 +130,7 @@ def describe(plan: Plan) -> str:
         variables = f"RANK={rank} LOCAL_RANK={local_rank}"
         if threads := _threads(plan, local_rank):
             variables += f" OMP_NUM_THREADS={threads}"
-        lines.append(f"{variables} {shlex.join([*prefix, *plan.command])}")
+        lines.append(f"{variables} {shlex.join([*prefix, *_python('train', plan.trainer_flags)])}")
     return "\n".join([*lines, "", configuration.show(plan.resolved)])
 
 
@@ -142,7 +144,12 @@ def run(plan: Plan) -> int:
     settings, flags = plan.resolved.config, plan.flags
     port = _master_port(plan)
     if flags.log_dir:
-        Path(flags.log_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(flags.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to --log_dir {flags.log_dir} ({error.strerror})"
+            ) from error
     _quieten_torchrun()
     with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
         os.environ.update(plan.environment)
@@ -166,12 +173,12 @@ def run(plan: Plan) -> int:
             max_restarts=flags.max_restarts,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(
-                log_dir=flags.log_dir, tee=Std.ALL if flags.log_dir else Std.NONE
+                log_dir=flags.log_dir or folder, tee=Std.ALL if flags.log_dir else Std.NONE
             ),
         )
-        entry = [*plan.command[1:4], "rank", *plan.command[5:]]
+        interpreter, *entry = _python("rank", plan.trainer_flags)
         try:
-            elastic_launch(launch_config, plan.command[0])(*entry)
+            elastic_launch(launch_config, interpreter)(*entry)
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             return explain(Path(folder), codes)
@@ -194,9 +201,12 @@ def run_rank(arguments: list[str]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(place["threads"])
     if place["cpus"]:
         os.sched_setaffinity(0, place["cpus"])
-    trainer = [sys.executable, "-u", "-m", "bert_pretraining", "train", *arguments]
-    command = [*place["prefix"], *trainer]
+    command = [*place["prefix"], *_python("train", arguments)]
     os.execvp(command[0], command)
+
+
+def _python(command: str, flags: list[str]) -> list[str]:
+    return [sys.executable, "-u", "-m", "bert_pretraining", command, *flags]
 
 
 def _threads(plan: Plan, local_rank: int) -> int | None:
@@ -250,9 +260,13 @@ def explain(folder: Path, exit_codes: dict[int, int]) -> int:
     failures = outcome.read_failures(folder)
     spoke = {failure.rank for failure in failures}
     silent = [(rank, code) for rank, code in sorted(exit_codes.items()) if rank not in spoke]
-    # SIGTERM is what torchrun ends the others with.
+    if failures:
+        # torchrun ends the others with SIGTERM, and lost connections may abort them.
+        consequences = (-signal.SIGTERM, -signal.SIGABRT)
+        silent = [(rank, code) for rank, code in silent if code not in consequences]
+    # Without any record, a rank that torchrun did not end itself comes first.
     silent.sort(key=lambda item: item[1] == -signal.SIGTERM)
-    if silent and (not failures or silent[0][1] != -signal.SIGTERM):
+    if silent:
         rank, code = silent[0]
         cause = f"ended with exit code {code}"
         if code < 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER_VARIABLE = "BERT_PRETRAINING_OUTCOME"
@@ -21,6 +21,7 @@ class Failure:
     """One rank's end by an error. `detail` is a traceback, or empty for a UserError."""
 
     rank: int
+    attempt: int
     time: float
     exit_code: int
     message: str
@@ -34,8 +35,8 @@ def record_finish(rank: int, exit_code: int) -> bool:
 
 def record_failure(rank: int, exit_code: int, message: str, detail: str = "") -> bool:
     """Tell the launcher why this rank ends; False if nobody launched it."""
-    content = {"time": time.time(), "exit_code": exit_code, "message": message, "detail": detail}
-    return _write(f"failure-{rank}.json", {"rank": rank, **content})
+    failure = Failure(rank, _attempt(), time.time(), exit_code, message, detail)
+    return _write(f"failure-{rank}.json", asdict(failure))
 
 
 def read_finish(folder: Path) -> int | None:
@@ -45,9 +46,15 @@ def read_finish(folder: Path) -> int | None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """All recorded failures, the earliest first."""
+    """The failures of the last attempt (torchrun may restart the ranks), earliest first."""
     failures = [Failure(**json.loads(path.read_text())) for path in folder.glob("failure-*.json")]
+    last = max((failure.attempt for failure in failures), default=0)
+    failures = [failure for failure in failures if failure.attempt == last]
     return sorted(failures, key=lambda failure: failure.time)
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _write(name: str, content: dict) -> bool:

@@ -26,12 +26,17 @@ def setting(
     help_text: str,
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
 ) -> object:
-    """A dataclass field with its help text and bounds."""
-    return field(
-        default=default,
-        metadata={"group": group, "help": help_text, "choices": choices, "minimum": minimum},
-    )
+    """A dataclass field with its help text and bounds (both inclusive)."""
+    metadata = {
+        "group": group,
+        "help": help_text,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def ignored(default: object, why: str) -> object:
@@ -118,22 +123,33 @@ class Config:
     )
     learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
     weight_decay_rate: float = setting(0.01, "optimizer", "LAMB's weight decay", minimum=0.0)
-    opt_lamb_beta_1: float = setting(0.9, "optimizer", "LAMB's beta 1", minimum=0.0)
-    opt_lamb_beta_2: float = setting(0.999, "optimizer", "LAMB's beta 2", minimum=0.0)
+    opt_lamb_beta_1: float = setting(
+        0.9, "optimizer", "LAMB's beta 1", minimum=0.0, maximum=0.999999
+    )
+    opt_lamb_beta_2: float = setting(
+        0.999, "optimizer", "LAMB's beta 2", minimum=0.0, maximum=0.999999
+    )
     opt_lamb_epsilon: float = setting(1e-6, "optimizer", "LAMB's epsilon", minimum=0.0)
     max_gradient_norm: float = setting(
         1.0, "optimizer", "gradients of a greater norm are scaled down to it", minimum=1e-12
     )
     warmup_steps: int = setting(0, "optimizer", "updates of linear warm-up", minimum=0)
     warmup_proportion: float = setting(
-        0.0, "optimizer", "warm-up as a share of max_steps, where warmup_steps is 0", minimum=0.0
+        0.0,
+        "optimizer",
+        "warm-up as a share of max_steps, where warmup_steps is 0",
+        minimum=0.0,
+        maximum=1.0,
     )
     start_warmup_step: int = setting(
         0, "optimizer", "update at which the warm-up starts; may be negative"
     )
 
     target_mlm_accuracy: float = setting(
-        0.72, "evaluation", "masked-token accuracy on the evaluation set that ends the run"
+        0.72,
+        "evaluation",
+        "masked-token accuracy on the evaluation set that ends the run",
+        minimum=0.0,
     )
     eval_steps: int = setting(
         0, "evaluation", "updates between evaluations; 0 for the MLPerf schedule", minimum=0
@@ -144,7 +160,9 @@ class Config:
     eval_batch_size: int = setting(128, "evaluation", "sequences a batch", minimum=1)
     num_eval_examples: int = setting(10_000, "evaluation", "sequences to evaluate", minimum=1)
 
-    log_freq: int = setting(1, "logging", "updates between STEP_END lines; 0 for none", minimum=0)
+    log_freq: int = setting(
+        1, "logging", "updates between STEP_END lines; 0 for evaluated steps only", minimum=0
+    )
     save_checkpoint: bool = setting(False, "logging", "write model.ckpt-<step>.pt at the end")
 
     submission_org: str = setting("unknown", "submission", "organisation in the MLPerf log")

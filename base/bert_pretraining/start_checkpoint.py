@@ -23,7 +23,9 @@ def write_random_start(data_dir: Path, checkpoint_name: str, seed: int) -> None:
 
 def package_start(trained_dir: Path, destination: Path) -> None:
     """Take the newest `model.ckpt-<step>.pt` of a run as the packaged start checkpoint."""
-    trained = sorted(trained_dir.glob("model.ckpt-*.pt"), key=lambda path: path.stat().st_mtime)
+    trained = sorted(
+        trained_dir.glob("run-*/model.ckpt-*.pt"), key=lambda path: path.stat().st_mtime
+    )
     if not trained:
         raise UserError(f"no model.ckpt-<step>.pt in {trained_dir}; the training run wrote none")
     write_weights(destination, read_weights(trained[-1]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +16,7 @@ from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_b
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import ShardInfo, list_shards
 from bert_pretraining.distributed import Ranks
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, TrainingError
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
@@ -28,7 +26,6 @@ from bert_pretraining.model.loss_weights import loss_weights
 from bert_pretraining.optim import LambSettings, LossScale, Schedule, create_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INITIAL_LOSS_SCALE = 2.0**20
 
 
 def main(resolved: Resolved) -> int:
@@ -72,14 +69,17 @@ def _train(
     order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
 
     precision = _precision(config, ranks, log)
-    kernels = select(config.kernels, ranks.device, DTYPES[precision])
+    kernels = select(config.kernels, ranks.device, DTYPES[precision], bert_config.head_size)
     log.say(f"Kernels: {kernels.describe()}")
     module = BertForPreTraining(bert_config, kernels, seeds.model_seed(seed))
     log.built("CONVERT_MODEL", module)
     if paths.init_checkpoint is not None:
         load_weights(module, paths.init_checkpoint)
     log.say(f"Start weights: {paths.init_checkpoint or f'random (seed {seed})'}")
-    module.to(device=ranks.device, dtype=DTYPES[precision])
+    module.to(ranks.device)
+    # The optimizer works on the weights as they were loaded, not on their rounding.
+    masters = {name: value.detach().clone() for name, value in module.named_parameters()}
+    module.to(DTYPES[precision])
     settings = LambSettings(
         config.opt_lamb_beta_1,
         config.opt_lamb_beta_2,
@@ -87,9 +87,10 @@ def _train(
         config.weight_decay_rate,
         config.max_gradient_norm,
     )
-    optimizer = create_optimizer(config.optimizer, module.named_parameters(), settings)
+    optimizer = create_optimizer(config.optimizer, module.named_parameters(), settings, masters)
+    del masters
     log.built("CREATE_OPTIMIZER", optimizer)
-    loss_scale = _loss_scale(config, precision)
+    loss_scale = LossScale.for_precision(precision, config.loss_scale)
     log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
     model = _replicate(module, ranks)
     log.built("MODEL_TO_DDP", model)
@@ -109,7 +110,9 @@ def _train(
     )
 
     def run_evaluation() -> Evaluation:
+        log.mlperf.evaluation_start(run.num_trained_samples)
         result = evaluate(module, num_eval_batches, eval_batches, ranks)
+        log.mlperf.evaluation_stop(result.mlm_accuracy, run.num_trained_samples)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         return result
 
@@ -145,23 +148,20 @@ def _train(
         micro_batches = [next(batches).to(ranks.device) for _ in range(accumulation)]
         run.samples_seen += samples_per_step
         weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
-        sums = torch.zeros(5, device=ranks.device)
+        sums = torch.zeros(3, device=ranks.device)
         optimizer.zero_grad()
         for batch, (mlm_weight, next_sentence_weight) in zip(micro_batches, weights, strict=True):
             with _reduction(model, batch is micro_batches[-1]):
                 out = model(batch)
                 loss = out.mlm_loss * mlm_weight + out.next_sentence_loss * next_sentence_weight
                 (loss * loss_scale.scale).backward()
-            counts = (batch.num_masked, batch.num_sequences)
             parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
-            sums += torch.stack(
-                [part.detach().float() for part in parts] + [sums.new_tensor(n) for n in counts]
-            )
+            sums += torch.stack([part.detach().float() for part in parts])
         finite = optimizer.step(schedule(optimizer.updates), 1.0 / loss_scale.scale)
         loss_scale.update(finite)
         if not finite:
             run.skipped_steps += 1
-            _check_overflow(loss_scale, run)
+            loss_scale.check(run.global_steps)
             log.say(f"Skipped an update: overflow in fp16; loss scale now {loss_scale.scale:g}")
             continue
         run.global_steps += 1
@@ -181,12 +181,13 @@ def _train(
 
         figures = None
         if state.logging_due(run.global_steps, config.log_freq) or due:
-            mlm_loss, correct, next_sentence_loss, masked, sequences = distributed.sum_over_ranks(
-                sums
-            ).tolist()
+            masked = sum(batch.num_masked for batch in micro_batches)
+            totals = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([masked])]))
+            mlm_loss, correct, next_sentence_loss, masked = totals.tolist()
             figures = {
-                "loss": mlm_loss / max(masked, 1) + next_sentence_loss / sequences,
+                "loss": mlm_loss / max(masked, 1) + next_sentence_loss / samples_per_step,
                 "mlm_acc": correct / max(masked, 1),
+                "grad_norm": optimizer.gradient_norm.item(),
                 "epoch": epoch,
                 "end_training": reason is not None,
                 "iter_dataloader_idx": order.shard_ordinal(first_sample),
@@ -199,10 +200,14 @@ def _train(
     distributed.barrier(ranks.device)
     log.trained(run, start.num_sequences)
     if config.save_checkpoint and ranks.is_main:
-        path = checkpoint_path(Path(config.resolved_output_dir), run.global_steps)
-        content = dataclasses.asdict(run)
-        save_checkpoint(path, module.state_dict(), optimizer.state_dict(), content)
-        log.say(f"Checkpoint: {path}")
+        path = checkpoint_path(log.folder, run.global_steps)
+        try:
+            content = dataclasses.asdict(run)
+            save_checkpoint(path, module.state_dict(), optimizer.state_dict(), content)
+            log.say(f"Checkpoint: {path}")
+        except OSError as error:
+            # What was trained is still worth its figures.
+            log.say(f"Warning: no checkpoint was written: {path}: {error.strerror}")
     log.finished(run, reason)
 
 
@@ -212,14 +217,6 @@ def _precision(config: Config, ranks: Ranks, log: RunLog) -> str:
         log.say("Notice: fp16 needs a GPU; training in fp32 on this CPU")
         return "fp32"
     return precision
-
-
-def _loss_scale(config: Config, precision: str) -> LossScale:
-    if precision != "fp16":
-        return LossScale(1.0, dynamic=False)
-    if config.loss_scale > 0:
-        return LossScale(config.loss_scale, dynamic=False)
-    return LossScale(float(os.environ.get("INIT_LOSS_SCALE", INITIAL_LOSS_SCALE)), dynamic=True)
 
 
 def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
@@ -234,16 +231,3 @@ def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManage
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
-
-
-def _check_overflow(loss_scale: LossScale, run: state.RunState) -> None:
-    if not loss_scale.dynamic:
-        raise TrainingError(
-            f"a gradient is not finite after {run.global_steps} updates; "
-            "try a lower --learning_rate or --precision fp32"
-        )
-    if loss_scale.scale < 1.0:
-        raise TrainingError(
-            f"fp16 overflows at every loss scale after {run.global_steps} updates; "
-            "the weights or the data are broken, or try --precision bf16"
-        )

@@ -102,6 +102,7 @@ def test_mini_run_reaches_the_target_and_its_log_passes_the_checker(workplace: P
             capture_output=True,
             text=True,
             check=False,
+            cwd=workplace,
         )
         assert checked.returncode == 0, checked.stdout + checked.stderr
 

@@ -134,6 +134,17 @@ def test_16_bit_weights_round_a_float32_master(name: str, dtype: torch.dtype) ->
     assert not np.array_equal(moved.double().numpy(), before)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masters_are_the_weights_before_rounding(name: str) -> None:
+    exact = torch.randn(5, 3)
+    parameter = nn.Parameter(exact.bfloat16())
+    optimizer = OPTIMIZERS[name]([("a.weight", parameter)], SETTINGS, {"a.weight": exact.clone()})
+    assert torch.equal(optimizer.masters[0], exact)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.0)
+    assert torch.equal(parameter, exact.bfloat16())
+
+
 def test_inverse_scale_undoes_the_loss_scale() -> None:
     weights, gradients, rates = case(seed=3, scale=0.1)
     plain = run("foreach", weights, gradients, rates, torch.float64)

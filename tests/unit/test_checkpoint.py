@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def test_damaged_files_are_one_line(tmp_path: Path, weights: dict, content: byte
 
 
 def test_other_contents(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(UserError, match="holds no named tensors"):
+        read_weights(tmp_path / "numbers.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no named tensors"):
         read_weights(tmp_path / "list.pt")
@@ -126,12 +130,29 @@ def test_the_reference_checkpoint_fits_its_config() -> None:
     [
         ("{", "not valid JSON"),
         ("{}", "no key 'vocab_size'"),
-        ('{"hidden_size": "64"}', "no key|must be int"),
+        ("[1]", "must hold a JSON object, not list"),
+        ('{"vocab_size": "64"}', "'vocab_size' must be a positive integer, not '64'"),
+        ('{"vocab_size": Infinity}', "'vocab_size' must be a positive integer"),
+        ('{"vocab_size": 0}', "'vocab_size' must be a positive integer"),
+        ('{"vocab_size": 8.5}', "'vocab_size' must be a positive integer"),
+        ('{"hidden_dropout_prob": 3}', "'hidden_dropout_prob' must be from 0 to below 1"),
+        ('{"hidden_size": 7}', "hidden_size 7 does not divide by num_attention_heads 2"),
+        ('{"hidden_act": "relu"}', "hidden_act 'relu' is not supported"),
     ],
 )
 def test_bad_bert_config(tmp_path: Path, text: str, words: str) -> None:
     from bert_pretraining.model.bert_config import BertConfig
 
+    if text.startswith('{"'):
+        good = {
+            "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 8, "max_position_embeddings": 8.0,
+        }  # fmt: skip
+        (tmp_path / "bert_config.json").write_text(json.dumps(good))
+        assert isinstance(
+            BertConfig.load(tmp_path / "bert_config.json").max_position_embeddings, int
+        )
+        text = json.dumps({**good, **json.loads(text)})
     (tmp_path / "bert_config.json").write_text(text)
     with pytest.raises(UserError, match=words):
         BertConfig.load(tmp_path / "bert_config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +83,10 @@ UPSTREAM = {
 }
 
 
+SAVING = {"iluvatar/V100x1x8", "iluvatar/V100x2x8", "iluvatar/V100x4x8"}
+PLAIN_LAMB = {"iluvatar/V100x1x1", "iluvatar/V100x2x8", "iluvatar/V100x4x8"}
+
+
 @pytest.mark.parametrize("which", UPSTREAM)
 def test_upstream_values(which: str) -> None:
     name, stem = which.split("/")
@@ -100,6 +103,19 @@ def test_upstream_values(which: str) -> None:
     assert values.fp16
     assert values.eval_batch_size == values.train_batch_size
     assert (values.opt_lamb_beta_1, values.opt_lamb_beta_2) == (0.9, 0.999)
+    assert values.weight_decay_rate == 0.01
+    assert (values.warmup_steps, values.warmup_proportion, values.start_warmup_step) == (0, 0, 0)
+    assert values.gradient_accumulation_steps == 1
+    assert values.cache_eval_data
+    assert values.log_freq == (1 if name == "default" else 200)
+    assert values.save_checkpoint == (which in SAVING)
+    assert values.distributed_lamb == (name == "iluvatar" and which not in PLAIN_LAMB)
+    assert values.dist_backend == ("gloo" if which == "iluvatar/V100x2x8" else "nccl")
+    assert values.exchange_padding == (which != "iluvatar/V100x1x1")
+    assert values.fused_mha == values.dense_seq_output == (name == "iluvatar")
+    groups = {"iluvatar/03V100x1x16": 16, "iluvatar/03V100x1x8": 8, "iluvatar/V100x1x8": 8,
+              "iluvatar/V100x4x8": 8}  # fmt: skip
+    assert values.dwu_group_size == groups.get(which, 0)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +141,11 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"name": "default", "config": "_base"}, "no such configuration"),
         ({"train_batch_size": 0}, "--train_batch_size 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "must be at least 0"),
-        ({"device": "gpu"}, "one of auto, cpu, cuda"),
-        ({"precision": "fp8"}, "--precision fp8: one of fp32, bf16, fp16"),
+        ({"learning_rate": float("inf")}, "must be finite"),
+        ({"opt_lamb_beta_1": 1.0}, "must be at most"),
+        ({"target_mlm_accuracy": float("nan")}, "must be at least 0"),
+        ({"device": "gpu"}, "must be one of auto, cpu, cuda"),
+        ({"precision": "fp8"}, "--precision fp8: must be one of fp32, bf16, fp16"),
     ],
 )
 def test_bad_values(flags: dict[str, object], words: str) -> None:
@@ -145,6 +164,8 @@ def test_bad_values(flags: dict[str, object], words: str) -> None:
         ('extends = "mine"', "extends itself"),
         ('extends = "nobody"', "cannot read configuration"),
         ('name = "me"', "unknown key 'name'"),
+        ("seed = 2020-01-01", "key 'seed' must be int"),
+        ("max_steps = 0", "mine.toml: max_steps = 0: must be at least 1"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
@@ -168,6 +189,9 @@ def test_data_paths(tmp_path: Path) -> None:
         data_paths(resolve({"data_dir": str(tmp_path / "absent")}).config)
     with pytest.raises(UserError, match="pass --data_dir"):
         data_paths(resolve({"name": "default", "config": "V100x1x1"}).config)
+    with pytest.raises(UserError, match=r"no checkpoint at .*--init_checkpoint random"):
+        data_paths(resolve({"data_dir": str(tmp_path)}).config)
+    (tmp_path / "model.ckpt-28252.apex.pt").touch()
     paths = data_paths(resolve({"data_dir": str(tmp_path), "eval_dir": "elsewhere"}).config)
     assert paths.train_dir == tmp_path / "2048_shards_uncompressed"
     assert paths.eval_dir == Path("elsewhere")
@@ -179,6 +203,6 @@ def test_data_paths(tmp_path: Path) -> None:
 def test_every_field_has_help_and_shows_as_toml() -> None:
     for field in config.FIELDS.values():
         assert field.metadata["help"]
-    lines = [line.split("#")[0].strip() for line in show(resolve({})).splitlines()]
-    values = dict(line.split(" = ", 1) for line in lines if " = " in line and line[-1] != "=")
-    assert json.loads(values["learning_rate"]) == 1.4e-2
+    shown = config.tomllib.loads(show(resolve({})))
+    expected = {name: getattr(resolve({}).config, name) for name in config.FIELDS}
+    assert shown == {name: value for name, value in expected.items() if value is not None}

@@ -135,7 +135,16 @@ def test_explaining_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
     assert launch.explain(tmp_path, {1: 7}) == 1
     assert "rank 1 ended with exit code 7" in capsys.readouterr().err
-    failure = {"rank": 1, "time": 1.0, "exit_code": 2, "message": "no data", "detail": ""}
+    failure = {
+        "rank": 1,
+        "attempt": 0,
+        "time": 1.0,
+        "exit_code": 2,
+        "message": "no data",
+        "detail": "",
+    }
     (tmp_path / "failure-1.json").write_text(json.dumps(failure))
     assert launch.explain(tmp_path, {1: 2, 0: -15}) == 2
     assert capsys.readouterr().err == "Error: no data\n"
+    assert launch.explain(tmp_path, {0: -6, 1: 2}) == 2, "an abort on the way out is no cause"
+    assert launch.explain(tmp_path, {0: -9, 1: 2}) == 1

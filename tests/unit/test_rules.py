@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bert_pretraining import seeds
+from bert_pretraining.errors import TrainingError, UserError
 from bert_pretraining.logs.mlperf import run_status
 from bert_pretraining.optim import LossScale, Schedule
 from bert_pretraining.state import (
@@ -31,6 +32,12 @@ def test_schedule_warms_up_from_zero_and_decays_from_the_start_of_training() -> 
     schedule = Schedule(1.0, max_steps=1000, warmup_steps=100)
     assert [schedule(step) for step in (0, 50, 99)] == [0.0, 0.5, 0.99]
     assert schedule(100) == 0.9
+
+
+def test_schedule_before_the_start_of_warmup_is_zero() -> None:
+    schedule = Schedule(1e-3, max_steps=100, warmup_steps=10, start_warmup_step=5)
+    assert [schedule(step) for step in (0, 5, 6)] == [0.0, 0.0, 1e-4]
+    assert Schedule(1.0, max_steps=100, start_warmup_step=5)(0) == 1.0
 
 
 def test_schedule_with_a_negative_start_of_warmup() -> None:
@@ -99,6 +106,29 @@ def test_loss_scale_halves_and_doubles() -> None:
     fixed = LossScale(8.0, dynamic=False)
     fixed.update(False)
     assert fixed.scale == 8.0
+
+
+def test_initial_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INIT_LOSS_SCALE", raising=False)
+    assert LossScale.for_precision("fp16", 0.0).scale == 2.0**20
+    assert LossScale.for_precision("fp16", 64.0).scale == 64.0
+    assert LossScale.for_precision("bf16", 64.0).scale == 1.0
+    monkeypatch.setenv("INIT_LOSS_SCALE", "1024")
+    assert LossScale.for_precision("fp16", 0.0).scale == 1024.0
+    for wrong in ("x", "0", "inf"):
+        monkeypatch.setenv("INIT_LOSS_SCALE", wrong)
+        with pytest.raises(UserError, match=f"INIT_LOSS_SCALE={wrong}"):
+            LossScale.for_precision("fp16", 0.0)
+
+
+def test_endless_overflow_ends_the_run() -> None:
+    with pytest.raises(TrainingError, match="not finite after 7 updates"):
+        LossScale(1.0, dynamic=False).check(7)
+    scale = LossScale(1.0, dynamic=True)
+    scale.check(7)
+    scale.update(False)
+    with pytest.raises(TrainingError, match="at every loss scale"):
+        scale.check(7)
 
 
 def test_seeds_differ_by_purpose_and_never_change() -> None:

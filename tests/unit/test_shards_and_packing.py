@@ -67,6 +67,10 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
         arrays["input_mask"][1, 2] = 0
     elif fault == "empty":
         arrays["input_mask"][1] = 0
+    elif fault == "segment":
+        arrays["segment_ids"][1, 2] = 7
+    elif fault == "next sentence":
+        arrays["next_sentence_labels"][0] = -100
     elif fault == "position":
         arrays["masked_lm_positions"][0, 0] = 15
 
@@ -80,6 +84,8 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
         ("hole", "not ones followed by zeros"),
         ("empty", "a sequence without tokens"),
         ("position", "masked position outside its sequence"),
+        ("segment", "segment_ids has values other than 0 and 1"),
+        ("next sentence", "next_sentence_labels has values other than 0 and 1"),
     ],
 )
 def test_spoiled_content_is_named(tmp_path: Path, fault: str, words: str) -> None:
@@ -91,6 +97,18 @@ def test_spoiled_content_is_named(tmp_path: Path, fault: str, words: str) -> Non
         read_shard(path, vocab_size=90)
     assert "part_7.hdf5" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_being_written_are_no_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path / "part_0.hdf5", padded_arrays([4], 16, 90))
+    (tmp_path / "part_1.hdf5.partial").write_bytes(b"half a file")
+    assert [info.path.name for info in list_shards(tmp_path)] == ["part_0.hdf5"]
+
+
+def test_shards_without_sequences(tmp_path: Path) -> None:
+    write_shard(tmp_path / "part_0.hdf5", padded_arrays([], 16, 90))
+    with pytest.raises(UserError, match="hold no sequences"):
+        list_shards(tmp_path)
 
 
 def test_spoiled_files_are_named(tmp_path: Path) -> None:

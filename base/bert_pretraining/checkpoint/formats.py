@@ -39,7 +39,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or no checkpoint of PyTorch; copy it again") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(
-        isinstance(value, Tensor) for value in weights.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise UserError(f"{path}: holds no named tensors, bare or under a 'model' key")
     return {name.removeprefix("module."): value for name, value in weights.items()}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def checkpoint_path(output_dir: Path, global_steps: int) -> Path:
+def checkpoint_path(folder: Path, global_steps: int) -> Path:
     """`model.ckpt-<step>.pt`, as upstream names it."""
-    return output_dir / f"model.ckpt-{global_steps}.pt"
+    return folder / f"model.ckpt-{global_steps}.pt"
 
 
 def save_checkpoint(path: Path, model: dict, optimizer: dict, state: dict) -> None:
@@ -27,8 +27,12 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 def _write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,12 +60,17 @@ class MiniReport:
     has_start_checkpoint: bool
 
 
-def make_mini(settings: MiniSettings) -> MiniReport:
+def make_mini(
+    settings: MiniSettings, write_random_start: Callable[[Path, str, int], None] | None = None
+) -> MiniReport:
     """Make the data set; `output_dir` holds all of it, or is not there if it fails.
+
+    write_random_start: writes a start checkpoint for a directory's bert_config.json under
+    a name, from a seed; called where the packaged one does not fit.
 
     Raises UserError for a text too small, or an output directory that holds anything.
     """
-    output_dir = settings.output_dir
+    output_dir = Path(os.path.abspath(settings.output_dir))
     if settings.num_shards < 1 or settings.max_seq_length < 16:
         raise UserError("--num_shards must be at least 1 and --max_seq_length at least 16")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -90,13 +96,15 @@ def make_mini(settings: MiniSettings) -> MiniReport:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         _write(staging, settings, train, evaluation, tokens)
+        if write_random_start is not None and not _start_checkpoint_fits(settings):
+            write_random_start(staging, CHECKPOINT_NAME, settings.seed)
         os.replace(staging, output_dir)
     except OSError as error:
         raise UserError(f"cannot write {output_dir} ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return MiniReport(
-        output_dir=output_dir,
+        output_dir=settings.output_dir,
         train_sequences=num_train,
         eval_sequences=num_eval,
         mean_length=float(train["input_mask"].sum(axis=1, dtype=np.int64).mean()),

@@ -33,6 +33,7 @@ SCHEMA = {
 }
 
 
+UNFINISHED = ".partial"  # ends the name of a file that is being written
 VARLENGTH_DATASETS = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 
 
@@ -84,10 +85,16 @@ def list_shards(directory: Path) -> list[ShardInfo]:
             f"no such data directory: {directory}; "
             "pass --data_dir, or make one with: python -m bert_pretraining data make-mini"
         )
-    paths = sorted(path for path in directory.iterdir() if "part" in path.name and path.is_file())
+    paths = sorted(
+        path
+        for path in directory.iterdir()
+        if "part" in path.name and path.suffix != UNFINISHED and path.is_file()
+    )
     if not paths:
         raise UserError(f"no shards in {directory}: expected HDF5 files with 'part' in the name")
     infos = [_inspect(path) for path in paths]
+    if not any(info.num_sequences for info in infos):
+        raise UserError(f"the shards in {directory} hold no sequences; make the data set again")
     for info in infos:
         if info.max_seq_length != infos[0].max_seq_length:
             raise UserError(
@@ -178,20 +185,20 @@ def _read_flat(path: Path, vocab_size: int) -> FlatShard:
     with _open(path) as file:
         rows = {key: file[key][()] for key in VARLENGTH_DATASETS}
         next_sentence_labels = file["next_sentence_labels"][()]
-    lengths, counts = (
-        np.fromiter((len(row) for row in rows[key]), np.int64, len(rows[key]))
-        for key in ("input_ids", "masked_lm_ids")
-    )
+    row_lengths = {
+        key: np.fromiter((len(row) for row in value), np.int64, len(value))
+        for key, value in rows.items()
+    }
+    lengths, counts = row_lengths["input_ids"], row_lengths["masked_lm_ids"]
     flat = {key: np.concatenate([*value, np.empty(0, np.int16)]) for key, value in rows.items()}
-    if (
-        len(flat["segment_ids"]) != lengths.sum()
-        or len(flat["masked_lm_positions"]) != counts.sum()
-    ):
+    if (row_lengths["segment_ids"] != lengths).any() or (
+        row_lengths["masked_lm_positions"] != counts
+    ).any():
         raise UserError(f"{path}: rows of different datasets differ in length; make it again")
     return _checked(
         FlatShard(
             input_ids=_compact(flat["input_ids"]),
-            segment_ids=flat["segment_ids"].astype(np.uint8),
+            segment_ids=flat["segment_ids"],
             offsets=np.cumsum(lengths) - lengths,
             lengths=lengths,
             masked_positions=flat["masked_lm_positions"],
@@ -209,15 +216,15 @@ def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatS
     """Padded arrays as in the file -> FlatShard; `where` names them in errors."""
     mask = arrays["input_mask"].astype(bool)
     lengths = mask.sum(axis=1, dtype=np.int64)
-    max_seq_length = mask.shape[1]
-    if not np.array_equal(mask, np.arange(max_seq_length) < lengths[:, None]):
+    # A prefix of ones: no zero before a one.
+    if (mask[:, 1:] > mask[:, :-1]).any():
         raise UserError(f"{where}: input_mask is not ones followed by zeros; make the shard again")
     labelled = arrays["masked_lm_ids"] != 0
     counts = labelled.sum(axis=1, dtype=np.int64)
     return _checked(
         FlatShard(
             input_ids=_compact(arrays["input_ids"][mask]),
-            segment_ids=arrays["segment_ids"][mask].astype(np.uint8),
+            segment_ids=arrays["segment_ids"][mask],
             offsets=np.cumsum(lengths) - lengths,
             lengths=lengths,
             masked_positions=arrays["masked_lm_positions"][labelled],
@@ -248,6 +255,12 @@ def _checked(shard: FlatShard, vocab_size: int, where: str) -> FlatShard:
                 f"{where}: {name} has token {wrong}, but the model's vocabulary has {vocab_size} "
                 "entries; data and bert_config.json must be of one vocabulary"
             )
+    for name, values in (
+        ("segment_ids", shard.segment_ids),
+        ("next_sentence_labels", shard.next_sentence_labels),
+    ):
+        if values.size and (values.min() < 0 or values.max() > 1):
+            raise UserError(f"{where}: {name} has values other than 0 and 1; make the shard again")
     positions = shard.masked_positions
     ends = np.repeat(shard.lengths, shard.masked_counts)
     if positions.size and (positions.min() < 0 or (positions >= ends).any()):
@@ -282,7 +295,7 @@ def write_varlength_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a small text file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(path.name + UNFINISHED)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -290,7 +303,7 @@ def replace_file(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[h5py.File]:
     """A new file that takes `path`'s place once it is whole."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(path.name + UNFINISHED)
     try:
         with h5py.File(temporary, "w") as file:
             yield file

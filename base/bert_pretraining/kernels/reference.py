@@ -87,7 +87,7 @@ def embedding_layer_norm_dropout(
 ) -> Tensor:
     """dropout(LayerNorm(word + position + segment embedding)).
 
-    ids: (T,) int64; tables: (entries, C); weight, norm_bias: (C,). Returns (T, C).
+    ids: (T,) int32 or int64; tables: (entries, C); weight, norm_bias: (C,). Returns (T, C).
     """
     embedded = word_table[input_ids] + position_table[position_ids] + segment_table[segment_ids]
     return F.dropout(

@@ -41,8 +41,8 @@ class Kernels:
         return ", ".join(f"{operator}={why}" for operator, why in self.choice.items())
 
 
-def select(provider: str, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The operators for a device and the dtype of activations.
+def select(provider: str, device: torch.device, dtype: torch.dtype, head_size: int = 64) -> Kernels:
+    """The operators for a device, the dtype of activations and the attention's head size.
 
     provider: "auto" or one of PROVIDERS. A provider that lacks an operator falls back to
     `reference` for it, and `choice` says so.
@@ -64,6 +64,6 @@ def select(provider: str, device: torch.device, dtype: torch.dtype) -> Kernels:
             functions[operator] = function
             choice[operator] = wanted
     if wanted == "torch":
-        functions["attention"], why = torch_provider.attention_for(device, dtype)
+        functions["attention"], why = torch_provider.attention_for(device, dtype, head_size)
         choice["attention"] = f"torch ({why})"
     return Kernels(choice=choice, **functions)

@@ -8,22 +8,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_pretraining.errors import UserError
+
 # A CPU attends to all sequences at once, padded, while the longest one's queries are no
 # more than this many numbers (tokens x hidden size); else one by one. Small ones are bound
 # by the number of calls, large ones by the arithmetic. Measured: docs/LOG.md, 2026-11-23.
 PADDED_ATTENTION_LIMIT = 8192
 
 
-def attention_for(device: torch.device, dtype: torch.dtype) -> tuple[Callable, str]:
-    """The attention for a device and dtype, and the reason for it."""
-    if device.type != "cuda":
+def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Callable, str]:
+    """The attention for a device, dtype and head size, and the reason for it.
+
+    On a CUDA-like device each is tried on two small sequences, forward and backward: what
+    a device can do depends on its build of PyTorch as much as on its capability.
+    """
+    if device.type == "cpu":
         return cpu_attention, "padded for small sequences, else one by one"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return efficient_attention, f"memory-efficient: no flash attention in {dtype}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return efficient_attention, f"memory-efficient: no flash attention on sm{major}{minor}"
-    return flash_attention, f"flash, sm{major}{minor}"
+    refusals = []
+    for name, attention in (
+        ("flash", flash_attention),
+        ("memory-efficient", efficient_attention),
+        ("padded", padded_attention),
+    ):
+        try:
+            _try_attention(attention, device, dtype, head_size)
+        except (RuntimeError, NotImplementedError) as error:
+            refusals.append(f"{name} refused: {str(error).splitlines()[0][:80]}")
+            continue
+        return attention, "; ".join([name, *refusals])
+    raise UserError(f"no attention runs on {device}: {'; '.join(refusals)}; use --device cpu")
+
+
+def _try_attention(
+    attention: Callable, device: torch.device, dtype: torch.dtype, head_size: int
+) -> None:
+    cu_seqlens = torch.tensor([0, 5, 16], dtype=torch.int32, device=device)
+    qkv = torch.ones(16, 3, 2, head_size, device=device, dtype=dtype, requires_grad=True)
+    attention(qkv, cu_seqlens, 11, 0.1).sum().backward()
 
 
 def cpu_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:

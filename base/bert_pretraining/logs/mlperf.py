@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlperf_logging.mllog import mllog
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Sinks(logging.Handler):
@@ -34,7 +34,7 @@ class MlperfLog:
         logger.addHandler(_Sinks(sinks))
         # mllog names its caller's caller in the metadata: whoever calls the methods here.
         self._mllog = mllog.MLLogger(
-            logger=logger, default_stack_offset=2, root_dir=str(PACKAGE_ROOT)
+            logger=logger, default_stack_offset=2, root_dir=str(SOURCE_ROOT)
         )
         self._block_open = False
 
@@ -47,10 +47,14 @@ class MlperfLog:
         event("submission_status", status)
         event("submission_platform", submitter_platform or platform.node() or "unknown")
 
-    def init_start(self, caches_cleared: bool) -> None:
-        """The program has started; `caches_cleared` is what really happened."""
-        self._mllog.event("cache_clear", caches_cleared)
-        self._mllog.start("init_start")
+    def init_start(self, started: float, caches_cleared: bool) -> None:
+        """The program started at `started` (Unix time, seconds).
+
+        caches_cleared: what really happened.
+        """
+        time_ms = int(started * 1000)
+        self._mllog.event("cache_clear", caches_cleared, time_ms=time_ms)
+        self._mllog.start("init_start", time_ms=time_ms)
 
     def hyperparameters(self, seed: int, values: dict[str, float | int]) -> None:
         """The seed and every hyperparameter that the closed division asks for."""
@@ -66,12 +70,14 @@ class MlperfLog:
         self._mllog.start("epoch_start", metadata={"epoch_num": 0})
         self._block_open = True
 
-    def evaluation(self, accuracy: float, samples: int) -> None:
-        """An evaluation after `samples` trained sequences."""
-        metadata = {"epoch_num": samples}
-        self._mllog.start("eval_start", metadata=metadata)
-        self._mllog.event("eval_accuracy", accuracy, metadata=metadata)
-        self._mllog.end("eval_stop", metadata=metadata)
+    def evaluation_start(self, samples: int) -> None:
+        """An evaluation begins, after `samples` trained sequences."""
+        self._mllog.start("eval_start", metadata={"epoch_num": samples})
+
+    def evaluation_stop(self, accuracy: float, samples: int) -> None:
+        """That evaluation's masked-token accuracy."""
+        self._mllog.event("eval_accuracy", accuracy, metadata={"epoch_num": samples})
+        self._mllog.end("eval_stop", metadata={"epoch_num": samples})
 
     def run_stop(self, status: str, train_samples: int, eval_samples: int) -> None:
         """The clock stops. status: "success" or "aborted"; see `run_status`."""

@@ -64,6 +64,7 @@ class RunLog:
         # "submmiter" is how upstream spells it, and what its tooling reads.
         submitted = {"submmiter": config.name, "model": "bert", "config_path": config_path}
         self.perf.log("SUBMITTED_INFO", {**submitted, "config": dataclasses.asdict(config)})
+        self.mlperf.init_start(self.started, caches_cleared=False)
         self.mlperf.submission(
             config.submission_division,
             config.submission_org,
@@ -71,7 +72,6 @@ class RunLog:
             config.submission_status,
         )
         self._init_started = time.time()
-        self.mlperf.init_start(caches_cleared=False)
         self.perf.log("INIT_START")
 
     def hyperparameters(self, seed: int, samples_per_step: int) -> None:
@@ -102,7 +102,6 @@ class RunLog:
 
     def start_evaluated(self, loss: float, accuracy: float, seconds: float) -> None:
         """The start checkpoint's figures; training begins after this."""
-        self.mlperf.evaluation(accuracy, 0)
         self.perf.log(
             "INIT_EVALUATION",
             {"eval_loss": loss, "eval_mlm_accuracy": accuracy, "time": seconds},
@@ -149,7 +148,6 @@ class RunLog:
             }
         self.console.step(**shown)
         if evaluation_seconds is not None:
-            self.mlperf.evaluation(state.eval_mlm_accuracy, state.num_trained_samples)
             evaluation = {
                 "global_steps": state.global_steps,
                 "eval_loss": state.eval_loss,

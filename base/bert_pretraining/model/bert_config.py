@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
@@ -33,6 +34,10 @@ class BertConfig:
         """Rows of the word embedding: 30522 -> 30528."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
     @classmethod
     def load(cls, path: Path) -> BertConfig:
         """Read and check the file; UserError names the key at fault."""
@@ -44,26 +49,15 @@ class BertConfig:
             ) from error
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error})") from error
-        known = {field.name: field for field in fields(cls)}
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}")
         # Other tools keep further keys in this file; they do not change the model.
-        kept = {key: value for key, value in values.items() if key in known}
-        for name in known:
-            if name not in kept and name in (
-                "vocab_size",
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "intermediate_size",
-                "max_position_embeddings",
-            ):
-                raise UserError(f"{path}: no key '{name}'; it is needed to build the model")
-        for name, value in kept.items():
-            expected = known[name].type
-            good = isinstance(value, str) if expected == "str" else isinstance(value, int | float)
-            if not good or isinstance(value, bool) or (expected == "int" and value != int(value)):
-                raise UserError(f"{path}: key '{name}' must be {expected}, not {value!r}")
-            if expected == "int" and value < 1:
-                raise UserError(f"{path}: key '{name}' must be at least 1, not {value}")
+        kept = {}
+        for field in fields(cls):
+            if field.name in values:
+                kept[field.name] = _checked(field.name, str(field.type), values[field.name], path)
+            elif field.default is MISSING:
+                raise UserError(f"{path}: no key '{field.name}'; it is needed to build the model")
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
@@ -75,3 +69,18 @@ class BertConfig:
                 f"{path}: hidden_act '{config.hidden_act}' is not supported; only 'gelu' is"
             )
         return config
+
+
+def _checked(name: str, kind: str, value: object, path: Path) -> object:
+    """A value of the right type and range; 64.0 passes for the integer 64."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "str":
+        good = isinstance(value, str)
+    elif kind == "int":
+        good = number and math.isfinite(value) and value == int(value) and value >= 1
+    else:
+        good = number and 0.0 <= value < 1.0
+    if not good:
+        wanted = {"str": "a string", "int": "a positive integer", "float": "from 0 to below 1"}
+        raise UserError(f"{path}: key '{name}' must be {wanted[kind]}, not {value!r}")
+    return int(value) if kind == "int" else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from bert_pretraining.optim.lamb import ForeachLamb, Lamb, LambSettings, ReferenceLamb
 from bert_pretraining.optim.loss_scale import LossScale
@@ -14,10 +14,16 @@ OPTIMIZERS = {"reference": ReferenceLamb, "foreach": ForeachLamb}
 
 
 def create_optimizer(
-    name: str, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: LambSettings
+    name: str,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: LambSettings,
+    masters: dict[str, Tensor] | None = None,
 ) -> Lamb:
-    """The optimizer called `name`; "auto" is the fastest that equals the reference."""
-    return OPTIMIZERS["foreach" if name == "auto" else name](named_parameters, settings)
+    """The optimizer called `name`; "auto" is the fastest that equals the reference.
+
+    masters: the float32 weights that 16-bit parameters were rounded from, by name.
+    """
+    return OPTIMIZERS["foreach" if name == "auto" else name](named_parameters, settings, masters)
 
 
 __all__ = [

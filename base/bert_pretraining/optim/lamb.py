@@ -44,20 +44,27 @@ class Lamb:
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: LambSettings
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: LambSettings,
+        masters: dict[str, Tensor] | None = None,
     ) -> None:
-        named = [(name, parameter) for name, parameter in named_parameters]
+        """masters: float32 weights that 16-bit parameters were rounded from, by name."""
+        named = list(named_parameters)
         self.settings = settings
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.decays = [has_weight_decay(name) for name in self.names]
         self.masters = [
-            parameter.detach().float() if parameter.element_size() < 4 else parameter.detach()
-            for parameter in self.parameters
+            parameter.detach()
+            if parameter.element_size() >= 4
+            else (masters[name] if masters else parameter.detach().float())
+            for name, parameter in named
         ]
         self.first_moments = [torch.zeros_like(master) for master in self.masters]
         self.second_moments = [torch.zeros_like(master) for master in self.masters]
         self.updates = 0
+        self.gradient_norm = torch.zeros(())  # of the latest step, before clipping
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -75,7 +82,7 @@ class Lamb:
             else parameter.grad.to(master.dtype) * inverse_scale
             for parameter, master in zip(self.parameters, self.masters, strict=True)
         ]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.gradient_norm = norm = torch.stack(torch._foreach_norm(gradients)).norm()
         if not torch.isfinite(norm):
             return False
         self.updates += 1
@@ -87,7 +94,7 @@ class Lamb:
         return True
 
     def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float) -> None:
-        raise TypeError("use ReferenceLamb or ForeachLamb")
+        raise NotImplementedError
 
     def _bias_corrections(self) -> tuple[float, float]:
         settings = self.settings

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
+
+from bert_pretraining.errors import TrainingError, UserError
+
+INITIAL_SCALE = 2.0**20
+GROWTH_INTERVAL = 2000
+
 
 class LossScale:
-    """Dynamic loss scale: halved after an overflow, doubled after `growth_interval` good steps.
+    """Dynamic loss scale: halved after an overflow, doubled after enough good steps.
 
     Args:
         initial: the first scale; 1.0 for dtypes that need none.
@@ -12,11 +20,33 @@ class LossScale:
         growth_interval: good steps in a row before the scale doubles.
     """
 
-    def __init__(self, initial: float, dynamic: bool, growth_interval: int = 2000) -> None:
+    def __init__(
+        self, initial: float, dynamic: bool, growth_interval: int = GROWTH_INTERVAL
+    ) -> None:
         self.scale = initial
         self.dynamic = dynamic
         self.growth_interval = growth_interval
         self.good_steps = 0
+
+    @classmethod
+    def for_precision(cls, precision: str, fixed: float) -> LossScale:
+        """The scale for a run: none but for fp16; `fixed` if that is not 0, else dynamic.
+
+        The environment's INIT_LOSS_SCALE takes the place of 2^20. UserError if it is no
+        number of at least 1.
+        """
+        if precision != "fp16":
+            return cls(1.0, dynamic=False)
+        if fixed > 0:
+            return cls(fixed, dynamic=False)
+        text = os.environ.get("INIT_LOSS_SCALE", str(INITIAL_SCALE))
+        try:
+            initial = float(text)
+        except ValueError:
+            initial = math.nan
+        if not 1.0 <= initial < math.inf:
+            raise UserError(f"INIT_LOSS_SCALE={text}: must be a number of at least 1")
+        return cls(initial, dynamic=True)
 
     def update(self, finite: bool) -> None:
         """Account for a step whose gradients were finite, or not."""
@@ -30,3 +60,16 @@ class LossScale:
         if self.good_steps == self.growth_interval:
             self.scale *= 2.0
             self.good_steps = 0
+
+    def check(self, updates: int) -> None:
+        """After a step that was not finite: TrainingError if no scale can help."""
+        if not self.dynamic:
+            raise TrainingError(
+                f"a gradient is not finite after {updates} updates; "
+                "try a lower --learning_rate or --precision fp32"
+            )
+        if self.scale < 1.0:
+            raise TrainingError(
+                f"fp16 overflows at every loss scale after {updates} updates; "
+                "the weights or the data are broken, or try --precision bf16"
+            )

@@ -10,9 +10,9 @@ class Schedule:
     """Linear warm-up, then linear decay to 0 at `max_steps`.
 
     As MLPerf's TensorFlow reference has it: with s updates done, the rate is
-    `learning_rate * (s - start_warmup_step) / warmup_steps` while that is below 1, else
-    `learning_rate * (1 - s / max_steps)`. The decay's clock starts at 0, not at the end
-    of the warm-up.
+    `learning_rate * (s - start_warmup_step) / warmup_steps` while that quotient is below 1
+    (and 0 before the start), else `learning_rate * (1 - s / max_steps)`. The decay's clock
+    starts at 0, not at the end of the warm-up.
     """
 
     learning_rate: float
@@ -23,6 +23,6 @@ class Schedule:
     def __call__(self, updates: int) -> float:
         """The rate of the update that follows after `updates` of them."""
         since_start = updates - self.start_warmup_step
-        if since_start < self.warmup_steps:
-            return self.learning_rate * since_start / self.warmup_steps
+        if self.warmup_steps and since_start < self.warmup_steps:
+            return self.learning_rate * max(since_start, 0) / self.warmup_steps
         return self.learning_rate * (1.0 - min(updates / self.max_steps, 1.0))
