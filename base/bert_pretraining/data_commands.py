@@ -142,8 +142,8 @@ def prepare(arguments: list[str]) -> None:
     parser = _parser(
         "prepare",
         "Text of one sentence a line, blank lines between documents, to shards and evaluation set. "
-        "A rerun goes on where it stopped. Memory: MEMORY_FIGURE "
-        "for each of --jobs. Disk: the examples twice, 2.4 kB a sequence of 512 tokens.",
+        "A rerun goes on where it stopped. Memory: for each of --jobs about 100 bytes for every "
+        "byte of a text file. Disk: the examples twice, 2.4 kB a sequence of 512 tokens.",
     )
     add = parser.add_argument
     add("--text_dir", type=Path, required=True, help="every file in it is training text")

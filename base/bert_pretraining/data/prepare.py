@@ -76,7 +76,7 @@ def create_file(inputs: Sequence[Path], output: Path, settings: TextSettings) ->
     The documents of all inputs form one corpus. Returns the number of examples.
     Raises UserError for text that is missing, empty or not UTF-8.
 
-    Memory: about 50 bytes for every byte of text at the reference's dupe factor of 10.
+    Memory: about 100 bytes for every byte of text at the reference's dupe factor of 10.
     """
     lines: list[str] = []
     for path in inputs:
