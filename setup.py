@@ -9,6 +9,6 @@ setup(
     packages=[*find_packages("base"), "bert_pretraining.configs"],
     package_data={
         "bert_pretraining.configs": ["*/*.toml"],
-        "bert_pretraining.data": ["mini_start.pt"],
+        "bert_pretraining.data": ["mini_start.pt", "checksums/*.chk"],
     },
 )

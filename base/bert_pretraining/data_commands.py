@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,25 @@ def checksum(arguments: list[str]) -> None:
         print(f"{Path(name).name}\t{stages.checksum(Path(name))}")
 
 
+def verify(arguments: list[str]) -> int:
+    """`data verify DIR`: 0 for a sound data set, 1 for another."""
+    parser = _parser("verify")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument("--jobs", type=_at_least(1), default=1, help="processes (1)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="histogram of lengths as PNG")
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("data verify takes the data set's directory: data verify DIR [flags]")
+    values = parser.parse(arguments[1:])
+
+    from bert_pretraining.data import verify as verifying
+
+    report = verifying.verify(Path(arguments[0]), values.jobs)
+    print(json.dumps(report.to_json(), indent=2) if values.json else report.describe())
+    if values.plot:
+        verifying.plot_lengths(report, values.plot)
+    return 0 if report.ok else 1
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "make-mini": make_mini,
     "prepare": prepare,
@@ -252,4 +272,5 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pick-eval": pick_eval,
     "to-varlength": to_varlength,
     "checksum": checksum,
+    "verify": verify,
 }

@@ -42,6 +42,7 @@ from bert_pretraining.data.shards import (
     write_shard,
     write_varlength_shard,
 )
+from bert_pretraining.data.verify_report import md5_of
 from bert_pretraining.errors import UserError
 
 REFERENCE_SEED = 12345
@@ -158,8 +159,7 @@ def checksum(path: Path) -> str:
 
     The text that is hashed is Python's own of a list, as in the reference's script.
     """
-    sums = [hashlib.md5(str(row.tolist()).encode()).hexdigest() for row in read_token_rows(path)]
-    return hashlib.md5(str(sums).encode()).hexdigest()
+    return md5_of([md5_of(row.tolist()) for row in read_token_rows(path)])
 
 
 def prepare(settings: PrepareSettings) -> list[str]:
