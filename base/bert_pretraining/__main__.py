@@ -24,6 +24,8 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   config list       every configuration that ships
   data make-mini        make the mini data set
   data prepare          text -> shards and evaluation set, as the MLPerf reference makes them
+  data segment          raw text to one sentence a line, training and evaluation articles
+  data download         the files of DeepSparkHub's mini data set, resumable
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
   version           the package's version

@@ -245,6 +245,24 @@ def checksum(arguments: list[str]) -> None:
         print(f"{Path(name).name}\t{stages.checksum(Path(name))}")
 
 
+def segment(arguments: list[str]) -> None:
+    """`data segment`: raw text -> one sentence a line."""
+    parser = _parser("segment")
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="FILE", help="raw text")
+    add("--output_dir", type=Path, required=True, help="gets part-* and eval.txt")
+    add("--num_eval_articles", type=_at_least(0), default=10000, help="held out (10000)")
+    add("--seed", type=int, default=12345, help="of the choice of articles (12345)")
+    values = parser.parse(arguments)
+
+    from bert_pretraining.data import segment as segmenting
+
+    report = segmenting.segment(
+        values.input, values.output_dir, values.num_eval_articles, values.seed
+    )
+    print(segmenting.describe(report))
+
+
 def verify(arguments: list[str]) -> int:
     """`data verify DIR`: 0 for a sound data set, 1 for another."""
     parser = _parser("verify")
@@ -264,6 +282,20 @@ def verify(arguments: list[str]) -> int:
     return 0 if report.ok else 1
 
 
+def download(arguments: list[str]) -> None:
+    """`data download`: the files of DeepSparkHub's mini data set."""
+    parser = _parser("download")
+    parser.add_argument("--output_dir", type=Path, default=Path(MINI_DATA_DIR))
+    parser.add_argument("--mirror", metavar="URL", help="another host's directory of these files")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these files only")
+    values = parser.parse(arguments)
+
+    from bert_pretraining.data import download as downloading
+
+    for line in downloading.download(values.output_dir, values.mirror, values.only):
+        print(line)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "make-mini": make_mini,
     "prepare": prepare,
@@ -272,5 +304,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pick-eval": pick_eval,
     "to-varlength": to_varlength,
     "checksum": checksum,
+    "segment": segment,
     "verify": verify,
+    "download": download,
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -23,8 +22,9 @@ import urllib.request
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from email.message import Message
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PureWindowsPath
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -41,10 +41,9 @@ RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file to fetch. `leaves` is what the data set needs of it.
+    """One file to fetch. md5 is None where none is published.
 
-    md5 is None where none is published. An archive (`unpack`) leaves a directory, any
-    other file itself.
+    leaves: what the data set needs of it, an archive's (`unpack`) directory or the file.
     """
 
     name: str
@@ -97,6 +96,13 @@ class _Interrupted(Exception):
     """A transfer that may go on with another connection."""
 
 
+class _NoFtp(urllib.request.FTPHandler):
+    """In place of urllib's own, so that a redirection leads to http or https only."""
+
+    def ftp_open(self, req: urllib.request.Request) -> NoReturn:
+        raise urllib.error.URLError(f"redirected to {req.full_url}")
+
+
 @dataclass(frozen=True)
 class _Version:
     """What a server tells of the version of a file that it sends."""
@@ -125,7 +131,7 @@ def _base_url(url: str) -> str:
         good = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         good = False
-    # Credentials are refused because urllib would take them for a part of the host's name.
+    # urllib would take credentials for a part of the host's name
     if not good or "@" in parts.netloc or not re.fullmatch(r"[!-~]+", url) or set("?#") & set(url):
         raise UserError(f"--mirror {url!r}: give an address like http://host:880/directory/")
     return url.rstrip("/") + "/"
@@ -133,9 +139,8 @@ def _base_url(url: str) -> str:
 
 def _chosen(only: Sequence[str]) -> list[RemoteFile]:
     names = [remote.name for remote in FILES]
-    for name in only:
-        if name not in names:
-            raise UserError(f"--only {name}: no such file; there are {', '.join(names)}")
+    if unknown := set(only) - set(names):
+        raise UserError(f"--only {min(unknown)}: no such file; there are {', '.join(names)}")
     return [remote for remote in FILES if not only or remote.name in only]
 
 
@@ -168,19 +173,20 @@ def _fetch(url: str, path: Path, md5: str | None) -> int:
         except _Interrupted as error:
             reason = _one_line(error)
     else:
-        held = partial.stat().st_size if partial.is_file() else 0
         raise UserError(
-            f"{url}: {reason} ({ATTEMPTS} attempts); run the same command again to go on from "
-            f"byte {held}, or pass --mirror URL"
+            f"{url}: {reason} ({ATTEMPTS} attempts); what arrived is kept: run the same command "
+            "again to go on, or pass --mirror URL"
         )
-    if md5 is not None:
-        found = _md5(partial)
-        if found != md5:
-            _forget(partial)
-            raise UserError(
-                f"{url}: its md5 is {found}, not {md5}; what arrived was deleted: "
-                "run again, or pass another --mirror"
-            )
+    digest = hashlib.md5()
+    with open(partial, "rb") as file:
+        while md5 is not None and (chunk := file.read(CHUNK_BYTES)):
+            digest.update(chunk)
+    if md5 not in (None, digest.hexdigest()):
+        _forget(partial)
+        raise UserError(
+            f"{url}: its md5 is {digest.hexdigest()}, not {md5}; what arrived was deleted: "
+            "run again, or pass another --mirror"
+        )
     os.replace(partial, path)
     _forget(partial)
     return path.stat().st_size
@@ -196,136 +202,95 @@ def _receive(url: str, partial: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "bert-pretraining"})
     if before is not None and held:
         request.add_header("Range", f"bytes={held}-")
-        validator = before.validator()
-        if validator:
+        if validator := before.validator():
             request.add_header("If-Range", validator)
     try:
-        response = _opener().open(request, timeout=TIMEOUT_SECONDS)
+        response = urllib.request.build_opener(_NoFtp).open(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         response = error  # an answer like the others, to be looked at below
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, HTTPException) as error:
         raise _Interrupted(f"no answer ({getattr(error, 'reason', error)!r})") from error
-
     with response:
         status = response.status
+        answer = f"the server answered {status} {_one_line(response.reason)}"
         if status in RETRIED_STATUS:
-            raise _Interrupted(f"the server answered {status} {response.reason}")
+            raise _Interrupted(answer)
         if status not in (200, 206, 416) or (status != 200 and not held):
-            raise UserError(
-                f"{url}: the server answered {status} {_one_line(response.reason)}; "
-                "pass --mirror URL, or put the file there yourself"
-            )
+            raise UserError(f"{url}: {answer}; try another --mirror URL")
+        version, start = _version(response)
         if status == 200:  # the first connection, another version, or a server without ranges
-            held = 0
-            version = _version(response.headers, response.length)
-            # Emptied before its new version is noted: old bytes never pass for new ones.
-            partial.write_bytes(b"")
-            _version_path(partial).write_text(json.dumps(dataclasses.asdict(version)))
-        else:
-            start, total = _content_range(response.headers)
-            version = _version(response.headers, total)
-            same = before is not None and before.same_as(version)
-            if status == 416 and same and total == held:
-                return  # whole; only its renaming was missing
-            if status == 416 or not same or start != held:
-                _forget(partial)
-                return _receive(url, partial)
-        _append(response, partial, held, version.total)
+            partial.write_bytes(b"")  # before the note: old bytes never pass for new ones
+            partial.with_suffix(".partial.json").write_text(json.dumps(dataclasses.asdict(version)))
+            _append(response, partial, 0, version.total)
+            return
+        same = before is not None and before.same_as(version)
+        if status == 416 and same and version.total == held:
+            return  # whole; only its renaming was missing
+        if status == 206 and same and start == held:
+            _append(response, partial, held, version.total)
+            return
+    _forget(partial)  # the beginning of something else
+    _receive(url, partial)
 
 
-def _append(
-    response: http.client.HTTPResponse, partial: Path, held: int, total: int | None
-) -> None:
+def _append(response: HTTPResponse, partial: Path, held: int, total: int | None) -> None:
     """Write the body behind what is held; _Interrupted if it ends too early."""
     expected = response.length
     free = shutil.disk_usage(partial.parent).free
-    if expected is not None and expected > free:
-        raise UserError(
-            f"{partial.parent}: {expected} more bytes are needed, {free} are free; "
-            "free disk space, or choose another --output_dir"
-        )
+    if expected is not None:
+        total = total or held + expected
+    if (expected or 0) > free:
+        where = f"{partial.parent}: {free} bytes are free, {expected} more are needed"
+        raise UserError(f"{where}; free disk space, or choose another --output_dir")
     arrived = 0
     # disable=None: a bar on a terminal only
     bar = tqdm(None, partial.stem, total, initial=held, unit="B", unit_scale=True, disable=None)
     with bar, open(partial, "ab") as file:
-        while True:
-            try:
-                # read1 returns what has arrived, so that a cut loses nothing
-                chunk = response.read1(CHUNK_BYTES)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Interrupted(f"the connection broke ({error!r})") from error
-            if not chunk:
-                break
+        while chunk := _read(response):
             file.write(chunk)
             arrived += len(chunk)
             bar.update(len(chunk))
         file.flush()
         os.fsync(file.fileno())
-    if expected is not None and arrived < expected:
-        raise _Interrupted(f"the connection broke after {arrived} of {expected} bytes")
+    if total is not None and held + arrived < total:
+        raise _Interrupted(f"the connection broke after {held + arrived} of {total} bytes")
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """http and https only: a redirection to file: or ftp: finds no handler."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
+def _read(response: HTTPResponse) -> bytes:
+    try:
+        return response.read1(CHUNK_BYTES)  # what has arrived: a cut loses nothing
+    except (OSError, HTTPException) as error:
+        raise _Interrupted(f"the connection broke ({error!r})") from error
 
 
-def _version(headers: Message, total: int | None) -> _Version:
-    return _Version(headers.get("ETag"), headers.get("Last-Modified"), total)
-
-
-def _content_range(headers: Message) -> tuple[int | None, int | None]:
-    """Where the part that is sent begins, and the size of the whole, if they are told."""
+def _version(response: HTTPResponse) -> tuple[_Version, int | None]:
+    """The version that is answered with, and where in it the bytes that are sent begin."""
+    headers = response.headers
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", headers.get("Content-Range", ""))
-    start, total = found.groups() if found else (None, None)
-    return start and int(start), total and int(total)
-
-
-def _version_path(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.json")
+    start, total = (part and int(part) for part in found.groups()) if found else (None, None)
+    if response.status == 200:
+        start, total = 0, response.length
+    return _Version(headers.get("ETag"), headers.get("Last-Modified"), total), start
 
 
 def _read_version(partial: Path) -> _Version | None:
-    """None if nothing is known of what `partial` begins."""
     try:
-        return _Version(**json.loads(_version_path(partial).read_text()))
+        return _Version(**json.loads(partial.with_suffix(".partial.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError):
-        return None  # none, or cut off when it was written
+        return None  # nothing is known of what `partial` begins
 
 
 def _forget(partial: Path) -> None:
-    for path in (partial, _version_path(partial)):
+    for path in (partial, partial.with_suffix(".partial.json")):
         path.unlink(missing_ok=True)
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _unpack(archive: Path, output_dir: Path, leaves: str) -> str:
     """Unpack the directory `leaves` of a .tar.gz into output_dir, whole or not at all.
 
-    An archive is refused whole if any entry is not a regular file or a directory (links
-    of either kind, devices, pipes), has an absolute path or one with `..`, or comes
-    twice; or if what it holds would fill more than UNPACKED_SHARE of the free disk.
-    Modes and owners in the archive are ignored. Entries outside `leaves` are left out.
-
-    Returns a line that says what was unpacked. Raises UserError.
+    An archive is refused if any entry is a link, device or pipe, has an absolute path or
+    one with `..`, or comes twice, or if it would fill more than UNPACKED_SHARE of the free
+    disk. Modes and owners are ignored; entries outside `leaves` are left out, and counted.
     """
     staging = output_dir / f"{leaves}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -334,9 +299,8 @@ def _unpack(archive: Path, output_dir: Path, leaves: str) -> str:
         inside, outside = _extract(archive, staging, leaves)
         os.replace(staging / leaves, output_dir / leaves)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
-        raise UserError(
-            f"{archive}: damaged archive ({_one_line(error)}); delete it and run again"
-        ) from error
+        reason = _one_line(error)
+        raise UserError(f"{archive}: damaged ({reason}); delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     left_out = f"; {outside} entries outside of it left out" if outside else ""
@@ -349,13 +313,12 @@ def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:
     size = inside = outside = 0
     with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
-            where = f"{archive}: unsafe archive, {member.name!r}"
             # Read as on Windows, where / and \ both separate and drives are absolute.
             path = PureWindowsPath(member.name)
-            if path.anchor or ".." in path.parts:
-                raise UserError(f"{where} leads out of its directory; nothing was unpacked")
-            if not (member.isreg() or member.isdir()):
-                raise UserError(f"{where} is no regular file or directory; nothing was unpacked")
+            escapes = bool(path.anchor) or ".." in path.parts
+            if escapes or not (member.isreg() or member.isdir()):
+                fault = "leads out of it" if escapes else "is no regular file or directory"
+                raise UserError(f"{archive}: unsafe archive, {member.name!r} {fault}; delete it")
             if path.parts[:1] != (leaves,):
                 outside += path.parts != ()  # "." itself is nothing to be left out
                 continue
@@ -366,9 +329,8 @@ def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:
             size += member.size
             if size > limit:
                 raise UserError(
-                    f"{archive}: unpacks to more than {limit} bytes, {UNPACKED_SHARE:.0%} of the "
-                    f"free disk at {directory.parent}; free disk space, or choose another "
-                    "--output_dir"
+                    f"{archive}: unpacks to more than {limit} bytes, {UNPACKED_SHARE:.0%} of what "
+                    "is free there; free disk space, or choose another --output_dir"
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
@@ -379,7 +341,7 @@ def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:
             inside += 1
         while stream.read(CHUNK_BYTES):  # to the end, where the checksum is
             pass
-    if not inside:
+    if not inside or not (directory / leaves).is_dir():
         raise ValueError(f"no files in {leaves}/")
     return inside, outside
 

@@ -1,0 +1,243 @@
+"""`data segment`: sentences, articles, and the MLPerf reference's evaluation articles."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from bert_pretraining.data.segment import (
+    SegmentReport,
+    articles,
+    describe,
+    eval_choice,
+    segment,
+    sentences,
+)
+from bert_pretraining.errors import UserError
+
+WIKI = """<doc id="1" url="https://example.org/1" title="Tea">
+Tea
+
+Tea is a drink. It is old.
+H<sub>2</sub>O boils &amp; steams.<br>See <a href="x y">3.14 cups</a>! &lt;ref name="a"&gt;
+
+</doc>
+<doc id="2" url="https://example.org/2" title="Nothing">
+Nothing
+
+</doc>
+<doc id="3" url="https://example.org/3" title="Rain">
+Rain
+One paragraph without an end
+Rain falls if a &lt;b and c&gt; d.
+</doc>
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("Wait... What?! Yes.", ["Wait...", "What?!", "Yes."]),
+        ("It is 3.14 m. 2 more follow. then none", ["It is 3.14 m.", "2 more follow. then none"]),
+        ('She said "No." He left. (So.) Then', ['She said "No."', "He left.", "(So.)", "Then"]),
+        ('Go. "Now?" [sic] Go. (Or not.)', ["Go.", '"Now?"', "[sic] Go.", "(Or not.)"]),
+        ("Ends.\u201d \u201cStarts. \u00c9tat", ["Ends.\u201d", "\u201cStarts.", "\u00c9tat"]),
+        ("Mr. Smith met (Dr. Who) vs. MRS. Dalloway.", None),
+        ("J. R. R. Tolkien and J.-P. Sartre of the U.S. Army, e.g. Tom, i.e. Them.", None),
+        ("Tea, milk, etc. The rest, Ph.D. Students too.", None),
+        ("See No. 5, Fig. 2, pp. 7 and Jan. 3 of Vol. 1.", None),
+        ("She said no. They left.", ["She said no.", "They left."]),
+        ("Not etc.) The rest", ["Not etc.)", "The rest"]),
+        ("In 1990. In x. The A.B. C", ["In 1990.", "In x.", "The A.B. C"]),
+        ("  much \t white\u00a0\n space. Here  ", ["much white space.", "Here"]),
+        ("no.Space v2.0.Next", None),
+        (" \n ", []),
+    ],
+)  # fmt: skip
+def test_sentences(text: str, expected: list[str] | None) -> None:
+    assert sentences(text) == ([text] if expected is None else expected)
+
+
+def test_wiki_extractor_output(tmp_path: Path) -> None:
+    source = tmp_path / "wiki_00"
+    source.write_text(WIKI)
+    report = segment([source], tmp_path / "out", 0, 1)
+    assert (tmp_path / "out" / "part-00000-of-00001").read_text() == (
+        "Tea is a drink.\nIt is old.\nH2O boils & steams.\nSee 3.14 cups!\n\n"
+        "One paragraph without an end\nRain falls if a <b and c> d.\n\n"
+    )
+    assert (tmp_path / "out" / "eval.txt").read_bytes() == b""
+    assert report == SegmentReport(tmp_path / "out", 1, 2, 0, 6, 1)
+    assert describe(report) == (
+        f"Made {tmp_path / 'out'}: 2 articles in 1 parts to train on, 0 in eval.txt, "
+        "6 sentences in all\nLeft out 1 articles without text"
+    )
+
+
+def test_plain_paragraphs() -> None:
+    single = "\n\n\nOne\nline. <b>\n \nTwo.\n\n\n"
+    assert list(articles(single, "x")) == [["One\nline. <b>"], ["Two."]]
+    double = "One.\n\nStill one.\r\n\t\r\n\r\n\r\nTwo.\n"
+    assert list(articles(double, "x")) == [["One.", "Still one."], ["Two."]]
+
+
+def test_plain_text_with_a_byte_order_mark_and_wrapped_lines(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.write_bytes("\ufeffOne sentence on\r\ntwo lines. Next.\r\n\r\nNew.\r\n".encode())
+    segment([source], tmp_path / "out", 0, 1)
+    expected = b"One sentence on two lines.\nNext.\n\nNew.\n\n"
+    assert (tmp_path / "out" / "part-00000-of-00001").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (WIKI.removesuffix("</doc>\n"), "cut off, its last </doc> is missing"),
+        (WIKI.replace("</doc>\n<doc", "<doc", 1), "line 7 does not fit"),
+        (WIKI.replace("</doc>\n<doc", "</doc>\nstray\n<doc", 1), "line 8 does not fit"),
+        (WIKI.replace("</doc>\n<doc", "</doc>\n</doc>\n<doc", 1), "line 8 does not fit"),
+        (" \n\n", "empty; give text"),
+        ("<doc >\nTitle\n</doc>\n", "0 articles with text, 1 of them wanted"),
+        ("Only one.\n", "no article is left for part-00000-of-00001"),
+    ],
+)
+def test_bad_text(tmp_path: Path, text: str, message: str) -> None:
+    source = tmp_path / "text"
+    source.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        segment([source], tmp_path / "out", 1, 3)
+    assert str(caught.value).startswith(str(source))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"], "something was left behind"
+
+
+def test_bad_files_and_arguments(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "text"
+    good.write_text("One.\n\nTwo.\n")
+    bad.write_bytes(b"caf\xe9")
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=r"text: not UTF-8 text \(byte 3\)"):
+        segment([good, bad], output, 0, 1)
+    with pytest.raises(UserError, match=r"cannot read .*absent \(No such file"):
+        segment([tmp_path / "absent"], output, 0, 1)
+    with pytest.raises(UserError, match="good: given twice"):
+        segment([good, tmp_path / "." / "x" / ".." / "good"], output, 0, 1)
+    for inputs, wanted, files in (
+        ([], 0, None),
+        ([good], -1, None),
+        ([good], 0, 2),
+        ([good], 0, 0),
+    ):
+        with pytest.raises(UserError, match="give an input, no negative number"):
+            segment(inputs, output, wanted, 1, files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "text"]
+    with pytest.raises(UserError, match="exists; delete it"):
+        segment([good], tmp_path, 0, 1)
+    with pytest.raises(UserError, match=r"cannot write .*good/out \(Not a directory\)"):
+        segment([good], good / "out", 0, 1)
+
+
+def test_too_few_articles_name_the_file(tmp_path: Path) -> None:
+    for name, count in (("a", 9), ("b", 2), ("c", 9)):
+        (tmp_path / name).write_text("".join(f"Number {index}.\n\n" for index in range(count)))
+    paths = [tmp_path / name for name in "abc"]
+    with pytest.raises(
+        UserError, match=r"b: 2 articles with text, 3 of them wanted for evaluation"
+    ):
+        segment(paths, tmp_path / "out", 9, 1)
+    assert not (tmp_path / "out").exists()
+    assert segment(paths, tmp_path / "out", 4, 1).train_articles >= 16
+
+
+def write_corpus(directory: Path, counts: list[int]) -> list[Path]:
+    """Files of one- and two-sentence articles; given in an order that is not sorted."""
+    directory.mkdir()
+    paths = []
+    for number, count in enumerate(counts):
+        path = directory / f"wiki_{number:02d}"
+        texts = [f"File {number} article {index}. It ends." for index in range(count)]
+        path.write_text("\n\n".join(texts))
+        paths.append(path)
+    return paths[::-1]
+
+
+def reference_separation(texts: list[str], wanted: int, seed: int) -> tuple[list[str], list[str]]:
+    """Evaluation articles and each file's others, by the reference's rule, on its own terms.
+
+    texts: segmented files, as they are before the separation.
+    """
+    evaluation: list[str] = []
+    training = []
+    for number, text in enumerate(texts):
+        pieces = text.split("\n\n")
+        tests = int((number + 1) * wanted / len(texts)) - int(number * wanted / len(texts))
+        draws = random.Random(seed + number * 13)
+        ids: list[int] = []
+        while len(ids) < tests:
+            draw = int(draws.random() * len(pieces))
+            if draw not in ids:
+                ids.append(draw)
+        evaluation += [piece for index, piece in enumerate(pieces) if index in ids and piece]
+        others = [piece for index, piece in enumerate(pieces) if index not in ids and piece]
+        training.append("".join(piece + "\n\n" for piece in others))
+    return evaluation, training
+
+
+@pytest.mark.parametrize("seed", [12345, 7, 8])
+@pytest.mark.parametrize("wanted", [0, 1, 10, 37])
+def test_separation_is_the_references(tmp_path: Path, seed: int, wanted: int) -> None:
+    counts = [20, 30, 11, 25]
+    paths = write_corpus(tmp_path / "in", counts)
+    segment(paths, tmp_path / "whole", 0, seed)
+    names = [f"part-{number:05d}-of-00004" for number in range(4)]
+    texts = [(tmp_path / "whole" / name).read_text() for name in names]
+    assert [text.count("\n\n") for text in texts] == counts
+    report = segment(paths, tmp_path / "out", wanted, seed)
+    evaluation, training = reference_separation(texts, wanted, seed)
+    assert [(tmp_path / "out" / name).read_text() for name in names] == training
+    expected = "".join(article + "\n\n" for article in evaluation)
+    assert (tmp_path / "out" / "eval.txt").read_text() == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.txt", *names]
+    assert report.eval_articles == len(evaluation)
+    assert report.train_articles == sum(counts) - len(evaluation)
+    assert report.sentences == 2 * sum(counts)
+    assert wanted - 4 <= len(evaluation) <= wanted
+
+
+def test_the_draw_is_pinned() -> None:
+    assert sorted(eval_choice(100, 5, 12345)) == [1, 29, 36, 41, 82]
+    assert eval_choice(6, 6, 1) == set(range(6))
+
+
+def test_the_empty_piece_takes_part_in_the_draw(tmp_path: Path) -> None:
+    paths = write_corpus(tmp_path / "in", [3])
+    made = {seed: segment(paths, tmp_path / f"{seed}", 2, seed) for seed in range(20)}
+    short = [seed for seed in made if 3 in eval_choice(4, 2, seed)]
+    assert 0 < len(short) < 20
+    assert [seed for seed in made if made[seed].eval_articles == 1] == short
+
+
+def test_inputs_gathered_into_fewer_files(tmp_path: Path) -> None:
+    paths = write_corpus(tmp_path / "in", [3, 1, 4, 2, 5])
+    segment(paths, tmp_path / "single", 2, 5)
+    segment(paths, tmp_path / "out", 2, 5, num_files=2)
+    parts = [(tmp_path / "single" / f"part-0000{n}-of-00005").read_text() for n in range(5)]
+    assert (tmp_path / "out" / "part-00000-of-00002").read_text() == "".join(parts[:3])
+    assert (tmp_path / "out" / "part-00001-of-00002").read_text() == "".join(parts[3:])
+    evaluation = (tmp_path / "out" / "eval.txt").read_bytes()
+    assert evaluation == (tmp_path / "single" / "eval.txt").read_bytes()
+
+
+def test_same_arguments_same_bytes(tmp_path: Path) -> None:
+    paths = write_corpus(tmp_path / "in", [30, 30])
+
+    def made(name: str, given: list[Path], seed: int) -> dict[str, bytes]:
+        segment(given, tmp_path / name, 20, seed)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    first = made("first", paths, 1)
+    assert made("again", paths[::-1], 1) == first
+    assert made("other", paths, 2) != first
