@@ -43,6 +43,14 @@ def main() -> int:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "bert_pretraining":
+            raise
+        return _fail(
+            EXIT_USAGE,
+            f"{sys.executable} lacks the package {error.name}; use .venv/bin/python, which "
+            "'bash run_training.sh' makes, or: python -m pip install -r requirements.txt",
+        )
     except KeyboardInterrupt:
         return _fail(EXIT_INTERRUPTED, "interrupted")
     except Exception as error:

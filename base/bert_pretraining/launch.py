@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import logging
@@ -196,6 +197,7 @@ def run(plan: Plan) -> int:
 
 def run_rank(arguments: list[str]) -> None:
     """Become this local rank's bound trainer (torchrun starts one of these a rank)."""
+    _end_with_the_launcher()
     place = json.loads(os.environ[BINDINGS_VARIABLE])[int(os.environ["LOCAL_RANK"])]
     if place["threads"]:
         os.environ["OMP_NUM_THREADS"] = str(place["threads"])
@@ -203,6 +205,12 @@ def run_rank(arguments: list[str]) -> None:
         os.sched_setaffinity(0, place["cpus"])
     command = [*place["prefix"], *_python("train", arguments)]
     os.execvp(command[0], command)
+
+
+def _end_with_the_launcher() -> None:
+    """Ask Linux to end this rank when the launcher dies, even by SIGKILL."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>; it survives exec
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
 def _python(command: str, flags: list[str]) -> list[str]:

@@ -150,6 +150,7 @@ class Config:
         "evaluation",
         "masked-token accuracy on the evaluation set that ends the run",
         minimum=0.0,
+        maximum=1.0,
     )
     eval_steps: int = setting(
         0, "evaluation", "updates between evaluations; 0 for the MLPerf schedule", minimum=0

@@ -143,6 +143,7 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"learning_rate": float("nan")}, "must be at least 0"),
         ({"learning_rate": float("inf")}, "must be finite"),
         ({"opt_lamb_beta_1": 1.0}, "must be at most"),
+        ({"target_mlm_accuracy": 72.0}, "must be at most 1"),
         ({"target_mlm_accuracy": float("nan")}, "must be at least 0"),
         ({"device": "gpu"}, "must be one of auto, cpu, cuda"),
         ({"precision": "fp8"}, "--precision fp8: must be one of fp32, bf16, fp16"),
