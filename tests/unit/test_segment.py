@@ -199,7 +199,7 @@ def test_separation_is_the_references(tmp_path: Path, seed: int, wanted: int) ->
     evaluation, training = reference_separation(texts, wanted, seed)
     assert [(tmp_path / "out" / name).read_text() for name in names] == training
     expected = "".join(article + "\n\n" for article in evaluation)
-    assert (tmp_path / "out" / "eval.txt").read_text() == expected
+    assert (tmp_path / "out" / "eval.txt").read_bytes() == expected.encode()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.txt", *names]
     assert report.eval_articles == len(evaluation)
     assert report.train_articles == sum(counts) - len(evaluation)
