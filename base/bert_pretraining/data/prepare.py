@@ -42,6 +42,7 @@ from bert_pretraining.data.shards import (
     write_shard,
     write_varlength_shard,
 )
+from bert_pretraining.data.text_sources import read_text
 from bert_pretraining.data.verify_report import md5_of
 from bert_pretraining.errors import UserError
 
@@ -208,12 +209,7 @@ def prepare(settings: PrepareSettings) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of one text file, without the line ends."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"{path}: empty; give text with one sentence a line")
     return text.removesuffix("\n").split("\n")

@@ -36,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_pretraining.data.text_sources import read_text
 from bert_pretraining.errors import UserError
 
 ABBREVIATIONS = frozenset(
@@ -220,12 +221,7 @@ def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+    text = read_text(path, "utf-8-sig")
     if not text.strip():
         raise UserError(f"{path}: empty; give text, or leave the file out")
     return text

@@ -40,14 +40,19 @@ def file_documents(paths: Iterable[Path]) -> list[list[str]]:
     """Plain text files: blank lines separate documents, and sentences end in . ! or ?"""
     documents = []
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror})") from error
+        text = read_text(path).replace("\r\n", "\n")
         documents.extend(sentences(block) for block in re.split(r"\n\s*\n", text))
     return [document for document in documents if document]
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """A whole text file, line ends as they are; UserError if it is missing or not UTF-8."""
+    try:
+        return path.read_bytes().decode(encoding)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
 
 
 def sentences(text: str) -> list[str]:
