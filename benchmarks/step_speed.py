@@ -16,7 +16,7 @@ import numpy as np
 import record
 import torch
 
-from bert_pretraining.data.packing import pack
+from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.shards import FlatShard, flatten
 from bert_pretraining.kernels import select, torch_provider
 from bert_pretraining.model.bert_config import BertConfig
@@ -72,7 +72,7 @@ def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[
     kernels = select(provider, torch.device("cpu"), torch.float32)
     model = BertForPreTraining(config, kernels, seed=1)
     optimizer = create_optimizer("auto", model.named_parameters(), LambSettings())
-    batch = pack([(shard_of(lengths, config.vocab_size), np.arange(len(lengths)))])
+    batch = pack_rows(shard_of(lengths, config.vocab_size), np.arange(len(lengths)))
 
     def step() -> None:
         optimizer.zero_grad()

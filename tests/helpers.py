@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.data.packing import PackedBatch, pack
+from bert_pretraining.data.packing import PackedBatch, pack_rows
 from bert_pretraining.data.shards import flatten
 from bert_pretraining.kernels import select
 from bert_pretraining.model.bert_config import BertConfig
@@ -52,7 +52,7 @@ def padded_arrays(
 def packed(arrays: dict[str, np.ndarray], rows: slice = slice(None)) -> PackedBatch:
     """Some rows of padded arrays as one batch."""
     shard = flatten(arrays, vocab_size=2**15, where="test")
-    return pack([(shard, np.arange(shard.num_sequences)[rows])])
+    return pack_rows(shard, np.arange(shard.num_sequences)[rows])
 
 
 def tiny_config(**changes: object) -> BertConfig:

@@ -14,6 +14,7 @@ from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_chec
 from bert_pretraining.config import Config, DataPaths, Resolved, data_paths
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
+from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import ShardInfo, list_shards
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED
@@ -132,7 +133,7 @@ def _train(
         config.batching,
         pin_memory=ranks.device.type == "cuda",
     )
-    batches = iter(TrainingLoader(shards, order, feed))
+    batches = on_device(iter(TrainingLoader(shards, order, feed)), ranks.device)
     model.train()
     epoch = -1
     reason = None
@@ -145,7 +146,7 @@ def _train(
             log.perf.log("EPOCH_BEGIN", {"epoch": epoch})
 
         # ---- one update: forward and backward for each micro-batch, then LAMB
-        micro_batches = [next(batches).to(ranks.device) for _ in range(accumulation)]
+        micro_batches = [next(batches) for _ in range(accumulation)]
         run.samples_seen += samples_per_step
         weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
         sums = torch.zeros(3, device=ranks.device)

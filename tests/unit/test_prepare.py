@@ -17,7 +17,7 @@ import pytest
 
 from bert_pretraining.data import prepare as stages
 from bert_pretraining.data.examples import ExampleSettings
-from bert_pretraining.data.packing import pack
+from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.prepare import PrepareSettings, TextSettings
 from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
 from bert_pretraining.errors import UserError
@@ -216,7 +216,7 @@ def test_a_variable_length_shard_loads_like_its_fixed_form(tmp_path: Path) -> No
     varlength.parent.mkdir()
     stages.to_varlength(fixed, varlength)
     assert list_shards(varlength.parent)[0].max_seq_length is None
-    one, two = (pack([(read_shard(path, 90), np.arange(4))]) for path in (fixed, varlength))
+    one, two = (pack_rows(read_shard(path, 90), np.arange(4)) for path in (fixed, varlength))
     for name in ("input_ids", "segment_ids", "cu_seqlens", "masked_positions", "masked_labels"):
         assert getattr(one, name).tolist() == getattr(two, name).tolist(), name
 

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.data.packing import pack, ragged_arange
-from bert_pretraining.data.shards import flatten, list_shards, read_shard, write_shard
+from bert_pretraining.data.packing import PackedBatch, pack, pack_rows
+from bert_pretraining.data.shards import (
+    flatten,
+    list_shards,
+    ragged_arange,
+    read_shard,
+    write_shard,
+)
 from bert_pretraining.errors import UserError
 from helpers import packed, padded_arrays
 
@@ -28,7 +34,7 @@ def test_a_packed_batch_is_the_padded_rows_without_padding(
     write_shard(tmp_path / "part_0.hdf5", arrays)
     shard = read_shard(tmp_path / "part_0.hdf5", vocab_size=90)
     rows = np.arange(len(lengths))[::-1]
-    batch = pack([(shard, rows)])
+    batch = pack_rows(shard, rows)
     assert batch.num_tokens == sum(lengths)
     assert batch.max_seqlen == max(lengths)
     assert batch.cu_seqlens.dtype == torch.int32
@@ -50,10 +56,71 @@ def test_a_packed_batch_is_the_padded_rows_without_padding(
 def test_packing_two_shards_is_packing_their_concatenation() -> None:
     one, two = padded_arrays([4, 9], 16, 90, seed=1), padded_arrays([16, 2], 16, 90, seed=2)
     both = {key: np.concatenate([one[key], two[key]]) for key in one}
-    pieces = [(flatten(part, 90, "test"), np.arange(2)) for part in (one, two)]
-    together, expected = pack(pieces), packed(both)
-    for name in ("input_ids", "position_ids", "cu_seqlens", "masked_positions", "masked_labels"):
-        assert getattr(together, name).tolist() == getattr(expected, name).tolist()
+    shards = [flatten(part, 90, "test") for part in (one, two)]
+    (together,) = pack(shards, np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), 4)
+    assert_same(together, packed(both))
+
+
+def assert_same(one: PackedBatch, other: PackedBatch) -> None:
+    assert one.max_seqlen == other.max_seqlen
+    for name, value in one.tensors().items():
+        assert value.dtype == other.tensors()[name].dtype
+        assert value.tolist() == other.tensors()[name].tolist(), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 9])
+def test_packing_many_batches_is_packing_each(batch_size: int) -> None:
+    random = np.random.RandomState(batch_size)
+    shards = [
+        flatten(padded_arrays(random.randint(1, 17, 5).tolist(), 16, 90, seed=seed), 90, "test")
+        for seed in range(3)
+    ]
+    shard_of, rows = random.randint(0, 3, 7), random.randint(0, 5, 7)
+    batches = pack(shards, shard_of, rows, batch_size)
+    assert [batch.num_sequences for batch in batches] == [
+        len(rows[first : first + batch_size]) for first in range(0, 7, batch_size)
+    ]
+    for number, batch in enumerate(batches):
+        here = slice(number * batch_size, (number + 1) * batch_size)
+        singly = [pack_rows(shards[w], rows[here][n : n + 1]) for n, w in enumerate(shard_of[here])]
+        starts = np.cumsum([0, *(single.num_tokens for single in singly)])
+        assert batch.cu_seqlens.tolist() == starts.tolist()
+        for name in ("input_ids", "segment_ids", "position_ids", "masked_labels"):
+            assert getattr(batch, name).tolist() == [
+                value for single in singly for value in getattr(single, name).tolist()
+            ]
+        assert batch.masked_positions.tolist() == [
+            start + place
+            for single, start in zip(singly, starts.tolist(), strict=False)
+            for place in single.masked_positions.tolist()
+        ]
+        assert batch.next_sentence_labels.tolist() == [
+            single.next_sentence_labels.item() for single in singly
+        ]
+
+
+def test_a_sequence_without_masks_packs() -> None:
+    arrays = padded_arrays([4, 6], 16, 90)
+    arrays["masked_lm_ids"][0] = 0
+    assert pack_rows(flatten(arrays, 90, "test"), np.array([0])).num_masked == 0
+    first, second = pack([flatten(arrays, 90, "test")], np.zeros(2, int), np.arange(2), 1)
+    assert (first.num_masked, second.num_masked > 0) == (0, True)
+
+
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    arrays = padded_arrays([4, 9], 16, 90)
+    clean = packed(arrays)
+    padding = arrays["input_mask"] == 0
+    arrays["input_ids"][padding] = -7
+    arrays["segment_ids"][padding] = 99
+    assert_same(pack_rows(flatten(arrays, 90, "test"), np.arange(2)), clean)
+
+
+def test_values_that_are_no_integers_are_named() -> None:
+    arrays = padded_arrays([4, 9], 16, 90)
+    arrays["input_ids"] = arrays["input_ids"].astype(np.float32)
+    with pytest.raises(UserError, match="input_ids is float32, not integer"):
+        flatten(arrays, 90, "test")
 
 
 def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
@@ -78,14 +145,14 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("token", "input_ids has token 90, but the model's vocabulary has 90"),
-        ("negative", "input_ids has token -3"),
-        ("label", "masked_lm_ids has token 95"),
+        ("token", "input_ids has the value 90, but the model's vocabulary has 90"),
+        ("negative", "input_ids has the value -3"),
+        ("label", "masked_lm_ids has the value 95"),
         ("hole", "not ones followed by zeros"),
         ("empty", "a sequence without tokens"),
         ("position", "masked position outside its sequence"),
-        ("segment", "segment_ids has values other than 0 and 1"),
-        ("next sentence", "next_sentence_labels has values other than 0 and 1"),
+        ("segment", "segment_ids has the value 7, but only 0 and 1 make sense"),
+        ("next sentence", "next_sentence_labels has the value -100, but only 0 and 1"),
     ],
 )
 def test_spoiled_content_is_named(tmp_path: Path, fault: str, words: str) -> None:

@@ -27,17 +27,17 @@ def balance(lengths: np.ndarray, batch_size: int, random: np.random.RandomState)
     half = len(batches) // 2
     if half == 0:
         return batches
-    tokens = lengths[batches]
+    tokens = lengths.astype(np.int32)[batches]
     for _ in range(MAX_ROUNDS):
-        totals = tokens.sum(axis=1)
+        totals = tokens.sum(axis=1, dtype=np.int32)
         if np.ptp(totals) <= LEVEL * totals.mean():
             break
         by_length = np.argsort(totals, kind="stable")
         short, long = by_length[:half], by_length[::-1][:half]
         # The swap of one sequence each that comes nearest to halving the difference.
-        wanted = (totals[long] - totals[short])[:, None, None] / 2
+        wanted = (totals[long] - totals[short])[:, None, None]
         moved = tokens[long][:, :, None] - tokens[short][:, None, :]
-        best = np.abs(wanted - moved).reshape(half, -1).argmin(axis=1)
+        best = np.abs(wanted - 2 * moved).reshape(half, -1).argmin(axis=1)
         from_long, from_short = np.divmod(best, batch_size)
         for table in (batches, tokens):
             kept = table[long, from_long].copy()

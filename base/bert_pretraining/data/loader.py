@@ -13,12 +13,13 @@ import numpy as np
 
 from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.order import SampleOrder
-from bert_pretraining.data.packing import PackedBatch, pack
+from bert_pretraining.data.packing import PackedBatch, pack, pack_rows
 from bert_pretraining.data.shards import FlatShard, ShardInfo, list_shards, read_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.seeds import derive
 
-BATCHES_AHEAD = 4
+PACKED_TOGETHER = 32  # batches; fewer cost more calls and more changes of threads
+GROUPS_AHEAD = 2  # of so many batches each, packed before they are asked for
 BALANCE_WINDOW = 1024  # batches; more are more level, and take longer to the first batch
 
 
@@ -64,20 +65,20 @@ class TrainingLoader:
         self._feed = feed
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        batches: queue.Queue[PackedBatch | BaseException] = queue.Queue(BATCHES_AHEAD)
+        groups: queue.Queue[list[PackedBatch] | BaseException] = queue.Queue(GROUPS_AHEAD)
         stop = threading.Event()
 
-        def put(item: PackedBatch | BaseException) -> None:
+        def put(item: list[PackedBatch] | BaseException) -> None:
             while not stop.is_set():
                 try:
-                    return batches.put(item, timeout=0.1)
+                    return groups.put(item, timeout=0.1)
                 except queue.Full:
                     continue
 
         def produce() -> None:
             try:
-                for batch in self._batches():
-                    put(batch)
+                for group in self._groups():
+                    put(group)
                     if stop.is_set():
                         return
             except BaseException as error:  # handed to the consumer, which raises it
@@ -87,15 +88,15 @@ class TrainingLoader:
         producer.start()
         try:
             while True:
-                item = batches.get()
+                item = groups.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                yield from item
         finally:
             stop.set()
             producer.join()
 
-    def _batches(self) -> Iterator[PackedBatch]:
+    def _groups(self) -> Iterator[list[PackedBatch]]:
         feed, order = self._feed, self._order
         number, offset = divmod(feed.samples_seen // feed.world_size, feed.batch_size)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
@@ -114,22 +115,31 @@ class TrainingLoader:
                     offset + place * feed.batch_size for place in (window[0], window.stop)
                 )
                 samples = np.arange(first, last, dtype=np.int64) * feed.world_size + feed.rank
-                pieces = order.locate(samples)
-                needed = [shard for shard, _ in pieces] + order.following_shards(samples)
+                shard_of, row_of = order.locate(samples)
+                used, index_of = np.unique(shard_of, return_inverse=True)
+                needed = used.tolist() + order.following_shards(samples)
                 for shard in needed:
                     load(shard)
                 for shard in set(loaded) - set(needed):
                     del loaded[shard]
-                found = [(load(shard).result(), rows) for shard, rows in pieces]
-                for batch in self._deal(found, window, number):
-                    yield batch.pin_memory() if feed.pin_memory else batch
+                shards = [load(shard).result() for shard in used.tolist()]
+                chosen = self._deal(shards, index_of, row_of, window)[number - window.start :]
+                for group in range(0, len(chosen), PACKED_TOGETHER):
+                    places = chosen[group : group + PACKED_TOGETHER].ravel()
+                    yield pack(
+                        shards,
+                        index_of[places],
+                        row_of[places],
+                        feed.batch_size,
+                        feed.pin_memory,
+                    )
                 number = window.stop
 
     def _window(self, number: int, offset: int) -> range:
         """The batches that are drawn together with batch `number`."""
         feed, order = self._feed, self._order
         if feed.batching == "random":
-            return range(number, number + 1)
+            return range(number, number + PACKED_TOGETHER)
         sample = (offset + number * feed.batch_size) * feed.world_size + feed.rank
         epoch = order.epoch(sample)
         starts = tuple(
@@ -139,23 +149,18 @@ class TrainingLoader:
         return window_of(number, feed.batch_size, offset, starts, BALANCE_WINDOW)
 
     def _deal(
-        self, pieces: list[tuple[FlatShard, np.ndarray]], window: range, number: int
-    ) -> Iterator[PackedBatch]:
-        """The window's batches from batch `number` on."""
-        if len(window) == 1:
-            yield pack(pieces)
-            return
+        self, shards: list[FlatShard], index_of: np.ndarray, row_of: np.ndarray, window: range
+    ) -> np.ndarray:
+        """Which of the window's sequences make up each of its batches: (K, B) places."""
         feed = self._feed
-        lengths = np.concatenate([shard.lengths[rows] for shard, rows in pieces])
-        piece_of = np.repeat(np.arange(len(pieces)), [len(rows) for _, rows in pieces])
-        row_of = np.concatenate([rows for _, rows in pieces])
+        if feed.batching == "random" or len(window) == 1:
+            return np.arange(len(row_of)).reshape(-1, feed.batch_size)
+        lengths = np.empty(len(row_of), dtype=np.int64)
+        for index, shard in enumerate(shards):
+            here = index_of == index
+            lengths[here] = shard.lengths[row_of[here]]
         seed = derive(self._order.seed, "balance", feed.rank, feed.world_size, window.start)
-        batches = balance(lengths, feed.batch_size, np.random.RandomState(seed))
-        for chosen in batches[number - window.start :]:
-            chosen = chosen[np.argsort(piece_of[chosen], kind="stable")]
-            used, starts = np.unique(piece_of[chosen], return_index=True)
-            rows = np.split(row_of[chosen], starts[1:])
-            yield pack([(pieces[piece][0], part) for piece, part in zip(used, rows, strict=True)])
+        return balance(lengths, feed.batch_size, np.random.RandomState(seed))
 
 
 def load_evaluation_batches(
@@ -185,7 +190,7 @@ def load_evaluation_batches(
         remaining -= len(rows)
         for start in range(0, len(rows), batch_size):
             if count % world_size == rank:
-                mine.append((count, pack([(shard, rows[start : start + batch_size])])))
+                mine.append((count, pack_rows(shard, rows[start : start + batch_size])))
             count += 1
     if count == 0:
         raise UserError(f"no evaluation sequences in {directory}; make the data set again")

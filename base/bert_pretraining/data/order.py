@@ -60,27 +60,27 @@ class SampleOrder:
         first, now = np.searchsorted(ends, [start, start + step], side="right")
         return int(now - first)
 
-    def locate(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the given samples lie.
 
-        samples: (n,) int64 sample numbers. Returns (shard, (k,) row numbers) pieces with
-        n rows in all, shards in the order in which `samples` first meets them.
+        samples: (n,) int64 sample numbers. Returns the shard of each and its row in that
+        shard, (n,) int64 both.
         """
-        pieces: list[tuple[int, np.ndarray]] = []
+        shard_of, row_of = np.empty_like(samples), np.empty_like(samples)
         epochs = samples // self.num_sequences
-        for epoch in np.unique(epochs):
-            in_epoch = samples[epochs == epoch] - epoch * self.num_sequences
-            lane = in_epoch % self.lanes
-            place = self._lane_starts[lane] + in_epoch // self.lanes
-            shards, ends = self._epoch_shards(int(epoch))
+        for epoch in np.unique(epochs).tolist():
+            mine = np.flatnonzero(epochs == epoch)
+            in_epoch = samples[mine] - epoch * self.num_sequences
+            place = self._lane_starts[in_epoch % self.lanes] + in_epoch // self.lanes
+            shards, ends = self._epoch_shards(epoch)
             index = np.searchsorted(ends, place, side="right")
+            shard_of[mine] = shards[index]
             row = place - (ends - self.shard_sizes[shards])[index]
-            _, first_met = np.unique(index, return_index=True)
-            for which in index[np.sort(first_met)]:
-                shard = int(shards[which])
-                rows = self._shard_rows(int(epoch), shard)[row[index == which]]
-                pieces.append((shard, rows))
-        return pieces
+            for which in np.unique(index).tolist():
+                here = index == which
+                rows = self._shard_rows(epoch, int(shards[which]))
+                row_of[mine[here]] = rows[row[here]]
+        return shard_of, row_of
 
     def following_shards(self, samples: np.ndarray) -> list[int]:
         """The shards that the lanes of these samples come to next, for prefetching."""

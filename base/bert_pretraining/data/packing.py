@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bert_pretraining.data.shards import FlatShard
+from bert_pretraining.data.shards import FlatShard, ragged_arange
 
 
 @dataclass(frozen=True)
@@ -43,73 +44,136 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; copies from pinned memory do not block."""
         if self.input_ids.device == device:
             return self
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_tensor = isinstance(value, Tensor)
-            moved[field.name] = value.to(device, non_blocking=True) if is_tensor else value
-        return PackedBatch(**moved)
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory (needs a CUDA device)."""
-        pinned = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            pinned[field.name] = value.pin_memory() if isinstance(value, Tensor) else value
-        return PackedBatch(**pinned)
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in self.tensors().items()
+        }
+        return PackedBatch(**moved, max_seqlen=self.max_seqlen)
 
 
-def ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Indices of the runs [start, start + length), end to end.
+def pack(
+    shards: Sequence[FlatShard],
+    shard_of: np.ndarray,
+    rows: np.ndarray,
+    batch_size: int,
+    pin_memory: bool = False,
+) -> list[PackedBatch]:
+    """Pack chosen sequences, in the order given, into batches of batch_size.
 
-    starts, lengths: (N,) integers. Returns (sum(lengths),) int64.
+    Several batches at once, because small arrays cost NumPy calls rather than copying. The
+    batches are views of common arrays.
+
+    Args:
+        shards: where the sequences lie.
+        shard_of, rows: (N,) integers, N at least 1: sequence n is row rows[n] of
+            shards[shard_of[n]].
+        batch_size: sequences a batch; the last batch gets what remains.
+        pin_memory: page-locked memory, for copies that do not block (needs a CUDA device).
     """
-    ends = np.cumsum(lengths)
-    offsets = starts - (ends - lengths)
-    return np.repeat(offsets, lengths) + np.arange(ends[-1] if len(ends) else 0)
+    lengths, starts, masked_counts, masked_starts, next_sentence = _gather(shards, shard_of, rows)
+    first_rows = np.arange(0, len(rows), batch_size)
+    num_sequences = np.diff(first_rows, append=len(rows))
+    num_tokens = np.add.reduceat(lengths, first_rows)
+    num_masked = np.add.reduceat(masked_counts, first_rows)
+    # Where each sequence starts in the common arrays, and in its batch.
+    token_starts = np.cumsum(lengths) - lengths
+    starts_in_batch = token_starts - np.repeat(token_starts[first_rows], num_sequences)
+    ends_of_batch = np.cumsum(num_sequences)
+    position_ids = np.arange(token_starts[-1] + lengths[-1], dtype=np.int32)
+    position_ids -= np.repeat(token_starts.astype(np.int32), lengths)
+    tokens = np.repeat(starts, lengths)
+    tokens += position_ids
+    masked = ragged_arange(masked_starts, masked_counts)
+
+    def take(name: str, index: np.ndarray, counts: np.ndarray, dtype: type) -> np.ndarray:
+        if len(shards) == 1:
+            return getattr(shards[0], name).take(index).astype(dtype)
+        taken, source = np.empty(len(index), dtype=dtype), np.repeat(shard_of, counts)
+        for which, shard in enumerate(shards):
+            here = np.flatnonzero(source == which)
+            taken[here] = getattr(shard, name).take(index[here])
+        return taken
+
+    masked_positions = take("masked_positions", masked, masked_counts, np.int32)
+    masked_positions += np.repeat(starts_in_batch.astype(np.int32), masked_counts)
+    # 32-bit integers where they do: half the memory to touch here and to copy to a device.
+    common = {
+        "input_ids": (take("input_ids", tokens, lengths, np.int32), num_tokens),
+        "segment_ids": (take("segment_ids", tokens, lengths, np.int32), num_tokens),
+        "position_ids": (position_ids, num_tokens),
+        "cu_seqlens": (
+            np.insert(starts_in_batch, ends_of_batch, num_tokens).astype(np.int32),
+            num_sequences + 1,
+        ),
+        "masked_positions": (masked_positions, num_masked),
+        "masked_labels": (take("masked_labels", masked, masked_counts, np.int64), num_masked),
+        "next_sentence_labels": (next_sentence, num_sequences),
+    }
+    parts = []
+    for array, sizes in common.values():
+        tensor = torch.from_numpy(array)
+        parts.append((tensor.pin_memory() if pin_memory else tensor).split(sizes.tolist()))
+    longest = np.maximum.reduceat(lengths, first_rows).tolist()
+    return [
+        PackedBatch(**dict(zip(common, tensors, strict=True)), max_seqlen=max_seqlen)
+        for *tensors, max_seqlen in zip(*parts, longest, strict=True)
+    ]
 
 
-def pack(pieces: list[tuple[FlatShard, np.ndarray]]) -> PackedBatch:
-    """Pack chosen rows of one or more shards, in the order given.
+def pack_rows(shard: FlatShard, rows: np.ndarray) -> PackedBatch:
+    """One batch of these rows of one shard."""
+    (batch,) = pack([shard], np.zeros(len(rows), dtype=np.int64), rows, len(rows))
+    return batch
 
-    pieces: (shard, (n,) row numbers) each; at least one row in all.
+
+def _gather(
+    shards: Sequence[FlatShard], shard_of: np.ndarray, rows: np.ndarray
+) -> list[np.ndarray]:
+    """What is known of each sequence, (N,) int64: lengths and starts, of tokens and masks."""
+    names = ("lengths", "offsets", "masked_counts", "masked_offsets", "next_sentence_labels")
+    if len(shards) == 1:
+        return [getattr(shards[0], name)[rows].astype(np.int64) for name in names]
+    gathered = [np.empty(len(rows), dtype=np.int64) for _ in names]
+    for index, shard in enumerate(shards):
+        places = np.flatnonzero(shard_of == index)
+        for values, name in zip(gathered, names, strict=True):
+            values[places] = getattr(shard, name)[rows[places]]
+    return gathered
+
+
+def on_device(batches: Iterator[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
+    """The same batches on `device`.
+
+    On a CUDA device each is copied on a stream of its own while the one before it is worked
+    on; the batches should lie in pinned memory.
     """
-    lengths = np.concatenate([shard.lengths[rows] for shard, rows in pieces])
-    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    # 32-bit integers: half the memory to touch here, and to copy to a device.
-    position_ids = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+    ahead: tuple[PackedBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = batch.to(device), copying.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = copied
+    if ahead is not None:
+        yield _arrived(*ahead)
 
-    input_ids, segment_ids, masked_positions, masked_labels, next_sentence = [], [], [], [], []
-    first = 0
-    for shard, rows in pieces:
-        starts = cu_seqlens[first : first + len(rows)]
-        here = slice(starts[0], cu_seqlens[first + len(rows)])
-        tokens = np.repeat(shard.offsets[rows], shard.lengths[rows]) + position_ids[here]
-        input_ids.append(shard.input_ids[tokens])
-        segment_ids.append(shard.segment_ids[tokens])
-        masked_counts = shard.masked_counts[rows]
-        masked = ragged_arange(shard.masked_offsets[rows], masked_counts)
-        masked_positions.append(shard.masked_positions[masked] + np.repeat(starts, masked_counts))
-        masked_labels.append(shard.masked_labels[masked])
-        next_sentence.append(shard.next_sentence_labels[rows])
-        first += len(rows)
 
-    def tensor(parts: list[np.ndarray], dtype: type) -> Tensor:
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return torch.from_numpy(whole.astype(dtype))
-
-    return PackedBatch(
-        input_ids=tensor(input_ids, np.int32),
-        segment_ids=tensor(segment_ids, np.int32),
-        position_ids=torch.from_numpy(position_ids),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        masked_positions=tensor(masked_positions, np.int32),
-        masked_labels=tensor(masked_labels, np.int64),
-        next_sentence_labels=tensor(next_sentence, np.int64),
-        max_seqlen=int(lengths.max()),
-    )
+def _arrived(batch: PackedBatch, copied: torch.cuda.Event) -> PackedBatch:
+    working = torch.cuda.current_stream(batch.input_ids.device)
+    working.wait_event(copied)
+    for tensor in batch.tensors().values():
+        # Its memory must not be given away while the working stream may still read it.
+        tensor.record_stream(working)
+    return batch

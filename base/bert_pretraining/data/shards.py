@@ -51,9 +51,11 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A whole shard in memory without padding.
+    """A whole shard in memory.
 
-    input_ids, segment_ids: (T,) the real tokens of all N sequences, end to end.
+    input_ids, segment_ids: (T,) the tokens of all N sequences. What lies between the end
+    of one sequence and the start of the next is padding, and never looked at: to squeeze
+    it out would cost more than to copy the sequences of a batch.
     offsets, lengths: (N,) int64, where each sequence starts, and how long it is.
     masked_positions: (M,) relative to the sequence's start; masked_labels: (M,).
     masked_offsets, masked_counts: (N,) int64. next_sentence_labels: (N,).
@@ -163,7 +165,7 @@ def read_token_rows(path: Path) -> list[np.ndarray]:
 
 
 def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
-    """Read one shard of either form whole, without padding.
+    """Read one shard of either form whole.
 
     Raises UserError naming the file and the fault: missing datasets, ids outside
     [0, vocab_size), sequences longer than max_seq_length, a mask that is not a prefix,
@@ -197,12 +199,12 @@ def _read_flat(path: Path, vocab_size: int) -> FlatShard:
         raise UserError(f"{path}: rows of different datasets differ in length; make it again")
     return _checked(
         FlatShard(
-            input_ids=_compact(flat["input_ids"]),
+            input_ids=flat["input_ids"],
             segment_ids=flat["segment_ids"],
             offsets=np.cumsum(lengths) - lengths,
             lengths=lengths,
             masked_positions=flat["masked_lm_positions"],
-            masked_labels=_compact(flat["masked_lm_ids"]),
+            masked_labels=flat["masked_lm_ids"],
             masked_offsets=np.cumsum(counts) - counts,
             masked_counts=counts,
             next_sentence_labels=next_sentence_labels,
@@ -215,20 +217,21 @@ def _read_flat(path: Path, vocab_size: int) -> FlatShard:
 def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatShard:
     """Padded arrays as in the file -> FlatShard; `where` names them in errors."""
     mask = arrays["input_mask"].astype(bool)
-    lengths = mask.sum(axis=1, dtype=np.int64)
+    lengths = mask.sum(axis=1, dtype=np.int16).astype(np.int64)
     # A prefix of ones: no zero before a one.
     if (mask[:, 1:] > mask[:, :-1]).any():
         raise UserError(f"{where}: input_mask is not ones followed by zeros; make the shard again")
     labelled = arrays["masked_lm_ids"] != 0
-    counts = labelled.sum(axis=1, dtype=np.int64)
+    counts = np.count_nonzero(labelled, axis=1)
+    count, length = mask.shape
     return _checked(
         FlatShard(
-            input_ids=_compact(arrays["input_ids"][mask]),
-            segment_ids=arrays["segment_ids"][mask],
-            offsets=np.cumsum(lengths) - lengths,
+            input_ids=arrays["input_ids"].reshape(-1),
+            segment_ids=arrays["segment_ids"].reshape(-1),
+            offsets=np.arange(count, dtype=np.int64) * length,
             lengths=lengths,
             masked_positions=arrays["masked_lm_positions"][labelled],
-            masked_labels=_compact(arrays["masked_lm_ids"][labelled]),
+            masked_labels=arrays["masked_lm_ids"][labelled],
             masked_offsets=np.cumsum(counts) - counts,
             masked_counts=counts,
             next_sentence_labels=arrays["next_sentence_labels"],
@@ -238,34 +241,51 @@ def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatS
     )
 
 
-def _compact(ids: np.ndarray) -> np.ndarray:
-    """Half the memory where ids fit; negative ones stay visible to the check."""
-    fits = ids.size == 0 or (ids.min() >= 0 and ids.max() < 2**16)
-    return ids.astype(np.uint16) if fits else ids
-
-
 def _checked(shard: FlatShard, vocab_size: int, where: str) -> FlatShard:
     """The shard itself, if it can be trained on."""
     if shard.lengths.size and shard.lengths.min() < 1:
         raise UserError(f"{where}: a sequence without tokens; make the shard again")
-    for name, ids in (("input_ids", shard.input_ids), ("masked_lm_ids", shard.masked_labels)):
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-            wrong = ids.max() if ids.max() >= vocab_size else ids.min()
-            raise UserError(
-                f"{where}: {name} has token {wrong}, but the model's vocabulary has {vocab_size} "
-                "entries; data and bert_config.json must be of one vocabulary"
-            )
-    for name, values in (
-        ("segment_ids", shard.segment_ids),
-        ("next_sentence_labels", shard.next_sentence_labels),
+    for name, ids, limit in (
+        ("input_ids", shard.input_ids, vocab_size),
+        ("segment_ids", shard.segment_ids, 2),
+        ("masked_lm_ids", shard.masked_labels, vocab_size),
+        ("next_sentence_labels", shard.next_sentence_labels, 2),
     ):
-        if values.size and (values.min() < 0 or values.max() > 1):
-            raise UserError(f"{where}: {name} has values other than 0 and 1; make the shard again")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"{where}: {name} is {ids.dtype}, not integer; make the shard again")
+        if _within(ids, limit):
+            continue
+        if len(ids) == len(shard.input_ids):
+            ids = ids[ragged_arange(shard.offsets, shard.lengths)]
+            if _within(ids, limit):
+                continue  # it was only the padding
+        wrong = ids.max() if ids.max() >= limit else ids.min()
+        mend = (
+            f"the model's vocabulary has {vocab_size} entries; data and bert_config.json "
+            "must be of one vocabulary"
+            if limit == vocab_size
+            else "only 0 and 1 make sense; make the shard again"
+        )
+        raise UserError(f"{where}: {name} has the value {wrong}, but {mend}")
     positions = shard.masked_positions
     ends = np.repeat(shard.lengths, shard.masked_counts)
     if positions.size and (positions.min() < 0 or (positions >= ends).any()):
         raise UserError(f"{where}: a masked position outside its sequence; make the shard again")
     return shard
+
+
+def _within(values: np.ndarray, limit: int) -> bool:
+    return not values.size or (values.min() >= 0 and values.max() < limit)
+
+
+def ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Indices of the runs [start, start + length), end to end.
+
+    starts, lengths: (N,) integers. Returns (sum(lengths),) int64.
+    """
+    ends = np.cumsum(lengths)
+    offsets = starts - (ends - lengths)
+    return np.repeat(offsets, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
