@@ -52,7 +52,10 @@ def runs(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_the_same_weights_on_the_same_global_batches(runs: dict, split: tuple) -> None:
     alone, together = runs[SPLITS[0]][0], runs[split][0]
     for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=2e-4, atol=2e-5, msg=name)
+        # A key's bias moves all of a query's scores alike, which softmax takes back: its
+        # gradient is 0 but for rounding, which LAMB then blows up to a step's full length.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(together[name], value, rtol=2e-4, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
