@@ -83,7 +83,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """Parse all of `arguments`; an unknown flag names its nearest neighbour."""
         normal = [
-            re.sub(r"^--[^=]+", lambda match: "--" + match[0][2:].replace("-", "_"), argument)
+            re.sub(r"^--[^=]+", lambda match: "--" + re.sub("[-.]", "_", match[0][2:]), argument)
             for argument in arguments
         ]
         values, unknown = self.parse_known_args(normal)

@@ -6,7 +6,7 @@ keep working. `config.py` fills a `Config` from files and flags.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 GROUPS = {
     "run": "configuration and device",
@@ -45,8 +45,15 @@ def ignored(default: object, why: str) -> object:
 
 
 _PACKED = "no effect: batches hold no padding"
+_PROVIDERS = ("auto", "reference", "torch", "triton", "apex")
 _KERNELS = "no effect: --kernels chooses the operators"
 _REDUCTION = "no effect: gradients are reduced in overlapping buckets"
+
+
+def _operator(name: str) -> object:
+    return setting(
+        None, "run", f"provider of {name} alone; --kernels.{name} too", choices=_PROVIDERS
+    )
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,26 @@ class Config:
     dist_backend: str = setting(
         "nccl", "run", "collectives; gloo on a CPU", choices=("nccl", "gloo")
     )
-    kernels: str = setting(
-        "auto", "run", "provider of the operators", choices=("auto", "reference", "torch")
+    kernels: str = setting("auto", "run", "provider of the operators", choices=_PROVIDERS)
+    kernels_attention: str | None = _operator("attention")
+    kernels_bias_gelu: str | None = _operator("bias_gelu")
+    kernels_bias_dropout_residual_layer_norm: str | None = _operator(
+        "bias_dropout_residual_layer_norm"
+    )
+    kernels_embedding_layer_norm_dropout: str | None = _operator("embedding_layer_norm_dropout")
+    kernels_masked_cross_entropy: str | None = _operator("masked_cross_entropy")
+    compile: str = setting(
+        "auto", "run", "torch.compile the model; auto: on a GPU", choices=("auto", "on", "off")
+    )
+    use_cuda_graph: bool = setting(
+        False, "run", "replay forward and backward as a CUDA graph (one rank; batching balanced)"
+    )
+    static_tokens: int = setting(
+        0,
+        "run",
+        "tokens of the constant-shape batch that compiled code and graphs take, with batching "
+        "balanced; 0 for the mean of the MLPerf data set with a margin",
+        minimum=0,
     )
     seed: int | None = setting(
         None, "run", "master seed; by default from the system's entropy", minimum=0
@@ -79,12 +104,15 @@ class Config:
     init_checkpoint: str | None = setting(
         None, "data", "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none"
     )
-    batching: str = setting(
-        "random",
+    batching: str | None = setting(
+        None,
         "data",
         "'random' sequences a batch, or 'balanced' to level token counts between batches and "
-        "ranks (in place of upstream's exchange_padding)",
+        "ranks; by default what exchange_padding stands for",
         choices=("random", "balanced"),
+    )
+    exchange_padding: bool = setting(
+        False, "data", "upstream's name for batching balanced (its own way exchanges sequences)"
     )
     data_lanes: int = setting(
         0,
@@ -109,6 +137,9 @@ class Config:
     fp16: bool = setting(False, "training", "the same as --precision fp16; fp32 on a CPU")
     loss_scale: float = setting(
         0.0, "training", "fixed loss scale for fp16; 0 for a dynamic one", minimum=0.0
+    )
+    checkpoint_activations: bool = setting(
+        False, "training", "keep only each layer's input for the backward pass; less memory"
     )
     mlm_loss_normalization: str = setting(
         "rank",
@@ -179,7 +210,6 @@ class Config:
     )
 
     cache_eval_data: bool = ignored(False, "no effect: evaluation batches always stay in memory")
-    exchange_padding: bool = ignored(False, _PACKED)
     unpad: bool = ignored(False, _PACKED)
     unpad_fmha: bool = ignored(False, _PACKED)
     pad: bool = ignored(False, _PACKED)
@@ -212,6 +242,32 @@ class Config:
     def resolved_precision(self) -> str:
         """`precision`, or what `fp16` stands for."""
         return self.precision or ("fp16" if self.fp16 else "fp32")
+
+    @property
+    def resolved_batching(self) -> str:
+        """`batching`, or what `exchange_padding` stands for."""
+        return self.batching or ("balanced" if self.exchange_padding else "random")
+
+    @property
+    def kernels_by_operator(self) -> dict[str, str]:
+        """Operator -> provider, where one is named for it alone."""
+        start = "kernels_"
+        named = {
+            name.removeprefix(start): getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name.startswith(start)
+        }
+        return {operator: provider for operator, provider in named.items() if provider}
+
+    @property
+    def without_effect(self) -> dict[str, list[str]]:
+        """Why -> the switches of upstream's that are on and change nothing."""
+        reasons: dict[str, list[str]] = {}
+        for switch in fields(self):
+            value = getattr(self, switch.name)
+            if switch.metadata["group"] == "upstream" and value is True and not switch.default:
+                reasons.setdefault(switch.metadata["help"], []).append(switch.name)
+        return reasons
 
     @property
     def resolved_output_dir(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
 
 import torch
 from torch import nn
@@ -16,8 +18,9 @@ from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_b
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import ShardInfo, list_shards
+from bert_pretraining.data.static import Budget, budgets
 from bert_pretraining.distributed import Ranks
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, UserError
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
@@ -25,6 +28,7 @@ from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.loss_weights import loss_weights
 from bert_pretraining.optim import LambSettings, LossScale, Schedule, create_optimizer
+from bert_pretraining.step import MicroStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,9 +74,19 @@ def _train(
     order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
 
     precision = _precision(config, ranks, log)
-    kernels = select(config.kernels, ranks.device, DTYPES[precision], bert_config.head_size)
+    for why, names in config.without_effect.items():
+        log.say(f"Notice: {', '.join(names)}: {why}")
+    kernels = select(
+        config.kernels,
+        ranks.device,
+        DTYPES[precision],
+        bert_config.head_size,
+        config.kernels_by_operator,
+    )
     log.say(f"Kernels: {kernels.describe()}")
-    module = BertForPreTraining(bert_config, kernels, seeds.model_seed(seed))
+    module = BertForPreTraining(
+        bert_config, kernels, seeds.model_seed(seed), config.checkpoint_activations
+    )
     log.built("CONVERT_MODEL", module)
     if paths.init_checkpoint is not None:
         load_weights(module, paths.init_checkpoint)
@@ -95,6 +109,8 @@ def _train(
     log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
     model = _replicate(module, ranks)
     log.built("MODEL_TO_DDP", model)
+    micro_step = _micro_step(config, model, bert_config, ranks, log)
+    micro_step.prepare(optimizer.zero_grad)
 
     # ---- the clock starts; from here on data is read
     distributed.barrier(ranks.device)
@@ -130,7 +146,7 @@ def _train(
         ranks.world_size,
         bert_config.vocab_size,
         bert_config.max_position_embeddings,
-        config.batching,
+        config.resolved_batching,
         pin_memory=ranks.device.type == "cuda",
     )
     batches = on_device(iter(TrainingLoader(shards, order, feed)), ranks.device)
@@ -151,13 +167,9 @@ def _train(
         weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
         sums = torch.zeros(3, device=ranks.device)
         optimizer.zero_grad()
-        for batch, (mlm_weight, next_sentence_weight) in zip(micro_batches, weights, strict=True):
+        for batch, weight in zip(micro_batches, weights, strict=True):
             with _reduction(model, batch is micro_batches[-1]):
-                out = model(batch)
-                loss = out.mlm_loss * mlm_weight + out.next_sentence_loss * next_sentence_weight
-                (loss * loss_scale.scale).backward()
-            parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
-            sums += torch.stack([part.detach().float() for part in parts])
+                sums += micro_step(batch, weight * loss_scale.scale)
         finite = optimizer.step(schedule(optimizer.updates), 1.0 / loss_scale.scale)
         loss_scale.update(finite)
         if not finite:
@@ -225,6 +237,39 @@ def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
         return module
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def _micro_step(
+    config: Config, model: nn.Module, bert_config: BertConfig, ranks: Ranks, log: RunLog
+) -> MicroStep:
+    """Compiled or captured where it was asked for and can be, with constant shapes then."""
+    on_gpu = ranks.device.type == "cuda"
+    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    balanced = config.resolved_batching == "balanced"
+    obstacles = {
+        "it needs a GPU": not on_gpu,
+        "it needs --batching balanced": not balanced,
+        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
+    }
+    why_not = next((why for why, holds in obstacles.items() if holds), None)
+    if config.use_cuda_graph and why_not:
+        log.say(f"Notice: use_cuda_graph has no effect: {why_not}")
+    sizes: tuple[Budget, ...] = ()
+    if balanced and (compiled or (config.use_cuda_graph and not why_not)):
+        sizes = budgets(
+            config.train_batch_size,
+            bert_config.max_position_embeddings,
+            config.static_tokens,
+        )
+        log.say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
+    if compiled:
+        if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError(
+                "--compile on: on a CPU it needs a C++ compiler; install g++ or set CXX"
+            )
+        log.say("Compiling the model with torch.compile")
+        model = torch.compile(model, dynamic=not sizes)
+    return MicroStep(model, ranks.device, sizes, config.use_cuda_graph and not why_not)
 
 
 def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

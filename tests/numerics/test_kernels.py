@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import OPERATORS, reference, select, torch_provider
+from bert_pretraining.kernels import (
+    cpu_attention,
+    cuda_attention,
+    reference,
+    torch_provider,
+)
+from bert_pretraining.kernels.dropout import dropout, dropout_add, keep_mask, keep_scale
 
 CPU = torch.device("cpu")
 ATTENTIONS = (
-    torch_provider.cpu_attention,
-    torch_provider.looped_attention,
-    torch_provider.padded_attention,
+    cpu_attention.cpu_attention,
+    cpu_attention.looped_attention,
+    cpu_attention.padded_attention,
 )
 
 
@@ -47,6 +53,90 @@ def test_attention(attention: object, lengths: list[int]) -> None:
         [qkv],
         1e-10,
     )
+
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, reference.attention])
+def test_empty_sequences_and_tokens_of_no_sequence(attention: object) -> None:
+    """What stands behind the last sequence gives zeros, and reaches nothing."""
+    cu_seqlens = torch.tensor([0, 5, 5, 12, 12], dtype=torch.int32)
+    qkv = random(15, 3, 2, 8, dtype=torch.float64)
+    poisoned = qkv.detach().clone()
+    poisoned[12:] = float("nan")
+    poisoned.requires_grad_()
+    context = attention(poisoned, cu_seqlens, 7, 0.0)
+    assert not context[12:].any()
+    plain = reference.attention(qkv[:12], torch.tensor([0, 5, 12]), 7, 0.0)
+    torch.testing.assert_close(context[:12], plain, rtol=1e-10, atol=1e-10)
+    direction = random(12, 2, 8, seed=9, dtype=torch.float64).detach()
+    (gradient,) = torch.autograd.grad((context[:12] * direction).sum(), poisoned)
+    (expected,) = torch.autograd.grad((plain * direction).sum(), qkv)
+    torch.testing.assert_close(gradient[:12], expected[:12], rtol=1e-9, atol=1e-9)
+    assert not gradient[12:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_looped_attention_drops_the_same_weights_forward_and_backward(dtype: torch.dtype) -> None:
+    """With one value a key that marks it, the context tells which weights were kept."""
+    length, probability = 6, 0.4
+    qkv = random(length, 3, 1, length, dtype=dtype).detach()
+    qkv[:, 2, 0] = torch.eye(length, dtype=dtype)
+    qkv.requires_grad_()
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    torch.manual_seed(3)
+    context = cpu_attention.looped_attention(qkv, cu_seqlens, length, probability)[:, 0]
+    query, key = qkv[:, 0, 0], qkv[:, 1, 0]
+    weights = torch.softmax(query @ key.T / length**0.5, dim=-1)
+    mask = context.detach() != 0
+    assert 0 < mask.sum() < length * length
+    expected = weights * mask * keep_scale(probability) @ qkv[:, 2, 0]
+    torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-6)
+    direction = random(length, length, seed=5, dtype=dtype).detach()
+    ours, theirs = (
+        torch.autograd.grad((out * direction).sum(), qkv)[0] for out in (context, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.25, 0.5, 0.9])
+def test_dropout_masks(probability: float) -> None:
+    torch.manual_seed(0)
+    masks = [keep_mask((501, 403), probability) for _ in range(2)]
+    assert not torch.equal(*masks)
+    for mask in masks:
+        assert 1 - mask.double().mean().item() == pytest.approx(probability, abs=0.004)
+        # Neighbours, which share a random number, are independent.
+        flat = mask.flatten().double()
+        for distance in (1, 2, 3, 4):
+            both = (flat[distance:] * flat[:-distance]).mean().item()
+            assert both == pytest.approx((1 - probability) ** 2, abs=0.006)
+    torch.manual_seed(0)
+    assert torch.equal(keep_mask((501, 403), probability), masks[0])
+    assert keep_mask((0, 3), probability).shape == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (7, 12), (33, 5)])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_dropout_and_residual(shape: tuple[int, int], probability: float) -> None:
+    x, residual = random(*shape, dtype=torch.float64), random(*shape, seed=1, dtype=torch.float64)
+    bias = random(shape[1], seed=2, dtype=torch.float64)
+    torch.manual_seed(5)
+    mask = keep_mask(shape, probability) if probability else torch.ones(shape, dtype=torch.bool)
+    scale = keep_scale(probability)
+
+    def seeded(function: object) -> object:
+        def run(*inputs: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(5)
+            return function(*inputs, probability)
+
+        return run
+
+    compare(
+        seeded(dropout_add),
+        lambda x, bias, residual: residual + (x + bias) * mask * scale,
+        [x, bias, residual],
+        1e-12,
+    )
+    compare(seeded(dropout), lambda x: x * mask * scale, [x], 1e-12)
 
 
 @pytest.mark.parametrize("attention", [*ATTENTIONS, reference.attention])
@@ -98,9 +188,11 @@ def test_embedding_layer_norm_dropout(tokens: int) -> None:
     )
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [0, 1, 37])
-def test_masked_cross_entropy(rows: int) -> None:
+def test_masked_cross_entropy(rows: int, ignored: float) -> None:
     labels = torch.randint(0, 30, (rows,))
+    labels[torch.rand(rows) < ignored] = reference.IGNORED
     logits = random(rows, 30)
     ours = torch_provider.masked_cross_entropy(logits, labels)
     plain = reference.masked_cross_entropy(logits, labels)
@@ -132,20 +224,6 @@ def test_dropout_of_the_other_operators_keeps_the_mean() -> None:
         assert noisy.std() > 0.5  # without dropout all rows are constant: their norm is 0
 
 
-@pytest.mark.parametrize("provider", ["auto", "reference", "torch"])
-def test_every_operator_has_a_provider_and_the_choice_is_told(provider: str) -> None:
-    kernels = select(provider, CPU, torch.float32)
-    assert set(kernels.choice) == set(OPERATORS)
-    for operator in OPERATORS:
-        assert callable(getattr(kernels, operator))
-        assert f"{operator}=" in kernels.describe()
-
-
-def test_unknown_provider() -> None:
-    with pytest.raises(UserError, match="--kernels cuda: no such provider"):
-        select("cuda", CPU, torch.float32)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[1], [7, 128, 3], [512, 511, 1]])
@@ -165,21 +243,18 @@ def test_cuda_attention(dtype: torch.dtype, lengths: list[int]) -> None:
     assert (mean - plain).abs().mean() < 0.1
 
 
-def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device, which is no CPU, as on a GPU without flash attention."""
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("no kernel for this device")
-
-    meta = torch.device("meta")
-    monkeypatch.setattr(torch_provider, "flash_attention", refuse)
-    monkeypatch.setattr(torch_provider, "efficient_attention", refuse)
-    tried = []
-    monkeypatch.setattr(torch_provider, "_try_attention", lambda *given: tried.append(given[0]) or (
-        refuse() if given[0] is refuse else None))  # fmt: skip
-    attention, why = torch_provider.attention_for(meta, torch.float16, 64)
-    assert attention is torch_provider.padded_attention
-    assert why.startswith("padded; flash refused: no kernel for this device; memory-efficient")
-    monkeypatch.setattr(torch_provider, "padded_attention", refuse)
-    with pytest.raises(UserError, match="no attention runs on meta"):
-        torch_provider.attention_for(meta, torch.float16, 64)
+def test_cuda_operators_have_shape_functions() -> None:
+    """What torch.compile sees, without a GPU: shapes and dtypes of the wrapped operators."""
+    mode = FakeTensorMode()
+    with mode:
+        qkv = torch.empty(40, 3, 4, 64, dtype=torch.float16, device="meta")
+        cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+        for forward, backward in (
+            (cuda_attention._flash, cuda_attention._flash_backward),
+            (cuda_attention._efficient, cuda_attention._efficient_backward),
+        ):
+            context, log_sum_exp, seed, offset = forward(qkv, cu_seqlens, 20, 0.1)
+            assert (context.shape, context.dtype) == ((40, 4, 64), torch.float16)
+            assert log_sum_exp.dtype == torch.float32
+            given = (context, qkv, context, log_sum_exp, cu_seqlens, 20, 0.1, seed, offset)
+            assert backward(*given).shape == qkv.shape

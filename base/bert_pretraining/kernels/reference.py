@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -1  # the label of a row that is no masked token: padding of a fixed number of rows
+
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
     """Multi-head self-attention inside each sequence: softmax(Q K' / sqrt(D)) V.
 
     qkv: (T, 3, heads, D); cu_seqlens: (B + 1,) int32; dropout: the probability with which
     an attention weight is zeroed (the others are scaled by 1 / (1 - dropout)).
-    Returns (T, heads, D).
+    Returns (T, heads, D); zeros for tokens beyond the last sequence.
     """
     contexts = []
     bounds = cu_seqlens.tolist()
@@ -27,6 +29,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) 
         scores = query @ key.transpose(-1, -2) / math.sqrt(qkv.shape[-1])
         weights = F.dropout(softmax(scores), dropout, training=dropout > 0)
         contexts.append((weights @ value).transpose(0, 1))
+    contexts.append(torch.zeros_like(qkv[bounds[-1] :, 0]))
     return torch.cat(contexts)
 
 
@@ -98,10 +101,12 @@ def embedding_layer_norm_dropout(
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[label], and how many labels have the highest logit.
 
-    logits: (M, V); labels: (M,) int64. Returns two scalars, at least float32 and int64;
-    both 0 for M = 0.
+    logits: (M, V); labels: (M,) int64, IGNORED where the row does not count. Returns two
+    scalars, at least float32 and int64; both 0 for M = 0.
     """
-    wide = logits.to(_at_least_float32(logits))
+    counts = labels != IGNORED
+    wide = logits[counts].to(_at_least_float32(logits))
+    labels = labels[counts]
     chosen = wide.gather(1, labels[:, None])[:, 0]
     loss_sum = (torch.logsumexp(wide, dim=1) - chosen).sum()
     return loss_sum, (wide.argmax(dim=1) == labels).sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.kernels import Kernels
@@ -139,13 +140,20 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+    """All layers; with `checkpoint_activations`, the backward pass computes each anew."""
+
+    def __init__(self, config: BertConfig, kernels: Kernels, checkpoint_activations: bool) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
+        self.checkpoint_activations = checkpoint_activations
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        recompute = self.checkpoint_activations and self.training
         for layer in self.layer:
-            hidden = layer(hidden, batch)
+            if recompute:
+                hidden = checkpoint(layer, hidden, batch, use_reentrant=False)
+            else:
+                hidden = layer(hidden, batch)
         return hidden
 
 
@@ -158,16 +166,18 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (B, hidden)."""
-        return torch.tanh(self.dense(hidden[batch.cu_seqlens[:-1].long()]))
+        # An empty sequence at the very end, which only fills up a batch, has no first token.
+        first_tokens = batch.cu_seqlens[:-1].long().clamp(max=hidden.shape[0] - 1)
+        return torch.tanh(self.dense(hidden[first_tokens]))
 
 
 class Bert(nn.Module):
     """Embeddings, encoder and pooler."""
 
-    def __init__(self, config: BertConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BertConfig, kernels: Kernels, checkpoint_activations: bool) -> None:
         super().__init__()
         self.embeddings = Embeddings(config, kernels)
-        self.encoder = Encoder(config, kernels)
+        self.encoder = Encoder(config, kernels, checkpoint_activations)
         self.pooler = Pooler(config)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -79,13 +79,20 @@ class BertForPreTraining(nn.Module):
         config: the model's sizes.
         kernels: the operators to run.
         seed: of the random initial weights, N(0, initializer_range); biases are 0.
+        checkpoint_activations: keep only each layer's input for the backward pass.
     """
 
-    def __init__(self, config: BertConfig, kernels: Kernels, seed: int) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        kernels: Kernels,
+        seed: int,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.bert = Bert(config, kernels)
+        self.bert = Bert(config, kernels, checkpoint_activations)
         self.cls = Heads(config, kernels, self.bert.embeddings.word_embeddings.weight)
         self._initialise(seed)
 

@@ -11,8 +11,8 @@ from bert_pretraining.distributed import Ranks, sum_over_ranks
 
 def loss_weights(
     micro_batches: list[PackedBatch], normalization: str, ranks: Ranks
-) -> list[tuple[float | Tensor, float | Tensor]]:
-    """What to multiply each micro-batch's MLM and NSP loss sums by.
+) -> list[Tensor]:
+    """What to multiply each micro-batch's MLM and NSP loss sums by: (2,) float32 each.
 
     The products' gradients are then summed over micro-batches and averaged over ranks.
 
@@ -22,14 +22,11 @@ def loss_weights(
     not how it is split. Asks the other ranks for their counts.
     """
     if normalization == "rank":
-        count = len(micro_batches)
-        return [
-            (1.0 / (max(batch.num_masked, 1) * count), 1.0 / (batch.num_sequences * count))
-            for batch in micro_batches
-        ]
+        counts = [(max(batch.num_masked, 1), batch.num_sequences) for batch in micro_batches]
+        weights = 1.0 / (len(counts) * torch.tensor(counts, dtype=torch.float32))
+        return list(weights.to(ranks.device))
     masked = sum(batch.num_masked for batch in micro_batches)
     sequences = sum(batch.num_sequences for batch in micro_batches)
     totals = torch.tensor([masked, sequences], dtype=torch.float32, device=ranks.device)
     totals = sum_over_ranks(totals).clamp(min=1.0)
-    mlm_weight, next_sentence_weight = (ranks.world_size / totals).unbind()
-    return [(mlm_weight, next_sentence_weight)] * len(micro_batches)
+    return [ranks.world_size / totals] * len(micro_batches)

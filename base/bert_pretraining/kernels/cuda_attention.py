@@ -1,0 +1,144 @@
+"""Attention over packed sequences through PyTorch's CUDA kernels.
+
+PyTorch has both with `cu_seqlens` and dropout, but as internal operators whose shape
+functions are not all sound; wrapped as operators of our own they also go through
+torch.compile and into CUDA graphs. Shapes: see `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+aten = torch.ops.aten
+
+
+def flash_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
+    """FlashAttention-2 (CUDA sm80 and newer, fp16 or bf16).
+
+    The rows of tokens beyond the last sequence are not defined.
+    """
+    return _flash(qkv, cu_seqlens, max_seqlen, dropout)[0]
+
+
+def efficient_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
+    """Memory-efficient attention (any CUDA device and dtype)."""
+    return _efficient(qkv, cu_seqlens, max_seqlen, dropout)[0]
+
+
+@torch.library.custom_op("bert_pretraining::flash_attention", mutates_args=())
+def _flash(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value = qkv.unbind(dim=1)
+    # Positional up to return_debug_mask: the keywords after it differ between versions.
+    context, log_sum_exp, seed, offset, _ = aten._flash_attention_forward(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
+    )
+    return context, log_sum_exp, seed, offset
+
+
+@_flash.register_fake
+def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> tuple[Tensor, ...]:
+    query, key, value = qkv.unbind(dim=1)
+    return aten._flash_attention_forward(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
+    )[:4]
+
+
+@torch.library.custom_op("bert_pretraining::flash_attention_backward", mutates_args=())
+def _flash_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    context: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+    seed: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    query, key, value = qkv.unbind(dim=1)
+    gradients = aten._flash_attention_backward(
+        gradient.contiguous(), query, key, value, context, log_sum_exp, cu_seqlens, cu_seqlens,
+        max_seqlen, max_seqlen, dropout, False, seed, offset,
+    )  # fmt: skip
+    return torch.stack(gradients, dim=1)
+
+
+@torch.library.custom_op("bert_pretraining::efficient_attention", mutates_args=())
+def _efficient(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value = qkv[None].unbind(dim=2)
+    context, log_sum_exp, seed, offset, _, _ = aten._efficient_attention_forward(
+        query, key, value, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, 0, True
+    )
+    # The kernel gives one leading batch of all tokens; an operator must not return views.
+    return context[0].clone(), log_sum_exp, seed, offset
+
+
+@_efficient.register_fake
+def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> tuple[Tensor, ...]:
+    tokens, _, heads, size = qkv.shape
+    # The kernel rounds a row of log-sum-exps up to a multiple of 32.
+    rows = (cu_seqlens.shape[0] - 1, heads, -(-max_seqlen // 32) * 32)
+    return (
+        qkv.new_empty(tokens, heads, size),
+        qkv.new_empty(rows, dtype=torch.float32),
+        qkv.new_empty((), dtype=torch.int64),
+        qkv.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("bert_pretraining::efficient_attention_backward", mutates_args=())
+def _efficient_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    context: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+    seed: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    query, key, value = qkv[None].unbind(dim=2)
+    gradients = aten._efficient_attention_backward(
+        gradient[None].contiguous(), query, key, value, None, context[None], cu_seqlens,
+        cu_seqlens, max_seqlen, max_seqlen, log_sum_exp, dropout, seed, offset, 0, False,
+    )  # fmt: skip
+    return torch.stack([part[0] for part in gradients[:3]], dim=1)
+
+
+def _save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.dropout = inputs
+    ctx.save_for_backward(qkv, cu_seqlens, *output)
+
+
+def _register(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> None:
+    @backward.register_fake
+    def _(gradient: Tensor, qkv: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+    def differentiate(ctx: FunctionCtx, gradient: Tensor, *_: Tensor) -> tuple:
+        qkv, cu_seqlens, context, log_sum_exp, seed, offset = ctx.saved_tensors
+        qkv_gradient = backward(
+            gradient,
+            qkv,
+            context,
+            log_sum_exp,
+            cu_seqlens,
+            ctx.max_seqlen,
+            ctx.dropout,
+            seed,
+            offset,
+        )
+        return qkv_gradient, None, None, None
+
+    forward.register_autograd(differentiate, setup_context=_save)
+
+
+_register(_flash, _flash_backward)
+_register(_efficient, _efficient_backward)

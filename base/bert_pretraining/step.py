@@ -1,0 +1,91 @@
+"""Forward and backward of one micro-batch: eager, compiled, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.data.packing import PackedBatch
+from bert_pretraining.data.static import Budget, StaticBatch
+from bert_pretraining.kernels.reference import IGNORED
+
+WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
+
+
+def forward_backward(model: nn.Module, batch: PackedBatch, weights: Tensor) -> Tensor:
+    """Add one micro-batch's gradients to the parameters'.
+
+    weights: (2,) float32, what MLM and NSP loss sums are multiplied by (loss scale included).
+    Returns (3,) float32: the sums of MLM loss, correct masked tokens and NSP loss.
+    """
+    out = model(batch)
+    torch.stack([out.mlm_loss, out.next_sentence_loss]).mul(weights).sum().backward()
+    parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
+    return torch.stack([part.detach().float() for part in parts])
+
+
+class MicroStep:
+    """`forward_backward` for a model, in the way that was chosen.
+
+    Args:
+        model: called with a batch; may be compiled or replicated.
+        budgets: the constant shapes to bring batches into, the smallest first; a batch that
+            fits none is taken as it is. Without budgets, all are.
+        graph: replay captured CUDA graphs, one for each budget. `capture` makes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, budgets: tuple[Budget, ...], graph: bool
+    ) -> None:
+        self._model = model
+        self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
+        self._weights = torch.ones(2, device=device)
+        self._captures: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        self._graph = graph
+
+    def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
+        """As `forward_backward`; the result is overwritten by the next call."""
+        for index, static in enumerate(self._static):
+            if static.budget.fits(batch):
+                loaded = static.load(batch)
+                if not self._graph:
+                    return forward_backward(self._model, loaded, weights)
+                self._weights.copy_(weights)
+                graph, sums = self._captures[index]
+                graph.replay()
+                return sums
+        return forward_backward(self._model, batch, weights)
+
+    def prepare(self, zero_grad: Callable[[], None]) -> None:
+        """Compile and capture for every budget, with dummy tokens only, before time counts.
+
+        zero_grad leaves every parameter's gradient in place, zeroed: a captured graph adds
+        to the same memory for ever.
+        """
+        for static in self._static:
+            _dummies_only(static)
+            side = torch.cuda.Stream() if self._graph else None
+            for _ in range(WARM_UP_STEPS):
+                if side is None:
+                    forward_backward(self._model, static.batch, self._weights)
+                    continue
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    forward_backward(self._model, static.batch, self._weights)
+                torch.cuda.current_stream().wait_stream(side)
+            if self._graph:
+                zero_grad()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    sums = forward_backward(self._model, static.batch, self._weights)
+                self._captures.append((graph, sums))
+            zero_grad()
+
+
+def _dummies_only(static: StaticBatch) -> None:
+    """Sequences of about equal length without any label that counts."""
+    budget, batch = static.budget, static.batch
+    ends = torch.linspace(0, budget.tokens, len(batch.cu_seqlens), device=batch.cu_seqlens.device)
+    batch.cu_seqlens.copy_(ends.to(torch.int32))

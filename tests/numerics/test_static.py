@@ -1,0 +1,101 @@
+"""Batches of constant shape: the same losses and gradients, whatever stands in the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bert_pretraining.data.static import Budget, StaticBatch, budgets
+from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.step import MicroStep, forward_backward
+from helpers import make_model, packed, padded_arrays, tiny_config
+
+CPU = torch.device("cpu")
+LENGTHS = np.random.RandomState(4).randint(5, 65, 24)
+ARRAYS = padded_arrays(LENGTHS.tolist(), 64, 101, seed=2)
+FIRST, SECOND = packed(ARRAYS, slice(0, 8)), packed(ARRAYS, slice(8, 16))
+WEIGHTS = torch.tensor([0.01, 0.2])
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    taken = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return taken
+
+
+def tight_budget() -> Budget:
+    most = max(FIRST.num_tokens, SECOND.num_tokens)
+    return Budget(most + 70, 8, max(FIRST.num_masked, SECOND.num_masked) + 3, 64, dummies=5)
+
+
+@pytest.mark.parametrize("provider", ["reference", "torch"])
+def test_a_static_batch_trains_like_the_batch_itself(provider: str) -> None:
+    model = make_model(tiny_config(), provider)
+    static = StaticBatch(tight_budget(), CPU, IGNORED)
+    for batch in (FIRST, SECOND, FIRST):  # each leaves its tokens behind for the next
+        expected_sums = forward_backward(model, batch, WEIGHTS)
+        expected = gradients(model)
+        loaded = static.load(batch)
+        assert loaded.num_tokens == static.budget.tokens
+        sums = forward_backward(model, loaded, WEIGHTS)
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients(model), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("provider", ["reference", "torch"])
+def test_memory_that_was_never_written_reaches_nothing(provider: str) -> None:
+    """PyTorch fills every new tensor with NaN here that is not initialised."""
+    model = make_model(tiny_config(), provider)
+    expected_sums = forward_backward(model, FIRST, WEIGHTS)
+    expected = gradients(model)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        assert torch.empty(3).isnan().all()
+        loaded = StaticBatch(tight_budget(), CPU, IGNORED).load(FIRST)
+        sums = forward_backward(model, loaded, WEIGHTS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_fits_a_budget() -> None:
+    budget = Budget(tokens=100, sequences=2, masked=10, max_seqlen=60, dummies=1)
+    arrays = padded_arrays([30, 10, 60, 39, 60, 41], 64, 101)
+    assert budget.fits(packed(arrays, slice(0, 2)))  # 40 tokens, one dummy of 60
+    assert not budget.fits(packed(arrays, slice(1, 2)))  # one sequence
+    assert not budget.fits(packed(arrays, slice(4, 6)))  # 101 tokens
+    few = packed(padded_arrays([30, 9], 64, 101))
+    assert not budget.fits(few)  # 61 tokens to fill, more than a dummy may have
+    with pytest.raises(ValueError, match="do not fit"):
+        StaticBatch(budget, CPU, IGNORED).load(few)
+
+
+def test_budgets_of_the_published_data_set() -> None:
+    usual, any_batch = budgets(48, 512)
+    assert (usual.tokens, usual.masked, usual.max_seqlen) == (12544, 1920, 512)
+    assert any_batch.tokens == 48 * 512
+    for lengths in ([1] * 48, [512] * 48, [256] * 48):
+        arrays = padded_arrays(lengths, 512, 101)
+        arrays["masked_lm_ids"][:, 76:] = 0  # the published set's most
+        assert any_batch.fits(packed(arrays))
+    small, _ = budgets(4, 64)
+    assert small.tokens == 4 * 64
+
+
+def test_a_batch_of_any_size_takes_a_step() -> None:
+    """The smallest budget that fits; as it is if none does."""
+    model = make_model(tiny_config())
+    step = MicroStep(model, CPU, budgets(8, 64, static_tokens=FIRST.num_tokens + 10), graph=False)
+    step.prepare(lambda: model.zero_grad(set_to_none=False))
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+    for batch in (FIRST, packed(padded_arrays([64] * 8, 64, 101)), packed(ARRAYS, slice(16, 19))):
+        expected = forward_backward(model, batch, WEIGHTS)
+        reference = gradients(model)
+        torch.testing.assert_close(step(batch, WEIGHTS), expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients(model), reference, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

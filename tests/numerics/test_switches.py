@@ -1,0 +1,102 @@
+"""Upstream's switches: every combination trains, to the reference operators' loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bert_pretraining import config, train
+from bert_pretraining.distributed import Ranks
+from bert_pretraining.errors import UserError
+from bert_pretraining.kernels import select
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.step import forward_backward
+from helpers import make_model, packed, padded_arrays, tiny_config
+
+SWITCHES = (
+    "fused_mha", "fused_gelu_bias", "fused_dropout_add", "dense_seq_output", "exchange_padding",
+    "unpad", "pad", "enable_fuse_dropout", "use_cuda_graph", "checkpoint_activations",
+)  # fmt: skip
+ALONE = Ranks(0, 1, torch.device("cpu"))
+BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
+WEIGHTS = torch.tensor([0.01, 0.2])
+
+
+class Said:
+    """A log that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_every_combination_of_switches_trains(first: bool) -> None:
+    reference = make_model(tiny_config(num_hidden_layers=1))
+    expected = forward_backward(reference, BATCH, WEIGHTS)
+    norm = torch.stack([parameter.grad.norm() for parameter in reference.parameters()]).norm()
+    for others in itertools.product((False, True), repeat=len(SWITCHES) - 1):
+        values = dict(zip(SWITCHES, (first, *others), strict=True))
+        chosen = config.resolve({"train_batch_size": 6, **values}).config
+        kernels = select(chosen.kernels, ALONE.device, torch.float32)
+        model = BertForPreTraining(
+            tiny_config(num_hidden_layers=1), kernels, 1, chosen.checkpoint_activations
+        )
+        log = Said()
+        step = train._micro_step(chosen, model, model.config, ALONE, log)
+        torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
+        norms = [parameter.grad.norm() for parameter in model.parameters()]
+        torch.testing.assert_close(torch.stack(norms).norm(), norm, rtol=1e-4, atol=1e-6)
+        assert chosen.resolved_batching == ("balanced" if values["exchange_padding"] else "random")
+        assert ("use_cuda_graph has no effect" in "".join(log.lines)) == values["use_cuda_graph"]
+        without = {name for names in chosen.without_effect.values() for name in names}
+        assert without == {
+            name for name in SWITCHES if values[name] and name not in (
+                "exchange_padding", "use_cuda_graph", "checkpoint_activations")
+        }  # fmt: skip
+
+
+def test_batching_takes_the_place_of_exchange_padding() -> None:
+    flags = {"exchange_padding": True, "batching": "random"}
+    assert config.resolve(flags).config.resolved_batching == "random"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_anew_give_the_same_gradients(dropout: float) -> None:
+    """With the dropout masks of the first time."""
+    sizes = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    taken = []
+    for anew in (False, True):
+        model = BertForPreTraining(sizes, select("torch", ALONE.device, torch.float32), 1, anew)
+        torch.manual_seed(7)
+        forward_backward(model, BATCH, WEIGHTS)
+        taken.append([parameter.grad for parameter in model.parameters()])
+    for kept, recomputed in zip(*taken, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_compiled_steps_are_the_eager_ones() -> None:
+    chosen = config.resolve(
+        {"compile": "on", "batching": "balanced", "train_batch_size": 6, "static_tokens": 200}
+    ).config
+    model = make_model(tiny_config(num_hidden_layers=1, max_position_embeddings=64), "torch")
+    expected = forward_backward(model, BATCH, WEIGHTS)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    log = Said()
+    step = train._micro_step(chosen, model, model.config, ALONE, log)
+    step.prepare(lambda: model.zero_grad(set_to_none=False))
+    torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+    assert log.lines[0].startswith("Constant shapes: 200 tokens")
+
+
+def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    chosen = config.resolve({"compile": "on"}).config
+    with pytest.raises(UserError, match=r"needs a C.. compiler; install"):
+        train._micro_step(chosen, make_model(tiny_config()), tiny_config(), ALONE, Said())
