@@ -9,6 +9,7 @@ setup(
     packages=[*find_packages("base"), "bert_pretraining.configs"],
     package_data={
         "bert_pretraining.configs": ["*/*.toml"],
+        "bert_pretraining.bench": ["wikipedia_lengths.json"],
         "bert_pretraining.data": ["mini_start.pt", "checksums/*.chk"],
     },
 )

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import record
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bert_pretraining.bench import record
 from bert_pretraining.data.loader import Feed, TrainingLoader
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards, write_shard

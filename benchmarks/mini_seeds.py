@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import record
+from bert_pretraining.bench import record
 
 
 def one_run(data_dir: Path, config: str, seed: int, output_dir: Path) -> dict[str, float]:

@@ -8,22 +8,21 @@ Candidates alternate in one run, so that a noisy machine disturbs them alike; re
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import record
 import torch
 
-from bert_pretraining.data.packing import pack_rows
-from bert_pretraining.data.shards import FlatShard, flatten
-from bert_pretraining.kernels import select, torch_provider
+from bert_pretraining.bench import record
+from bert_pretraining.bench.workload import alternate, batch_of
+from bert_pretraining.kernels import cpu_attention, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.optim import LambSettings, create_optimizer
 
 REPEATS = 9
+CPU = torch.device("cpu")
 MODELS = {
     # name: (model sizes, sequence lengths of a batch)
     "mini, 64 sequences of 32 to 64": (
@@ -37,42 +36,12 @@ MODELS = {
 }
 
 
-def shard_of(lengths: np.ndarray, vocab_size: int) -> FlatShard:
-    """Random sequences of these lengths, 15% of the tokens masked."""
-    random = np.random.RandomState(1)
-    count, longest = len(lengths), int(lengths.max())
-    mask = np.arange(longest) < lengths[:, None]
-    predictions = int(longest * 0.15)
-    labelled = np.arange(predictions) < (lengths * 0.15).astype(int)[:, None]
-    arrays = {
-        "input_ids": random.randint(5, vocab_size, (count, longest)) * mask,
-        "input_mask": mask.astype("i1"),
-        "segment_ids": np.zeros((count, longest), "i1"),
-        "masked_lm_positions": np.tile(np.arange(predictions), (count, 1)) * labelled,
-        "masked_lm_ids": random.randint(1, vocab_size, (count, predictions)) * labelled,
-        "next_sentence_labels": np.zeros(count, "i1"),
-    }
-    return flatten(arrays, vocab_size, "benchmark")
-
-
-def alternate(candidates: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds a call, the candidates in turn; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(REPEATS + 1):
-        for name, call in candidates.items():
-            started = time.perf_counter()
-            call()
-            if repeat:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
 def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[[], None]:
     """A whole training step: forward, backward, LAMB."""
-    kernels = select(provider, torch.device("cpu"), torch.float32)
+    kernels = select(provider, CPU, torch.float32)
     model = BertForPreTraining(config, kernels, seed=1)
     optimizer = create_optimizer("auto", model.named_parameters(), LambSettings())
-    batch = pack_rows(shard_of(lengths, config.vocab_size), np.arange(len(lengths)))
+    batch = batch_of(lengths, config)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -105,7 +74,9 @@ def main() -> None:
     steps = {}
     for name, (config, lengths) in MODELS.items():
         providers = {key: step_of(key, config, lengths) for key in ("reference", "torch")}
-        spreads = {key: record.spread(times) for key, times in alternate(providers).items()}
+        spreads = {
+            key: record.spread(times) for key, times in alternate(providers, CPU, REPEATS).items()
+        }
         ratio = spreads["reference"]["median"] / spreads["torch"]["median"]
         speed = len(lengths) / spreads["torch"]["median"]
         tokens = int(lengths.sum()) / spreads["torch"]["median"]
@@ -115,10 +86,12 @@ def main() -> None:
     for length in (16, 32, 64, 128, 256, 512):
         for heads, size in ((2, 32), (16, 64)):
             calls = {
-                name: attention_of(getattr(torch_provider, name), length, heads, size)
+                name: attention_of(getattr(cpu_attention, name), length, heads, size)
                 for name in ("looped_attention", "padded_attention")
             }
-            spreads = {key: record.spread(times) for key, times in alternate(calls).items()}
+            spreads = {
+                key: record.spread(times) for key, times in alternate(calls, CPU, REPEATS).items()
+            }
             ratio = spreads["looped_attention"]["median"] / spreads["padded_attention"]["median"]
             crossover[f"length {length}, {heads} heads of {size}"] = {
                 "seconds": spreads,

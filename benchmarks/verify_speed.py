@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import record
 from input_speed import VOCABULARY, draw_lengths, make_shards
 
+from bert_pretraining.bench import record
 from bert_pretraining.data.shards import read_arrays
 from bert_pretraining.data.verify import verify
 

@@ -28,6 +28,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data download         the files of DeepSparkHub's mini data set, resumable
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
+  bench step, kernels   seconds of forward and backward: of the model, of each operator
   version           the package's version
 
 COMMAND --help lists the flags of a command.
@@ -73,7 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if command in ("config", "data"):
+    if command in ("config", "data", "bench"):
         command = f"{command} {rest[0] if rest else ''}".strip()
         rest = rest[1:]
     commands = {
@@ -83,6 +84,8 @@ def _dispatch(arguments: list[str]) -> int:
         "config show": _config_show,
         "config list": _config_list,
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
+        "bench step": _bench_step,
+        "bench kernels": _bench_kernels,
         "version": _version,
     }
     if command not in commands:
@@ -149,6 +152,18 @@ def _config_list(arguments: list[str]) -> None:
         raise UserError(f"config list takes no flags, not {arguments[0]}")
     for name, stem in config.config_names():
         print(f"--name {name} --config {stem}")
+
+
+def _bench_step(arguments: list[str]) -> int:
+    from bert_pretraining.bench import step
+
+    return step.main(arguments)
+
+
+def _bench_kernels(arguments: list[str]) -> int:
+    from bert_pretraining.bench import kernels
+
+    return kernels.main(arguments)
 
 
 def _version(_: list[str]) -> None:

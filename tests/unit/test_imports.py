@@ -28,10 +28,11 @@ ALLOWED = {
     "launch": set(),
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
+    "bench": {"data", "model", "optim", "logs", "step"},
     "train": {"state", "data", "optim", "checkpoint", "model", "evaluate", "logs", "step"},
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"launch", "train", "data_commands"},
+    "__main__": {"launch", "train", "data_commands", "bench"},
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bert_pretraining.logs.run_log import versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def circumstances() -> dict[str, object]:

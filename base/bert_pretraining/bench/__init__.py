@@ -1,0 +1,1 @@
+"""Measurements: `python -m bert_pretraining bench ...`, and what benchmarks/ shares with it."""

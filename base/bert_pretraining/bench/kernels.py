@@ -1,0 +1,178 @@
+"""`bench kernels`: every operator of every provider that runs here, forward and backward.
+
+On a GPU, matrix products and attention without dropout are measured too: they say what
+the rest could gain at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert_pretraining.bench import record
+from bert_pretraining.bench.step import DTYPES, parser, setting_of
+from bert_pretraining.bench.workload import alternate, batch_of
+from bert_pretraining.data.packing import PackedBatch
+from bert_pretraining.errors import UserError
+from bert_pretraining.kernels import PROVIDERS, select
+from bert_pretraining.model.bert_config import BertConfig
+
+
+def inputs_of(
+    config: BertConfig, batch: PackedBatch, device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[list[Tensor], Callable[[Callable, list[Tensor]], Tensor]]]:
+    """Operator -> the tensors that get gradients, and how to call it with them."""
+    hidden, inner, tokens = config.hidden_size, config.intermediate_size, batch.num_tokens
+    heads, masked = config.num_attention_heads, batch.num_masked
+    epsilon, dropout = config.layer_norm_epsilon, config.hidden_dropout_prob
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def attention(function: Callable, given: list[Tensor]) -> Tensor:
+        probability = config.attention_probs_dropout_prob
+        return function(*given, batch.cu_seqlens, batch.max_seqlen, probability)
+
+    def embedding(function: Callable, given: list[Tensor]) -> Tensor:
+        ids = (batch.input_ids, batch.position_ids, batch.segment_ids)
+        return function(*ids, *given, epsilon, dropout)
+
+    tables = (config.padded_vocab_size, config.max_position_embeddings, config.type_vocab_size)
+    return {
+        "attention": ([random(tokens, 3, heads, config.head_size)], attention),
+        "bias_gelu": (
+            [random(tokens, inner), random(inner)],
+            lambda function, given: function(*given),
+        ),
+        "bias_dropout_residual_layer_norm": (
+            [
+                random(tokens, hidden),
+                random(hidden),
+                random(tokens, hidden),
+                *_norm(random, hidden),
+            ],
+            lambda function, given: function(*given, epsilon, dropout),
+        ),
+        "embedding_layer_norm_dropout": (
+            [*(random(rows, hidden) for rows in tables), *_norm(random, hidden)],
+            embedding,
+        ),
+        "masked_cross_entropy": (
+            [random(masked, config.padded_vocab_size)],
+            lambda function, given: function(*given, batch.masked_labels)[0],
+        ),
+    }
+
+
+def _norm(random: Callable[..., Tensor], hidden: int) -> tuple[Tensor, Tensor]:
+    return random(hidden), random(hidden)
+
+
+def _step(
+    function: Callable, given: list[Tensor], call: Callable[[Callable, list[Tensor]], Tensor]
+) -> None:
+    out = call(function, given)
+    torch.autograd.grad(out, given, torch.ones_like(out))
+
+
+def matrix_products(
+    config: BertConfig, tokens: int, masked: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], None], float]]:
+    """Name -> (forward and both gradients, floating-point operations) of the model's products."""
+    hidden, inner, vocabulary = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.padded_vocab_size,
+    )
+    shapes = {
+        "qkv": (tokens, hidden, 3 * hidden),
+        "attention output": (tokens, hidden, hidden),
+        "intermediate": (tokens, hidden, inner),
+        "output": (tokens, inner, hidden),
+        "vocabulary": (masked, hidden, vocabulary),
+    }
+    products = {}
+    for name, (rows, inputs, outputs) in shapes.items():
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        gradient = torch.randn(rows, outputs, device=device).to(dtype)
+
+        def run(x: Tensor = x, weight: Tensor = weight, gradient: Tensor = gradient) -> None:
+            _ = x @ weight.T, gradient @ weight, gradient.T @ x
+
+        products[f"matrix product: {name}"] = (run, 6.0 * rows * inputs * outputs)
+    return products
+
+
+def measure(
+    config: BertConfig,
+    lengths: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
+    """Operator -> provider -> spread of seconds; and what could not run, and why."""
+    batch = batch_of(lengths, config).to(device)
+    results: dict[str, dict[str, dict]] = {}
+    refused: dict[str, str] = {}
+    for operator, (given, call) in inputs_of(config, batch, device, dtype).items():
+        candidates = {}
+        for provider in PROVIDERS:
+            try:
+                kernels = select("torch", device, dtype, config.head_size, {operator: provider})
+                candidate = partial(_step, getattr(kernels, operator), given, call)
+                candidate()
+                candidates[provider] = candidate
+            except (UserError, RuntimeError) as error:
+                refused[f"{operator}, {provider}"] = str(error).splitlines()[0]
+        times = alternate(candidates, device, repeats)
+        results[operator] = {name: record.spread(seconds) for name, seconds in times.items()}
+    if device.type == "cuda":
+        products = matrix_products(config, batch.num_tokens, batch.num_masked, device, dtype)
+        times = alternate({name: run for name, (run, _) in products.items()}, device, repeats)
+        for name, seconds in times.items():
+            spread = record.spread(seconds)
+            rate = products[name][1] / spread["median"]
+            results[name] = {"torch": {**spread, "flop_per_second": rate}}
+    return results, refused
+
+
+def main(arguments: list[str]) -> int:
+    """Print a table and, with --output, keep the figures."""
+    flags_parser = parser("python -m bert_pretraining bench kernels")
+    flags_parser.description = __doc__
+    flags = flags_parser.parse(arguments)
+    device, config, lengths = setting_of(flags)
+    results, refused = {}, {}
+    for precision in flags.precision:
+        results[precision], refused[precision] = measure(
+            config, lengths, device, DTYPES[precision], flags.repeats
+        )
+        print(f"{precision}, {int(lengths.sum())} tokens, milliseconds forward and backward")
+        for operator, providers in results[precision].items():
+            fastest = min(spread["median"] for spread in providers.values())
+            for provider, spread in providers.items():
+                note = " (fastest)" if spread["median"] == fastest and len(providers) > 1 else ""
+                if "flop_per_second" in spread:
+                    note = f" {spread['flop_per_second'] / 1e12:.1f} TFLOP/s"
+                print(
+                    f"  {operator:<34} {provider:<10} {1e3 * spread['median']:>9.3f} "
+                    f"({1e3 * spread['min']:.3f} to {1e3 * spread['max']:.3f}, "
+                    f"n {spread['n']}){note}"
+                )
+        for what, why in refused[precision].items():
+            print(f"  not run: {what}: {why}")
+    if flags.output:
+        described = {
+            "device": str(device),
+            "lengths": lengths.tolist(),
+            "threads": torch.get_num_threads(),
+            "results": results,
+            "not_run": refused,
+        }
+        record.write(flags.output, described)
+    return 0

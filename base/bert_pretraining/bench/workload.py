@@ -1,0 +1,140 @@
+"""What is measured: batches like the real ones, the work in them, and the machine's rates."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_pretraining.data.packing import PackedBatch, pack_rows
+from bert_pretraining.data.shards import FlatShard, flatten
+from bert_pretraining.model.bert_config import BertConfig
+
+BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
+MASKED_SHARE = 0.15
+
+
+def wikipedia_lengths(batch_size: int) -> np.ndarray:
+    """Lengths at equally spaced quantiles of the MLPerf training set's, in random order.
+
+    Quantiles, so that a small batch has the data set's mean (255.8 tokens) too.
+    """
+    table = Path(__file__).with_name("wikipedia_lengths.json")
+    counts = np.array(json.loads(table.read_text(encoding="utf-8"))["counts"], dtype=float)
+    share = np.cumsum(counts) / counts.sum()
+    lengths = 1 + np.searchsorted(share, (np.arange(batch_size) + 0.5) / batch_size)
+    return np.random.RandomState(0).permutation(lengths)
+
+
+def padded_arrays(lengths: np.ndarray, config: BertConfig) -> dict[str, np.ndarray]:
+    """Random sequences of these lengths as in a shard; 15% of the tokens masked."""
+    random = np.random.RandomState(1)
+    count, longest = len(lengths), config.max_position_embeddings
+    mask = np.arange(longest) < lengths[:, None]
+    labelled = np.zeros((count, max(1, int(longest * MASKED_SHARE))), dtype=bool)
+    positions = np.zeros(labelled.shape, dtype=np.int64)
+    for row, length in enumerate(lengths):
+        wanted = min(labelled.shape[1], max(1, round(length * MASKED_SHARE)))
+        positions[row, :wanted] = np.sort(random.permutation(length)[:wanted])
+        labelled[row, :wanted] = True
+    return {
+        "input_ids": random.randint(5, config.vocab_size, (count, longest)) * mask,
+        "input_mask": mask.astype("i1"),
+        "segment_ids": ((np.arange(longest) >= lengths[:, None] // 2) & mask).astype("i1"),
+        "masked_lm_positions": positions,
+        "masked_lm_ids": random.randint(1, config.vocab_size, labelled.shape) * labelled,
+        "next_sentence_labels": random.randint(0, 2, count),
+    }
+
+
+def shard_of(lengths: np.ndarray, config: BertConfig) -> FlatShard:
+    return flatten(padded_arrays(lengths, config), config.vocab_size, "benchmark")
+
+
+def batch_of(lengths: np.ndarray, config: BertConfig) -> PackedBatch:
+    return pack_rows(shard_of(lengths, config), np.arange(len(lengths)))
+
+
+def step_flops(lengths: np.ndarray, num_masked: int, config: BertConfig) -> float:
+    """Floating-point operations that forward and backward over real tokens need.
+
+    Matrix products only, a multiplication and an addition each: a layer's projections
+    24 H^2 a token (H hidden size, 4 H intermediate), attention 4 L^2 H a sequence, the MLM
+    head 2 H^2 + 2 H V a masked token. Backward takes twice forward.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    projections = 2 * hidden * (4 * hidden + 2 * inner) * int(lengths.sum())
+    attention = 4 * hidden * int((lengths.astype(np.int64) ** 2).sum())
+    head = num_masked * 2 * hidden * (hidden + config.padded_vocab_size)
+    return 3.0 * (config.num_hidden_layers * (projections + attention) + head)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product here, the best of 7."""
+    rows, inner, columns = (2048, 1024, 4096) if device.type == "cpu" else (12288, 4096, 4096)
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(inner, columns, device=device).to(dtype)
+    seconds = [timed(lambda: left @ right, device) for _ in range(7)]
+    return 2.0 * rows * inner * columns / min(seconds)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, the device's work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    candidates: dict[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    warm_up: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds a call, the candidates in turn, so that a noisy machine disturbs all alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(warm_up + repeats):
+        for name, call in candidates.items():
+            seconds = timed(call, device)
+            if repeat >= warm_up:
+                times[name].append(seconds)
+    return times
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """MiB that a call needs at most, beyond what is held before it (Linux or CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        timed(call, device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        # Freed memory that the C library keeps would hide what the call needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _status_kib("VmRSS")
+        call()
+        return (_status_kib("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _status_kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,0 +1,127 @@
+"""This package's step against Hugging Face's BertForPreTraining, in turn, in one run.
+
+    PYTHONPATH=base python benchmarks/compare_transformers.py --output results/DATE_step/x.json
+
+Same sizes, same start weights, same sequences, dropout 0.1 in both, same threads; forward and
+backward. Hugging Face's model takes padded batches and runs with its sdpa attention; its
+`--hugging_face_compile` runs it compiled as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from bert_pretraining.bench import record
+from bert_pretraining.bench import step as bench
+from bert_pretraining.bench.workload import batch_of, padded_arrays
+from bert_pretraining.kernels import select
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.heads import BertForPreTraining
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def hugging_face_step(
+    config: BertConfig,
+    lengths: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> Callable[[], None]:
+    """Forward and backward of the padded batch, with our model's start weights."""
+    import transformers
+
+    model = transformers.BertForPreTraining(
+        transformers.BertConfig(
+            vocab_size=config.padded_vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=config.layer_norm_epsilon,
+            hidden_dropout_prob=config.hidden_dropout_prob,
+            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+            attn_implementation="sdpa",
+        )
+    )
+    kernels = select("reference", torch.device("cpu"), torch.float32)
+    weights = BertForPreTraining(config, kernels, seed=1).state_dict()
+    model.load_state_dict(weights, strict=False)
+    model.to(device, dtype).train()
+    arrays = padded_arrays(lengths, config)
+    labels = np.full(arrays["input_ids"].shape, -100)
+    rows, places = np.nonzero(arrays["masked_lm_ids"])
+    labels[rows, arrays["masked_lm_positions"][rows, places]] = arrays["masked_lm_ids"][
+        rows, places
+    ]
+    inputs = {
+        "input_ids": arrays["input_ids"],
+        "attention_mask": arrays["input_mask"],
+        "token_type_ids": arrays["segment_ids"],
+        "labels": labels,
+        "next_sentence_label": arrays["next_sentence_labels"],
+    }
+    tensors = {key: torch.as_tensor(value).long().to(device) for key, value in inputs.items()}
+    forward = torch.compile(model) if compiled else model
+
+    def run() -> None:
+        model.zero_grad()
+        forward(**tensors).loss.backward()
+
+    return run
+
+
+def main() -> None:
+    parser = bench.parser("benchmarks/compare_transformers.py")
+    parser.description = __doc__
+    parser.add_argument("--hugging_face_compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also ours, compiled")
+    flags = parser.parse(sys.argv[1:])
+    device, config, lengths = bench.setting_of(flags)
+    batch = batch_of(lengths, config)
+    results = {}
+    for precision in flags.precision:
+        dtype = bench.DTYPES[precision]
+        candidates = {
+            f"Hugging Face, sdpa, {precision}": hugging_face_step(
+                config, lengths, device, dtype, compiled=False
+            ),
+            f"ours, {precision}": bench.our_step(config, batch, device, dtype),
+        }
+        if flags.hugging_face_compile:
+            candidates[f"Hugging Face, compiled, {precision}"] = hugging_face_step(
+                config, lengths, device, dtype, compiled=True
+            )
+        if flags.compile:
+            candidates[f"ours, compiled, {precision}"] = bench.our_step(
+                config, batch, device, dtype, compiled=True
+            )
+        figures = bench.figures_of(
+            candidates, device, config, lengths, batch.num_masked, dtype, flags.repeats
+        )
+        print(bench.table(figures, next(iter(figures))), flush=True)
+        results[precision] = figures
+        candidates.clear()
+    if flags.output:
+        import transformers
+
+        described = {
+            "transformers": transformers.__version__,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "layers": config.num_hidden_layers,
+            "lengths": lengths.tolist(),
+            "results": results,
+        }
+        record.write(flags.output, described)
+
+
+if __name__ == "__main__":
+    main()
