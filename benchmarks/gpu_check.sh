@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in under ten minutes: tests, parity, then the measurements.
+#
+#     bash benchmarks/gpu_check.sh [OUTPUT_FOLDER]
+#
+# Wants Python with torch (CUDA), triton, h5py, numpy and pytest; transformers for the
+# comparison. Figures land as JSON, output as text, in OUTPUT_FOLDER. A step that fails is
+# reported and the next one runs; the exit code is the number of failed steps.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:-results/$(date -u +%F)_gpu}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD/base${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+failed=0
+
+step() { # step NAME SECONDS COMMAND...
+  local name=$1 limit=$2 started=$SECONDS
+  shift 2
+  if timeout "$limit" "$@" >"$out/$name.txt" 2>&1; then
+    echo "ok      $name ($((SECONDS - started)) s)"
+  else
+    echo "FAILED  $name (exit $?, $((SECONDS - started)) s): $out/$name.txt"
+    tail -n 5 "$out/$name.txt" | sed 's/^/        /'
+    failed=$((failed + 1))
+  fi
+}
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "Error: PyTorch of $python sees no GPU; set PYTHON to one that does" >&2
+  exit 2
+fi
+nvidia-smi >"$out/nvidia_smi.txt" 2>&1
+
+step tests 150 "$python" -m pytest -q -p no:cacheprovider tests/numerics
+step kernels 60 "$python" -m bert_pretraining bench kernels --batch_size 48 --precision bf16 fp16 \
+  --repeats 20 --output "$out/kernels.json"
+step step_48 120 "$python" -m bert_pretraining bench step --batch_size 48 --precision bf16 \
+  --kernels torch auto --compile --graph --repeats 20 --output "$out/step_48.json"
+for size in 96 192; do
+  step "step_$size" 90 "$python" -m bert_pretraining bench step --batch_size "$size" \
+    --precision bf16 --kernels auto --compile --repeats 10 --output "$out/step_$size.json"
+done
+step optimizer 60 "$python" -m bert_pretraining bench optimizer --output "$out/optimizer.json"
+step transformers 90 "$python" benchmarks/compare_transformers.py --batch_size 48 \
+  --precision bf16 --compile --repeats 10 --output "$out/compare_transformers.json"
+echo "Figures: $out; failed steps: $failed"
+exit "$failed"
