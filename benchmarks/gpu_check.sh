@@ -26,7 +26,7 @@ step() { # step NAME SECONDS COMMAND...
   fi
 }
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "Error: PyTorch of $python sees no GPU; set PYTHON to one that does" >&2
   exit 2
 fi

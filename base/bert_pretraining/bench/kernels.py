@@ -17,8 +17,8 @@ from bert_pretraining.bench import record
 from bert_pretraining.bench.step import DTYPES, parser, setting_of
 from bert_pretraining.bench.workload import alternate, batch_of
 from bert_pretraining.data.packing import PackedBatch
-from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import PROVIDERS, select
+from bert_pretraining.kernels.table import Target, unavailable
 from bert_pretraining.model.bert_config import BertConfig
 
 
@@ -49,16 +49,12 @@ def inputs_of(
             lambda function, given: function(*given),
         ),
         "bias_dropout_residual_layer_norm": (
-            [
-                random(tokens, hidden),
-                random(hidden),
-                random(tokens, hidden),
-                *_norm(random, hidden),
-            ],
+            [random(*shape) for shape in ((tokens, hidden), (hidden,), (tokens, hidden))]
+            + [random(hidden), random(hidden)],
             lambda function, given: function(*given, epsilon, dropout),
         ),
         "embedding_layer_norm_dropout": (
-            [*(random(rows, hidden) for rows in tables), *_norm(random, hidden)],
+            [*(random(rows, hidden) for rows in tables), random(hidden), random(hidden)],
             embedding,
         ),
         "masked_cross_entropy": (
@@ -66,10 +62,6 @@ def inputs_of(
             lambda function, given: function(*given, batch.masked_labels)[0],
         ),
     }
-
-
-def _norm(random: Callable[..., Tensor], hidden: int) -> tuple[Tensor, Tensor]:
-    return random(hidden), random(hidden)
 
 
 def _step(
@@ -114,21 +106,21 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
-) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
-    """Operator -> provider -> spread of seconds; and what could not run, and why."""
+) -> tuple[dict[str, dict[str, dict]], dict[str, list[str]]]:
+    """Operator -> provider -> spread of seconds; and "provider: why not" -> operators."""
     batch = batch_of(lengths, config).to(device)
     results: dict[str, dict[str, dict]] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, list[str]] = {}
+    target = Target(device, dtype, config.head_size)
     for operator, (given, call) in inputs_of(config, batch, device, dtype).items():
         candidates = {}
         for provider in PROVIDERS:
-            try:
-                kernels = select("torch", device, dtype, config.head_size, {operator: provider})
-                candidate = partial(_step, getattr(kernels, operator), given, call)
-                candidate()
-                candidates[provider] = candidate
-            except (UserError, RuntimeError) as error:
-                refused[f"{operator}, {provider}"] = str(error).splitlines()[0]
+            why_not = unavailable(provider, operator, target)
+            if why_not:
+                refused.setdefault(f"{provider}: {why_not}", []).append(operator)
+                continue
+            kernels = select("torch", device, dtype, config.head_size, {operator: provider})
+            candidates[provider] = partial(_step, getattr(kernels, operator), given, call)
         times = alternate(candidates, device, repeats)
         results[operator] = {name: record.spread(seconds) for name, seconds in times.items()}
     if device.type == "cuda":
@@ -164,8 +156,8 @@ def main(arguments: list[str]) -> int:
                     f"({1e3 * spread['min']:.3f} to {1e3 * spread['max']:.3f}, "
                     f"n {spread['n']}){note}"
                 )
-        for what, why in refused[precision].items():
-            print(f"  not run: {what}: {why}")
+        for why, operators in refused[precision].items():
+            print(f"  not run: {why} ({', '.join(operators)})")
     if flags.output:
         described = {
             "device": str(device),
