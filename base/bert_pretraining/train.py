@@ -87,7 +87,7 @@ def _train(
     module = BertForPreTraining(
         bert_config, kernels, seeds.model_seed(seed), config.checkpoint_activations
     )
-    log.built("CONVERT_MODEL", module)
+    log.built("CONVERT_MODEL", module, kernels=kernels.choice)
     if paths.init_checkpoint is not None:
         load_weights(module, paths.init_checkpoint)
     log.say(f"Start weights: {paths.init_checkpoint or f'random (seed {seed})'}")

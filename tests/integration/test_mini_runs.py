@@ -59,6 +59,7 @@ def test_first_command_on_eight_ranks_meets_its_target_at_once(workplace: Path) 
     ]  # fmt: skip
     values = {event["event"]: event["value"] for event in events}
     assert 0.33 <= values["INIT_EVALUATION"]["eval_mlm_accuracy"] <= 0.36
+    assert values["CONVERT_MODEL"]["kernels"]["bias_gelu"] == "torch"
     assert values["STEP_END"]["global_steps"] == 1
     assert values["STEP_END"]["num_trained_samples"] == 80
     assert set(values["FINISHED"]) == {

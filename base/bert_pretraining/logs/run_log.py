@@ -95,9 +95,9 @@ class RunLog:
             },
         )
 
-    def built(self, event: str, thing: object) -> None:
-        """CONVERT_MODEL, CREATE_OPTIMIZER or MODEL_TO_DDP: the class that was made."""
-        made = {"type": type(thing).__name__, "module": type(thing).__module__}
+    def built(self, event: str, thing: object, **more: object) -> None:
+        """CONVERT_MODEL, CREATE_OPTIMIZER or MODEL_TO_DDP: the class that was made, and more."""
+        made = {"type": type(thing).__name__, "module": type(thing).__module__, **more}
         self.perf.log(event, made, depth=2)
 
     def start_evaluated(self, loss: float, accuracy: float, seconds: float) -> None:
