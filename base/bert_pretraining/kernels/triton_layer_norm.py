@@ -3,12 +3,15 @@
 LayerNorm: Ba, Kiros and Hinton 2016, equation 4. With y = xhat * w + b, g = dy * w and means over
 a row, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(variance + epsilon).
 
-The forward pass saves the normalised sum's input, its mean and 1 / standard deviation. The backward
-pass makes the dropout mask again from the seed. Parameter gradients are summed in float32 over
-groups of rows in a fixed order, and the groups by torch.sum: no atomics, so reruns agree bit by bit.
+The forward pass saves residual + dropout(x + bias), its mean and 1 / standard deviation; the
+backward pass makes the dropout mask again from the seed. Parameter gradients are summed in float32
+over groups of rows in a fixed order, and the groups by torch.sum: no atomics, so that the same
+input always gives the same bits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -206,7 +209,7 @@ def residual_layer_norm(
 
 
 @residual_layer_norm.register_fake
-def _(x, bias, residual, weight, norm_bias, seed, epsilon, dropout):  # noqa: ANN001, ANN202
+def _(x: Tensor, bias: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _empty_outputs(x, residual)
 
 
@@ -266,9 +269,9 @@ def residual_layer_norm_backward(
 
 
 @residual_layer_norm_backward.register_fake
-def _(gradient, summed, mean, inverse_deviation, weight, seed, dropout):  # noqa: ANN001, ANN202
+def _(gradient: Tensor, summed: Tensor, *others: Any) -> tuple[Tensor, ...]:
     parameters = summed.new_empty((3, summed.shape[1]), dtype=torch.float32)
-    return *_empty_gradients(summed, dropout), parameters
+    return *_empty_gradients(summed, others[-1]), parameters
 
 
 def _empty_gradients(summed: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
@@ -276,7 +279,7 @@ def _empty_gradients(summed: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
     return summed.new_empty((rows if dropout else 0, columns)), summed.new_empty((rows, columns))
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, bias, residual, weight, norm_bias, seed, _, dropout = inputs
     _, summed, mean, inverse_deviation = output
     ctx.mark_non_differentiable(summed, mean, inverse_deviation)
@@ -286,7 +289,7 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
     ctx.dtypes = (x.dtype, bias.dtype, residual.dtype, weight.dtype, norm_bias.dtype)
 
 
-def _backward(ctx, gradient: Tensor | None, *_: object) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, gradient: Tensor | None, *_: object) -> tuple:
     if gradient is None:
         return (None,) * 8
     summed, mean, inverse_deviation, weight, seed = ctx.saved_tensors
