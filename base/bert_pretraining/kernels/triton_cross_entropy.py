@@ -37,11 +37,11 @@ def _forward_kernel(
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * row_stride
     label = tl.load(labels_ptr + row).to(tl.int32)
-    # An ignored row is never read: it may hold anything.
+    # An ignored row is never read, for it may hold anything: its logits are taken as 0.
     counted = label >= 0
     # A label beyond the vocabulary gives an infinite loss, not memory that belongs to others.
     chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
-    chosen = chosen.to(tl.float32)
+    chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     beaten = tl.zeros((), tl.int32)
@@ -49,7 +49,7 @@ def _forward_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < COLUMNS
         logits = tl.load(logits_ptr + columns, mask=inside & counted, other=float("-inf"))
-        logits = logits.to(tl.float32)
+        logits = tl.where(counted, logits.to(tl.float32), 0.0)
         new_largest = tl.maximum(largest, tl.max(logits, axis=0))
         # While every logit is -inf, the difference of two infinities would be NaN.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
