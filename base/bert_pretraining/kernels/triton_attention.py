@@ -1,0 +1,183 @@
+"""Packed self-attention: the operator over `triton_attention_kernels`, and its gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_pretraining.kernels.triton_attention_kernels import (
+    forward_kernel,
+    key_value_gradient_kernel,
+    query_gradient_kernel,
+)
+from bert_pretraining.kernels.triton_common import (
+    divide_up,
+    drop_threshold,
+    keep_scale,
+    power_of_two_at_least,
+)
+
+
+class Tiling(NamedTuple):
+    """Sizes of a kernel's blocks, and how it is compiled."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+
+# 16-bit numbers: nothing spills on sm80 or sm90, and with heads of 64 two to four programs fit a
+# multiprocessor. Larger blocks would waste more on short sequences.
+_SMALL_HEAD_TILING = Tiling(64, 64, num_warps=4, num_stages=2)
+_LARGE_HEAD_TILING = Tiling(64, 64, num_warps=8, num_stages=2)
+# float32 products run without tensor cores, and their operands are twice as large.
+_FLOAT32_TILING = Tiling(32, 32, num_warps=8, num_stages=1)
+_LARGEST_HEAD = 128
+
+
+def tiling(head_size: int, dtype: torch.dtype) -> Tiling:
+    """The blocks for a head size and a dtype."""
+    if dtype == torch.float32:
+        return _FLOAT32_TILING
+    return _SMALL_HEAD_TILING if head_size <= 64 else _LARGE_HEAD_TILING
+
+
+def _launch(
+    kernel: Any,
+    programs_over: str,
+    pointers: tuple[Tensor | None, ...],
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+) -> None:
+    """Run a kernel with a program for each block of `programs_over` ("queries" or "keys")."""
+    num_tokens, _, num_heads, head_size = qkv.shape
+    num_sequences = cu_seqlens.shape[0] - 1
+    sizes = tiling(head_size, qkv.dtype)
+    block = sizes.block_queries if programs_over == "queries" else sizes.block_keys
+    num_blocks = max(divide_up(max_seqlen, block), 1)
+    if num_tokens == 0:
+        return
+    kernel[((num_sequences + 1) * num_heads * num_blocks,)](
+        *pointers,
+        num_tokens,
+        num_sequences,
+        num_blocks,
+        qkv.stride(0),
+        qkv.stride(1),
+        qkv.stride(2),
+        1.0 / math.sqrt(head_size),
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=power_of_two_at_least(head_size, 16),
+        BLOCK_QUERIES=sizes.block_queries,
+        BLOCK_KEYS=sizes.block_keys,
+        THRESHOLD=drop_threshold(dropout),
+        KEEP_SCALE=keep_scale(dropout),
+        PRECISION="ieee",
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+    )
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    """The kernels take any strides but for a head's numbers, which must be neighbours."""
+    return qkv if qkv.stride(3) == 1 else qkv.contiguous()
+
+
+@torch.library.custom_op("bert_pretraining::packed_attention", mutates_args=())
+def packed_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q K' / sqrt(D)) V inside each sequence, weights dropped with the seed's mask.
+
+    qkv: (T, 3, heads, D), D up to 128; cu_seqlens: (B + 1,) int32 from 0, lengths of 0 allowed;
+    max_seqlen: at least the longest length; seed: (2,) int32, or None without dropout.
+    Returns (T, heads, D), zeros from cu_seqlens[-1] on, and log2 sum 2^(scores * log2 e),
+    (heads, T) float32, undefined from there on.
+    """
+    if qkv.shape[3] > _LARGEST_HEAD:
+        raise ValueError(f"head size {qkv.shape[3]} is larger than {_LARGEST_HEAD}")
+    qkv = _readable(qkv)
+    context, log_sum_exp = _empty_outputs(qkv)
+    pointers = (qkv, cu_seqlens, seed, context, log_sum_exp)
+    _launch(forward_kernel, "queries", pointers, qkv, cu_seqlens, max_seqlen, dropout)
+    return context, log_sum_exp
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(qkv)
+
+
+def _empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, _, num_heads, head_size = qkv.shape
+    return (
+        qkv.new_empty((num_tokens, num_heads, head_size)),
+        qkv.new_empty((num_heads, num_tokens), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("bert_pretraining::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seed: Tensor | None,
+    dropout: float,
+    context: Tensor,
+    log_sum_exp: Tensor,
+) -> Tensor:
+    """The gradient of `packed_attention`'s first result: (T, 3, heads, D), zeros after the end."""
+    gradient, qkv = gradient.contiguous(), _readable(qkv)
+    qkv_gradient = qkv.new_empty(qkv.shape)
+    delta = torch.empty_like(log_sum_exp)
+    inputs = (gradient, qkv, cu_seqlens, seed)
+    sizes = (qkv, cu_seqlens, max_seqlen, dropout)
+    # In this order: the second kernel reads the delta that the first writes.
+    _launch(
+        query_gradient_kernel,
+        "queries",
+        (*inputs, context, log_sum_exp, delta, qkv_gradient),
+        *sizes,
+    )
+    _launch(
+        key_value_gradient_kernel,
+        "keys",
+        (*inputs, log_sum_exp, delta, qkv_gradient),
+        *sizes,
+    )
+    return qkv_gradient
+
+
+@packed_attention_backward.register_fake
+def _(gradient: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, cu_seqlens, max_seqlen, seed, dropout = inputs
+    context, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cu_seqlens, seed, context, log_sum_exp)
+    ctx.max_seqlen, ctx.dropout = max_seqlen, dropout
+
+
+def _backward(ctx: Any, gradient: Tensor | None, _: object) -> tuple:
+    if gradient is None:
+        return (None,) * 5
+    qkv, cu_seqlens, seed, context, log_sum_exp = ctx.saved_tensors
+    qkv_gradient = packed_attention_backward(
+        gradient, qkv, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout, context, log_sum_exp
+    )
+    return qkv_gradient, None, None, None, None
+
+
+packed_attention.register_autograd(_backward, setup_context=_save)

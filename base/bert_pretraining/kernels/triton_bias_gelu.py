@@ -1,0 +1,166 @@
+"""GELU(x + bias), tanh form, as one Triton kernel forward and one backward.
+
+Hendrycks and Gimpel 2016, section 2: 0.5 z (1 + tanh(u)), u = sqrt(2 / pi) (z + 0.044715 z^3).
+Since 0.5 (1 + tanh(u)) = sigmoid(2u) = s, this is z s, and its derivative is
+s + z s (1 - s) 2u'. Only x and the bias are saved. The bias gradient is summed in float32 over
+groups of rows in a fixed order, and the groups by torch.sum: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+
+_TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+_CUBIC = tl.constexpr(0.044715)
+# Beyond this, sigmoid(2u) is 1 in float32, or below 1.2e-38; up to this, exp does not overflow.
+_SATURATED = tl.constexpr(10.0)
+
+_FORWARD_BLOCK = (4, 1024)
+_BACKWARD_BLOCK = (16, 256)
+# Rows a backward program sums the bias gradient over.
+_PROGRAM_ROWS = 128
+
+
+@triton.jit
+def _sigmoid_of_twice_u(z):
+    """sigmoid(2u) and d(2u)/dz."""
+    bounded = tl.minimum(tl.maximum(z, -_SATURATED), _SATURATED)
+    square = bounded * bounded
+    twice_u = _TWICE_SQRT_2_OVER_PI * bounded * (1.0 + _CUBIC * square)
+    slope = _TWICE_SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * square)
+    return 1.0 / (1.0 + tl.exp(-twice_u)), slope
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    bias_ptr,
+    output_ptr,
+    num_rows,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (rows < num_rows)[:, None] & (columns < COLUMNS)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    bias = tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    sigmoid, _ = _sigmoid_of_twice_u(z)
+    tl.store(output_ptr + offsets, z * sigmoid, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    gradient_ptr,
+    x_ptr,
+    bias_ptr,
+    x_gradient_ptr,
+    partial_ptr,
+    num_rows,
+    COLUMNS: tl.constexpr,
+    PROGRAM_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column_inside = columns < COLUMNS
+    bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+    bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
+        rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)
+        inside = (rows < num_rows)[:, None] & column_inside[None, :]
+        offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+        gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        sigmoid, slope = _sigmoid_of_twice_u(z)
+        gradient *= sigmoid * (1.0 + z * (1.0 - sigmoid) * slope)
+        tl.store(x_gradient_ptr + offsets, gradient, mask=inside)
+        bias_sum += tl.sum(gradient, axis=0)
+    tl.store(partial_ptr + program * COLUMNS + columns, bias_sum, mask=column_inside)
+
+
+def _blocks(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
+    """Rows and columns a block has: as many numbers for few columns as for many."""
+    columns = min(block[1], power_of_two_at_least(num_columns, 16))
+    return min(block[0] * block[1] // columns, 64), columns
+
+
+@torch.library.custom_op("bert_pretraining::bias_gelu", mutates_args=())
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias). x: (..., C); bias: (C,). Returns (..., C) of the dtype of x."""
+    x = x.contiguous()
+    num_columns = bias.shape[0]
+    num_rows = x.numel() // num_columns
+    output = torch.empty_like(x)
+    block_rows, block_columns = _blocks(_FORWARD_BLOCK, num_columns)
+    if num_rows:
+        grid = (divide_up(num_rows, block_rows), divide_up(num_columns, block_columns))
+        _forward_kernel[grid](
+            x,
+            bias.contiguous(),
+            output,
+            num_rows,
+            COLUMNS=num_columns,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+        )
+    return output
+
+
+@bias_gelu.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("bert_pretraining::bias_gelu_backward", mutates_args=())
+def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `bias_gelu`: of x, and of the bias in float32."""
+    gradient, x = gradient.contiguous(), x.contiguous()
+    num_columns = bias.shape[0]
+    num_rows = x.numel() // num_columns
+    programs = divide_up(num_rows, _PROGRAM_ROWS)
+    x_gradient = torch.empty_like(x)
+    partial = x.new_empty((programs, num_columns), dtype=torch.float32)
+    block_rows, block_columns = _blocks(_BACKWARD_BLOCK, num_columns)
+    if num_rows:
+        _backward_kernel[(programs, divide_up(num_columns, block_columns))](
+            gradient,
+            x,
+            bias.contiguous(),
+            x_gradient,
+            partial,
+            num_rows,
+            COLUMNS=num_columns,
+            PROGRAM_ROWS=_PROGRAM_ROWS,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+        )
+    return x_gradient, partial.sum(0)
+
+
+@bias_gelu_backward.register_fake
+def _(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    x, bias = ctx.saved_tensors
+    x_gradient, bias_gradient = bias_gelu_backward(gradient, x, bias)
+    return x_gradient, bias_gradient.to(bias.dtype)
+
+
+bias_gelu.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,183 @@
+"""Cross-entropy of logits over a large vocabulary: one Triton kernel forward, one backward.
+
+A program takes one row in one pass: the largest logit so far and the sum of exponentials
+relative to it (Milakov and Gimelshein 2018, algorithm 3). Saved is log sum exp, a float32 a row;
+the backward pass is (softmax - one-hot) times the loss's gradient. A row counts as correct when
+no other logit is larger than the label's, nor an earlier one equal to it: what argmax does.
+
+The gradient has memory of its own. Written over the logits it would save that memory, but change
+a tensor that the caller can see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+
+_LARGEST_BLOCK = 4096
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr,
+    labels_ptr,
+    loss_ptr,
+    correct_ptr,
+    log_sum_exp_ptr,
+    row_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * row_stride
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    # An ignored row is never read, for it may hold anything: its logits are taken as 0.
+    counted = label >= 0
+    # A label beyond the vocabulary gives an infinite loss, not memory that belongs to others.
+    chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
+    chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    beaten = tl.zeros((), tl.int32)
+    for start in range(0, COLUMNS, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < COLUMNS
+        logits = tl.load(logits_ptr + columns, mask=inside & counted, other=float("-inf"))
+        logits = tl.where(counted, logits.to(tl.float32), 0.0)
+        new_largest = tl.maximum(largest, tl.max(logits, axis=0))
+        # While every logit is -inf, the difference of two infinities would be NaN.
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), axis=0)
+        largest = new_largest
+        # Negated, so that a NaN beats the label: such a row is not correct.
+        earlier = (columns < label) & ~(logits < chosen)
+        later = (columns > label) & ~(logits <= chosen)
+        beaten += tl.sum(((earlier | later) & inside).to(tl.int32), axis=0)
+    log_sum_exp = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
+    tl.store(log_sum_exp_ptr + row, log_sum_exp)
+    tl.store(loss_ptr + row, tl.where(counted, log_sum_exp - chosen, 0.0))
+    tl.store(correct_ptr + row, (counted & (beaten == 0)).to(tl.int64))
+
+
+@triton.jit
+def _backward_kernel(
+    loss_gradient_ptr,
+    logits_ptr,
+    labels_ptr,
+    log_sum_exp_ptr,
+    logits_gradient_ptr,
+    row_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    counted = label >= 0
+    scale = tl.load(loss_gradient_ptr).to(tl.float32)
+    log_sum_exp = tl.load(log_sum_exp_ptr + row)
+    logits_ptr += row.to(tl.int64) * row_stride
+    logits = tl.load(logits_ptr + columns, mask=inside & counted, other=0.0).to(tl.float32)
+    gradient = tl.exp(logits - log_sum_exp) - (columns == label).to(tl.float32)
+    gradient = tl.where(counted, gradient * scale, 0.0)
+    logits_gradient_ptr += row.to(tl.int64) * COLUMNS
+    tl.store(logits_gradient_ptr + columns, gradient, mask=inside)
+
+
+def _block(num_columns: int) -> tuple[int, int]:
+    """Columns a block has, and its warps: 16 numbers a thread for a large vocabulary."""
+    block = min(power_of_two_at_least(num_columns, 16), _LARGEST_BLOCK)
+    return block, 8 if block == _LARGEST_BLOCK else 4
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+@torch.library.custom_op("bert_pretraining::cross_entropy", mutates_args=())
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log softmax(logits)[label], how many labels lead, and each row's log sum exp.
+
+    logits: (M, V); labels: (M,) integers, negative ones ignored. Returns scalars float32 and
+    int64, and (M,) float32.
+    """
+    num_rows, num_columns = logits.shape
+    logits, labels = _rows(logits), labels.contiguous()
+    loss = logits.new_empty((num_rows,), dtype=torch.float32)
+    log_sum_exp = torch.empty_like(loss)
+    correct = torch.empty_like(loss, dtype=torch.int64)
+    block, num_warps = _block(num_columns)
+    if num_rows:
+        _forward_kernel[(num_rows,)](
+            logits,
+            labels,
+            loss,
+            correct,
+            log_sum_exp,
+            logits.stride(0),
+            COLUMNS=num_columns,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+    return loss.sum(), correct.sum(), log_sum_exp
+
+
+@cross_entropy.register_fake
+def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        logits.new_empty((), dtype=torch.float32),
+        logits.new_empty((), dtype=torch.int64),
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("bert_pretraining::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor
+) -> Tensor:
+    """The gradient of `cross_entropy`'s first result with respect to the logits, (M, V)."""
+    num_rows, num_columns = logits.shape
+    logits, labels = _rows(logits), labels.contiguous()
+    logits_gradient = logits.new_empty((num_rows, num_columns))
+    block, num_warps = _block(num_columns)
+    if num_rows:
+        _backward_kernel[(num_rows, divide_up(num_columns, block))](
+            loss_gradient,
+            logits,
+            labels,
+            log_sum_exp,
+            logits_gradient,
+            logits.stride(0),
+            COLUMNS=num_columns,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+    return logits_gradient
+
+
+@cross_entropy_backward.register_fake
+def _(loss_gradient: Tensor, logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, correct, log_sum_exp = output
+    ctx.mark_non_differentiable(correct, log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, log_sum_exp)
+
+
+def _backward(ctx: Any, loss_gradient: Tensor | None, *_: object) -> tuple:
+    if loss_gradient is None:
+        return None, None
+    return cross_entropy_backward(loss_gradient, *ctx.saved_tensors), None
+
+
+cross_entropy.register_autograd(_backward, setup_context=_save)
