@@ -7,7 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from bert_pretraining import __version__, config, data_commands, launch, outcome
+from bert_pretraining import __version__, config, data_commands, inputs, launch, outcome
+from bert_pretraining.config import Config
 from bert_pretraining.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -99,14 +100,31 @@ def _launch(arguments: list[str]) -> int:
     if "name" not in values and "config" not in values:
         values = {**values, "name": "mini", "config": _embedded_config(values.get("device"))}
     resolved = config.resolve(values)
-    if not arguments and not Path(data_commands.MINI_DATA_DIR).exists():
+    without_flags = {argument.replace("-", "_") for argument in arguments} <= {"__dry_run"}
+    makes_data = without_flags and not Path(data_commands.MINI_DATA_DIR).exists()
+    if makes_data and not flags.dry_run:
         data_commands.make_mini([])
     plan = launch.make_plan(resolved, flags, _trainer_flags(values))
     if flags.dry_run:
-        print(launch.describe(plan))
+        print(launch.describe(plan), flush=True)
+        _note_what_lacks(resolved.config, makes_data)
         return 0
-    config.data_paths(resolved.config)  # fail here, once, rather than on every rank
+    inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
     return launch.run(plan)
+
+
+def _note_what_lacks(settings: Config, makes_data: bool) -> None:
+    """What a launch of the plan just shown would refuse on this machine, on stderr.
+
+    No error: a plan may be for another machine. Last, so that it stands below the plan.
+    """
+    if makes_data:
+        notes = [f"{data_commands.MINI_DATA_DIR} not found here; the launch would make it first"]
+    else:
+        found = inputs.faults(settings)
+        notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 def _embedded_config(device: object) -> str:

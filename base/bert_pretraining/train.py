@@ -11,13 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining import distributed, seeds, state
 from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_checkpoint
-from bert_pretraining.config import Config, DataPaths, Resolved, data_paths
+from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import ShardInfo, list_shards
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED
 from bert_pretraining.evaluate import Evaluation, evaluate
+from bert_pretraining.inputs import DataPaths, data_paths
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig

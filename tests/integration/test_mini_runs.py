@@ -136,6 +136,11 @@ def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
         ("--init_checkpoint absent.pt", "no checkpoint at absent.pt"),
         ("--init_checkpoint data/datasets/bert_mini/vocab.txt", "not a checkpoint of PyTorch"),
         ("--bert_config_path absent.json", "cannot read absent.json"),
+        ("--train_dir absent", "no such data directory: absent; pass the right --train_dir"),
+        (
+            "--train_dir data/datasets/bert_mini/eval_set_uncompressed",
+            "train_dir and eval_dir are the same directory",
+        ),
         ("--device cuda", "PyTorch sees no CUDA device"),
         ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),
     ],
