@@ -74,9 +74,11 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if command in ("config", "data"):
-        command = f"{command} {rest[0] if rest else ''}".strip()
-        rest = rest[1:]
+    if command in ("config", "data") and rest[:1] in (["-h"], ["--help"], ["help"]):
+        print(_usage_of(command), end="")
+        return 0
+    if command in ("config", "data") and rest:
+        command, rest = f"{command} {rest[0]}", rest[1:]
     commands = {
         "launch": _launch,
         "train": _train,
@@ -86,10 +88,20 @@ def _dispatch(arguments: list[str]) -> int:
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
         "version": _version,
     }
+    parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
+    if parts:
+        raise UserError(f"'{command}' needs one of: {', '.join(parts)} (see {command} --help)")
     if command not in commands:
         known = [name for name in commands if name != "rank"]
         raise UserError(f"unknown command '{command}'{config.nearest(command, known)} (see --help)")
     return commands[command](rest) or 0
+
+
+def _usage_of(command: str) -> str:
+    """The lines of USAGE that concern `config` or `data`."""
+    lines = [line for line in USAGE.splitlines() if line.startswith(f"  {command} ")]
+    first = f"usage: python -m bert_pretraining {command} COMMAND [flags]"
+    return "\n".join([first, "", *lines, "", "COMMAND --help lists its flags.", ""])
 
 
 def _launch(arguments: list[str]) -> int:

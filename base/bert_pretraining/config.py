@@ -178,9 +178,13 @@ def _config_path(name: str, config: str) -> Path:
             f"--name {name}: no such name{nearest(name, names)} (has: {', '.join(names)})"
         )
     configs = [pair[1] for pair in pairs if pair[0] == name]
+    others = [pair[0] for pair in pairs if pair[1] == config]
+    hint = nearest(config, configs)
+    if others:
+        hint = f"; it exists under {', '.join(others)}: add --name {others[0]}"
     raise UserError(
-        f"--config {config}: no such configuration of {name}{nearest(config, configs)} "
-        f"(has: {', '.join(configs)})"
+        f"--config {config}: no such configuration of {name}{hint} "
+        f"({name} has: {', '.join(configs)})"
     )
 
 
@@ -204,6 +208,11 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
 
 
 def _checked_key(key: str, value: object, path: Path) -> object:
+    if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
+        raise UserError(
+            f"{_shown(path)}: '{key}' is a table, but settings stand by themselves, "
+            f"as in max_steps = 100; delete the line [{key}]"
+        )
     if key not in FIELDS or key in ("name", "config"):
         known = [name for name in FIELDS if name not in ("name", "config")]
         raise UserError(f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}")

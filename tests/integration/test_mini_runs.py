@@ -175,3 +175,18 @@ def test_config_show_and_unknown_commands(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "did you mean config show" in wrong.stderr
     assert command(cwd=tmp_path).stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("which", "first", "last"), [("data", "make-mini", "download"), ("config", "show", "list")]
+)
+def test_a_group_of_commands_lists_them(which: str, first: str, last: str, tmp_path: Path) -> None:
+    bare = command(which, cwd=tmp_path)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    (line,) = bare.stderr.splitlines()
+    assert line.startswith(f"Error: '{which}' needs one of: {first}, ")
+    assert f"{last} (see {which} --help)" in line
+    asked = command(which, "--help", cwd=tmp_path)
+    assert asked.returncode == 0
+    assert f"  {which} {first} " in asked.stdout
+    assert f"  {which} {last} " in asked.stdout

@@ -139,6 +139,7 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"name": "iluvata", "config": "V100x1x8"}, "did you mean iluvatar"),
         ({"name": "default", "config": "V100x1x9"}, "did you mean V100x1x8"),
         ({"name": "default", "config": "_base"}, "no such configuration"),
+        ({"config": "V100x1x8"}, "of mini; it exists under default, iluvatar: add --name default"),
         ({"train_batch_size": 0}, "--train_batch_size 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "must be at least 0"),
         ({"learning_rate": float("inf")}, "must be finite"),
@@ -166,6 +167,8 @@ def test_bad_values(flags: dict[str, object], words: str) -> None:
         ('extends = "nobody"', "cannot read configuration"),
         ('name = "me"', "unknown key 'name'"),
         ("seed = 2020-01-01", "key 'seed' must be int"),
+        ("[training]\nmax_steps = 3", r"'training' is a table, .*; delete the line \[training\]"),
+        ("[[max_steps]]\nmax_steps = 3", "'max_steps' is a table"),
         ("max_steps = 0", "mine.toml: max_steps = 0: must be at least 1"),
     ],
 )
