@@ -68,6 +68,7 @@ def _train(
     shards: list[ShardInfo] = distributed.from_main(lambda: list_shards(paths.train_dir))
     lanes = config.data_lanes or ranks.world_size
     order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
+    state.check_update(samples_per_step, order.num_sequences)
 
     precision = _precision(config, ranks, log)
     kernels = select(config.kernels, ranks.device, DTYPES[precision], bert_config.head_size)
@@ -123,7 +124,7 @@ def _train(
         )
 
     start = run_evaluation()
-    log.start_evaluated(start.loss, start.mlm_accuracy, start.seconds)
+    log.start_evaluated(start.loss, start.mlm_accuracy, start.num_sequences, start.seconds)
     feed = Feed(
         config.train_batch_size,
         ranks.rank,
