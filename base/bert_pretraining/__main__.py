@@ -7,7 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from bert_pretraining import __version__, config, data_commands, launch, outcome
+from bert_pretraining import __version__, config, data_commands, inputs, launch, outcome
+from bert_pretraining.config import Config
 from bert_pretraining.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -74,9 +75,11 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if command in ("config", "data", "bench"):
-        command = f"{command} {rest[0] if rest else ''}".strip()
-        rest = rest[1:]
+    if command in ("config", "data", "bench") and rest[:1] in (["-h"], ["--help"], ["help"]):
+        print(_usage_of(command), end="")
+        return 0
+    if command in ("config", "data", "bench") and rest:
+        command, rest = f"{command} {rest[0]}", rest[1:]
     commands = {
         "launch": _launch,
         "train": _train,
@@ -88,10 +91,20 @@ def _dispatch(arguments: list[str]) -> int:
         "bench kernels": _bench_kernels,
         "version": _version,
     }
+    parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
+    if parts:
+        raise UserError(f"'{command}' needs one of: {', '.join(parts)} (see {command} --help)")
     if command not in commands:
         known = [name for name in commands if name != "rank"]
         raise UserError(f"unknown command '{command}'{config.nearest(command, known)} (see --help)")
     return commands[command](rest) or 0
+
+
+def _usage_of(command: str) -> str:
+    """The lines of USAGE that concern `config` or `data`."""
+    lines = [line for line in USAGE.splitlines() if line.startswith(f"  {command} ")]
+    first = f"usage: python -m bert_pretraining {command} COMMAND [flags]"
+    return "\n".join([first, "", *lines, "", "COMMAND --help lists its flags.", ""])
 
 
 def _launch(arguments: list[str]) -> int:
@@ -102,14 +115,31 @@ def _launch(arguments: list[str]) -> int:
     if "name" not in values and "config" not in values:
         values = {**values, "name": "mini", "config": _embedded_config(values.get("device"))}
     resolved = config.resolve(values)
-    if not arguments and not Path(data_commands.MINI_DATA_DIR).exists():
+    without_flags = {argument.replace("-", "_") for argument in arguments} <= {"__dry_run"}
+    makes_data = without_flags and not Path(data_commands.MINI_DATA_DIR).exists()
+    if makes_data and not flags.dry_run:
         data_commands.make_mini([])
     plan = launch.make_plan(resolved, flags, _trainer_flags(values))
     if flags.dry_run:
-        print(launch.describe(plan))
+        print(launch.describe(plan), flush=True)
+        _note_what_lacks(resolved.config, makes_data)
         return 0
-    config.data_paths(resolved.config)  # fail here, once, rather than on every rank
+    inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
     return launch.run(plan)
+
+
+def _note_what_lacks(settings: Config, makes_data: bool) -> None:
+    """What a launch of the plan just shown would refuse on this machine, on stderr.
+
+    No error: a plan may be for another machine. Last, so that it stands below the plan.
+    """
+    if makes_data:
+        notes = [f"{data_commands.MINI_DATA_DIR} not found here; the launch would make it first"]
+    else:
+        found = inputs.faults(settings)
+        notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 def _embedded_config(device: object) -> str:

@@ -26,7 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -38,16 +37,6 @@ class Resolved:
     config: Config
     path: str
     sources: dict[str, str]
-
-
-@dataclass(frozen=True)
-class DataPaths:
-    """Where a run reads from. `init_checkpoint` is None for random weights."""
-
-    train_dir: Path
-    eval_dir: Path
-    bert_config: Path
-    init_checkpoint: Path | None
 
 
 def configs_directory() -> Path:
@@ -141,40 +130,6 @@ def resolve(flags: dict[str, object]) -> Resolved:
     return Resolved(resolved, _shown(file), sources)
 
 
-def data_paths(config: Config) -> DataPaths:
-    """The directories and files that `data_dir` and its overrides stand for.
-
-    Raises UserError if data_dir or the checkpoint is missing.
-    """
-    root = Path(config.data_dir) if config.data_dir else None
-    needed = (config.train_dir, config.eval_dir, config.bert_config_path, config.init_checkpoint)
-    if root is None and not all(needed):
-        raise UserError("no data: pass --data_dir DIR (see README, 'Data')")
-    if root is not None and not root.is_dir():
-        raise UserError(
-            f"no such data_dir: {root}; make the mini data set with: "
-            f"python -m bert_pretraining data make-mini --output_dir {root}"
-        )
-
-    def choose(override: str | None, name: str) -> Path:
-        return Path(override) if override else root / name
-
-    checkpoint: Path | None = choose(config.init_checkpoint, DEFAULT_CHECKPOINT)
-    if config.init_checkpoint == "random":
-        checkpoint = None
-    elif not checkpoint.is_file():
-        raise UserError(
-            f"no checkpoint at {checkpoint}; pass --init_checkpoint FILE, "
-            "or --init_checkpoint random to start from random weights"
-        )
-    return DataPaths(
-        train_dir=choose(config.train_dir, "2048_shards_uncompressed"),
-        eval_dir=choose(config.eval_dir, "eval_set_uncompressed"),
-        bert_config=choose(config.bert_config_path, "bert_config.json"),
-        init_checkpoint=checkpoint,
-    )
-
-
 def show(resolved: Resolved) -> str:
     """Every value and where it came from, as commented TOML."""
     lines = []
@@ -223,9 +178,13 @@ def _config_path(name: str, config: str) -> Path:
             f"--name {name}: no such name{nearest(name, names)} (has: {', '.join(names)})"
         )
     configs = [pair[1] for pair in pairs if pair[0] == name]
+    others = [pair[0] for pair in pairs if pair[1] == config]
+    hint = nearest(config, configs)
+    if others:
+        hint = f"; it exists under {', '.join(others)}: add --name {others[0]}"
     raise UserError(
-        f"--config {config}: no such configuration of {name}{nearest(config, configs)} "
-        f"(has: {', '.join(configs)})"
+        f"--config {config}: no such configuration of {name}{hint} "
+        f"({name} has: {', '.join(configs)})"
     )
 
 
@@ -249,6 +208,11 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
 
 
 def _checked_key(key: str, value: object, path: Path) -> object:
+    if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
+        raise UserError(
+            f"{_shown(path)}: '{key}' is a table, but settings stand by themselves, "
+            f"as in max_steps = 100; delete the line [{key}]"
+        )
     if key not in FIELDS or key in ("name", "config"):
         known = [name for name in FIELDS if name not in ("name", "config")]
         raise UserError(f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}")

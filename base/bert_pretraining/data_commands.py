@@ -48,7 +48,7 @@ def make_mini(arguments: list[str]) -> None:
     parser = _parser("make-mini")
     parser.add_argument("--output_dir", default=MINI_DATA_DIR, help=f"({MINI_DATA_DIR})")
     parser.add_argument("--num_shards", type=int, default=16, help="(16; 2048 as the real one)")
-    parser.add_argument("--max_seq_length", type=int, default=64, help="(64)")
+    parser.add_argument("--max_seq_length", type=int, default=64, help="16 to 512 (64)")
     parser.add_argument("--seed", type=int, default=12345, help="of the text (12345)")
     parser.add_argument(
         "--source", choices=("grammar", "stdlib"), default="grammar",

@@ -83,9 +83,12 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
     """
     settings = resolved.config
     if settings.nnodes > 1 and flags.master_addr in ("127.0.0.1", "localhost"):
+        asked = resolved.sources["nnodes"] == "flag"
+        what = f"--nnodes {settings.nnodes}" if asked else f"--config {settings.config}"
         raise UserError(
-            f"{settings.config} is for {settings.nnodes} machines: pass --master_addr (the address "
-            "of machine 0) and --node_rank on each, or --nnodes 1"
+            f"{what} wants {settings.nnodes} machines: run this command on each of them, with "
+            "--master_addr ADDRESS (machine 0's, the same on all) and "
+            f"--node_rank 0 to {settings.nnodes - 1}; or pass --nnodes 1"
         )
     if not 0 <= flags.node_rank < settings.nnodes:
         raise UserError(

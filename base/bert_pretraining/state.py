@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bert_pretraining.errors import UserError
+
 
 @dataclass
 class RunState:
@@ -20,6 +22,20 @@ class RunState:
     eval_loss: float = float("nan")
     eval_mlm_accuracy: float = 0.0
     converged: bool = False
+
+
+def check_update(samples_per_step: int, num_sequences: int) -> None:
+    """UserError where one update takes more sequences than the training set holds.
+
+    It would see some of them twice; most likely the batch has a digit too many, and the
+    machine runs out of memory before the update is done.
+    """
+    if samples_per_step > num_sequences:
+        raise UserError(
+            f"an update takes {samples_per_step:,} sequences (train_batch_size x "
+            f"gradient_accumulation_steps x ranks), but the training set holds {num_sequences:,}; "
+            "pass a lower --train_batch_size"
+        )
 
 
 def evaluation_interval(global_batch_size: int) -> int:

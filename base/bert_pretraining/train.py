@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining import distributed, seeds, state
 from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_checkpoint
-from bert_pretraining.config import Config, DataPaths, Resolved, data_paths
+from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
@@ -22,6 +22,7 @@ from bert_pretraining.data.static import Budget, budgets
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, UserError
 from bert_pretraining.evaluate import Evaluation, evaluate
+from bert_pretraining.inputs import DataPaths, data_paths
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
@@ -72,6 +73,7 @@ def _train(
     shards: list[ShardInfo] = distributed.from_main(lambda: list_shards(paths.train_dir))
     lanes = config.data_lanes or ranks.world_size
     order = SampleOrder([shard.num_sequences for shard in shards], seed, lanes)
+    state.check_update(samples_per_step, order.num_sequences)
 
     precision = _precision(config, ranks, log)
     for why, names in config.without_effect.items():
@@ -139,7 +141,7 @@ def _train(
         )
 
     start = run_evaluation()
-    log.start_evaluated(start.loss, start.mlm_accuracy, start.seconds)
+    log.start_evaluated(start.loss, start.mlm_accuracy, start.num_sequences, start.seconds)
     feed = Feed(
         config.train_batch_size,
         ranks.rank,

@@ -82,7 +82,7 @@ def test_the_start_evaluation_is_the_same_to_the_last_bit(runs: dict, split: tup
     assert together["eval_mlm_accuracy"] == alone["eval_mlm_accuracy"]
 
 
-@pytest.mark.parametrize("fault", ["damaged shard", "eval set missing", "vocabulary"])
+@pytest.mark.parametrize("fault", ["damaged shard", "damaged eval set", "vocabulary"])
 def test_bad_data_ends_all_ranks_with_one_line(mini_data: Path, tmp_path: Path, fault: str) -> None:
     flags: list[object] = ["--output_dir", "out"]
     if fault == "damaged shard":
@@ -96,8 +96,10 @@ def test_bad_data_ends_all_ranks_with_one_line(mini_data: Path, tmp_path: Path, 
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         broken.write_bytes(content)
         flags += ["--train_dir", shards]
-    elif fault == "eval set missing":
-        flags += ["--eval_dir", tmp_path / "absent"]
+    elif fault == "damaged eval set":
+        (tmp_path / "eval").mkdir()
+        (tmp_path / "eval" / "part_eval.hdf5").write_bytes(b"not hdf5")
+        flags += ["--eval_dir", tmp_path / "eval"]
     else:
         bert_config = json.loads((mini_data / "bert_config.json").read_text())
         bert_config["vocab_size"] = 200

@@ -50,6 +50,9 @@ def test_first_command_on_eight_ranks_meets_its_target_at_once(workplace: Path) 
     assert done.returncode == 0, done.stderr
     assert "already meets the target" in done.stdout
     assert "Notice: fp16 needs a GPU" in done.stdout
+    # The default of 10,000 evaluation sequences is not worth a word where fewer are there.
+    assert " on 1,114 sequences, loss " in done.stdout
+    assert "num_eval_examples 1" not in done.stdout
     events = perf_events(done.stdout)
     names = [event["event"] for event in events]
     assert names == [
@@ -80,6 +83,26 @@ def test_second_command_runs_and_stops_at_max_steps(workplace: Path) -> None:
     assert "not reached (stopped by max_steps) after 20 steps, 4320 sequences" in done.stdout
     finished = perf_events(done.stdout)[-1]["value"]
     assert finished["converged"] is False
+
+
+@pytest.mark.parametrize(("wanted", "used"), [(5000, "1,114"), (1000, "1,000")])
+def test_a_number_of_evaluation_sequences_that_is_not_there(
+    workplace: Path, wanted: int, used: str
+) -> None:
+    done = command(
+        "launch", "--name", "mini", "--config", "CPUx1x1", "--max_steps", 1, "--device", "cpu",
+        "--num_eval_examples", wanted, cwd=workplace,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert f" on {used} sequences, loss " in done.stdout
+    notices = [line for line in done.stdout.splitlines() if line.startswith("Notice: num_eval")]
+    assert (
+        notices
+        == [
+            "Notice: num_eval_examples 5,000, but the evaluation set holds 1,114 sequences; each "
+            "evaluation uses them all"
+        ][: wanted > 1114]
+    )
 
 
 def test_mini_run_reaches_the_target_and_its_log_passes_the_checker(workplace: Path) -> None:
@@ -137,6 +160,12 @@ def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
         ("--init_checkpoint absent.pt", "no checkpoint at absent.pt"),
         ("--init_checkpoint data/datasets/bert_mini/vocab.txt", "not a checkpoint of PyTorch"),
         ("--bert_config_path absent.json", "cannot read absent.json"),
+        ("--train_dir absent", "no such data directory: absent; pass the right --train_dir"),
+        (
+            "--train_dir data/datasets/bert_mini/eval_set_uncompressed",
+            "train_dir and eval_dir are the same directory",
+        ),
+        ("--train_batch_size 10000000", "an update takes 10,000,000 sequences"),
         ("--device cuda", "PyTorch sees no CUDA device"),
         ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),
     ],
@@ -171,3 +200,18 @@ def test_config_show_and_unknown_commands(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert "did you mean config show" in wrong.stderr
     assert command(cwd=tmp_path).stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("which", "first", "last"), [("data", "make-mini", "download"), ("config", "show", "list")]
+)
+def test_a_group_of_commands_lists_them(which: str, first: str, last: str, tmp_path: Path) -> None:
+    bare = command(which, cwd=tmp_path)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    (line,) = bare.stderr.splitlines()
+    assert line.startswith(f"Error: '{which}' needs one of: {first}, ")
+    assert f"{last} (see {which} --help)" in line
+    asked = command(which, "--help", cwd=tmp_path)
+    assert asked.returncode == 0
+    assert f"  {which} {first} " in asked.stdout
+    assert f"  {which} {last} " in asked.stdout

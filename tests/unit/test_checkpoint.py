@@ -99,7 +99,8 @@ def test_damaged_files_are_one_line(tmp_path: Path, weights: dict, content: byte
 
 def test_other_contents(tmp_path: Path) -> None:
     torch.save({1: torch.ones(1)}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="holds no named tensors"):
+    mend = r"holds no named tensors.*; export .*state_dict\(\).*--init_checkpoint"
+    with pytest.raises(UserError, match=mend):
         read_weights(tmp_path / "numbers.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no named tensors"):
@@ -128,9 +129,9 @@ def test_the_reference_checkpoint_fits_its_config() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not valid JSON"),
-        ("{}", "no key 'vocab_size'"),
-        ("[1]", "must hold a JSON object, not list"),
+        ("{", "not valid JSON .*; copy the file again, or pass the --bert_config_path"),
+        ("{}", "no key 'vocab_size'.*; add it, or copy .*--bert_config_path"),
+        ("[1]", "must hold a JSON object, not list; copy .*--bert_config_path"),
         ('{"vocab_size": "64"}', "'vocab_size' must be a positive integer, not '64'"),
         ('{"vocab_size": Infinity}', "'vocab_size' must be a positive integer"),
         ('{"vocab_size": 0}', "'vocab_size' must be a positive integer"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining import config
-from bert_pretraining.config import FlagParser, add_config_flags, data_paths, resolve, show
+from bert_pretraining.config import FlagParser, add_config_flags, resolve, show
 from bert_pretraining.errors import UserError
 
 
@@ -139,6 +139,7 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"name": "iluvata", "config": "V100x1x8"}, "did you mean iluvatar"),
         ({"name": "default", "config": "V100x1x9"}, "did you mean V100x1x8"),
         ({"name": "default", "config": "_base"}, "no such configuration"),
+        ({"config": "V100x1x8"}, "of mini; it exists under default, iluvatar: add --name default"),
         ({"train_batch_size": 0}, "--train_batch_size 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "must be at least 0"),
         ({"learning_rate": float("inf")}, "must be finite"),
@@ -166,6 +167,8 @@ def test_bad_values(flags: dict[str, object], words: str) -> None:
         ('extends = "nobody"', "cannot read configuration"),
         ('name = "me"', "unknown key 'name'"),
         ("seed = 2020-01-01", "key 'seed' must be int"),
+        ("[training]\nmax_steps = 3", r"'training' is a table, .*; delete the line \[training\]"),
+        ("[[max_steps]]\nmax_steps = 3", "'max_steps' is a table"),
         ("max_steps = 0", "mine.toml: max_steps = 0: must be at least 1"),
     ],
 )
@@ -183,22 +186,6 @@ def test_own_file_extends_its_neighbour(tmp_path: Path) -> None:
     assert (resolved.config.max_steps, resolved.config.learning_rate) == (8, 1.0)
     assert resolved.sources["learning_rate"].endswith("common.toml")
     assert resolved.config.resolved_output_dir == "output/mini_mine"
-
-
-def test_data_paths(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such data_dir: .*make-mini"):
-        data_paths(resolve({"data_dir": str(tmp_path / "absent")}).config)
-    with pytest.raises(UserError, match="pass --data_dir"):
-        data_paths(resolve({"name": "default", "config": "V100x1x1"}).config)
-    with pytest.raises(UserError, match=r"no checkpoint at .*--init_checkpoint random"):
-        data_paths(resolve({"data_dir": str(tmp_path)}).config)
-    (tmp_path / "model.ckpt-28252.apex.pt").touch()
-    paths = data_paths(resolve({"data_dir": str(tmp_path), "eval_dir": "elsewhere"}).config)
-    assert paths.train_dir == tmp_path / "2048_shards_uncompressed"
-    assert paths.eval_dir == Path("elsewhere")
-    assert paths.init_checkpoint == tmp_path / "model.ckpt-28252.apex.pt"
-    random = resolve({"data_dir": str(tmp_path), "init_checkpoint": "random"}).config
-    assert data_paths(random).init_checkpoint is None
 
 
 def test_every_field_has_help_and_shows_as_toml() -> None:

@@ -13,7 +13,8 @@ import pytest
 from helpers import ROOT
 
 PACKAGE = ROOT / "base" / "bert_pretraining"
-LEAVES = {"errors", "seeds", "settings", "config", "distributed", "kernels", "topology", "outcome"}
+LEAVES = {"errors", "seeds", "settings", "config", "distributed", "kernels", "topology", "outcome",
+          "files"}  # fmt: skip
 # part -> the parts beside the leaves that it may import
 ALLOWED = {
     "errors": set(),
@@ -26,15 +27,16 @@ ALLOWED = {
     "evaluate": {"data"},
     "logs": {"state"},
     "launch": set(),
+    "inputs": {"model"},
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
     "bench": {"data", "model", "optim", "logs", "step"},
-    "train": {"state", "data", "optim", "checkpoint", "model", "evaluate", "logs", "step"},
+    "train": set("inputs state data optim checkpoint model evaluate logs step".split()),
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"launch", "train", "data_commands", "bench"},
+    "__main__": {"inputs", "launch", "train", "data_commands", "bench"},
 }
-LEAF_ALLOWED = {"errors", "seeds", "settings"}
+LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -70,7 +72,8 @@ def test_every_module_is_imported_without_gpu_packages() -> None:
     names = [
         ".".join(["bert_pretraining", *path.relative_to(PACKAGE).with_suffix("").parts])
         for path in MODULES
-        if path.name != "__main__.py"
+        # The kernels themselves are Triton; the table imports them where they are chosen.
+        if path.name != "__main__.py" and not path.name.startswith("triton_")
     ]
     program = (
         "import importlib, sys\n"

@@ -100,8 +100,11 @@ def test_every_config_can_be_planned(name: str, stem: str) -> None:
 
 
 def test_many_machines_need_an_address_and_a_rank() -> None:
-    with pytest.raises(UserError, match="pass --master_addr"):
+    with pytest.raises(UserError, match=r"^--config V100x2x8 wants 2 machines: .*--master_addr"):
         plan("iluvatar", "V100x2x8")
+    resolved = config.resolve({"name": "mini", "config": "CPUx1x2", "nnodes": 3})
+    with pytest.raises(UserError, match=r"^--nnodes 3 wants 3 machines: .*--node_rank 0 to 2; "):
+        launch.make_plan(resolved, FLAGS, [])
     with pytest.raises(UserError, match="--node_rank 2: must be from 0 to 1"):
         plan("iluvatar", "V100x2x8", master_addr="10.0.0.1", node_rank=2)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bert_pretraining.data import mini
 from bert_pretraining.data.examples import (
     ExampleSettings,
     Vocabulary,
@@ -24,7 +25,7 @@ from bert_pretraining.data.mini import (
     MiniSettings,
     make_mini,
 )
-from bert_pretraining.data.shards import SCHEMA, list_shards, read_shard
+from bert_pretraining.data.shards import SCHEMA, list_shards, ragged_arange, read_shard
 from bert_pretraining.errors import UserError
 from helpers import REFERENCE, needs_reference
 
@@ -80,7 +81,8 @@ def test_mini_data_set_is_pinned(mini_data: Path) -> None:
     tokens = hashlib.sha256()
     for info in infos:
         shard = read_shard(info.path, config["vocab_size"])
-        tokens.update(shard.input_ids.astype("<i4").tobytes())
+        real = ragged_arange(shard.offsets, shard.lengths)
+        tokens.update(shard.input_ids[real].astype("<i4").tobytes())
         tokens.update(shard.masked_labels.astype("<i4").tobytes())
     assert tokens.hexdigest()[:16] == "26aad520b952472e"
     (evaluation,) = list_shards(mini_data / "eval_set_uncompressed")
@@ -135,6 +137,39 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists; delete it"):
         make_mini(MiniSettings(tmp_path))
     assert text.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_seq_length": 100_000}, "--max_seq_length 100000: must be from 16 to 512"),
+        ({"max_seq_length": 513}, "must be from 16 to 512"),
+        ({"max_seq_length": 15}, "must be from 16 to 512"),
+        ({"num_shards": 10**9}, "--num_shards 1000000000: must be from 1 to 4320"),
+        ({"num_shards": 0}, "must be from 1 to 4320"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], words: str
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("made text for a data set that is refused")
+
+    monkeypatch.setattr(mini, "_corpus", work)
+    with pytest.raises(UserError, match=words):
+        make_mini(MiniSettings(tmp_path / "mini", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_shards_than_sequences_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mini, "MIN_EVAL_SEQUENCES", 1)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"A document. It ends with {number}." for number in range(200)))
+    with pytest.raises(UserError, match=r"4000: there are \d+ sequences only; ask for fewer"):
+        make_mini(MiniSettings(tmp_path / "mini", num_shards=4000, text=[text]))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_vocabulary_without_special_tokens() -> None:

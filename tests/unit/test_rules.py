@@ -12,6 +12,7 @@ from bert_pretraining.logs.mlperf import run_status
 from bert_pretraining.optim import LossScale, Schedule
 from bert_pretraining.state import (
     RunState,
+    check_update,
     evaluation_due,
     evaluation_interval,
     logging_due,
@@ -66,6 +67,12 @@ def test_evaluation_is_due_at_the_first_step_past_each_interval(
         math.ceil(k * interval / per_step) for k in range(1, 2000 * per_step // interval + 2)
     }
     assert due == {step for step in expected if step < 2000}
+
+
+def test_an_update_of_more_than_the_training_set_is_refused() -> None:
+    check_update(100, 100)
+    with pytest.raises(UserError, match=r"takes 10,000,000 sequences .* holds 100; pass a lower"):
+        check_update(10_000_000, 100)
 
 
 def test_eval_steps_takes_the_place_of_the_schedule() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.files import OTHER_CHECKPOINT, require_checkpoint
 
 DECODER = "cls.predictions.decoder.weight"
 WORD_EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -21,11 +22,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Only tensors and plain containers are unpickled (`weights_only=True`).
     Raises UserError for a missing, damaged or foreign file.
     """
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}; pass --init_checkpoint FILE, "
-            "or --init_checkpoint random to start from random weights"
-        )
+    require_checkpoint(path)
     try:
         # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
         in_place = zipfile.is_zipfile(path)
@@ -41,7 +38,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
-        raise UserError(f"{path}: holds no named tensors, bare or under a 'model' key")
+        raise UserError(
+            f"{path}: holds no named tensors, bare or under a 'model' key; export the model's "
+            f"state_dict() alone, or {OTHER_CHECKPOINT}"
+        )
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
@@ -76,5 +76,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             "pass the checkpoint and bert_config.json of one model"
         )
     if not torch.equal(weights[DECODER], weights[WORD_EMBEDDING]):
-        raise UserError(f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor")
+        raise UserError(
+            f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor; "
+            "export the checkpoint again, with the two tied"
+        )
     model.load_state_dict(weights)

@@ -33,6 +33,8 @@ MIN_EVAL_SEQUENCES = 1000
 PACKAGED_CHECKPOINT = Path(__file__).with_name("mini_start.pt")
 CHECKPOINT_NAME = "model.ckpt-28252.apex.pt"
 CHECKPOINT_LENGTH = 64  # the packaged checkpoint's position embeddings
+LENGTHS = (16, 512)  # 512 is the longest BERT takes
+MAX_SHARDS = 4320  # the most that a published BERT data set has
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ def make_mini(
     write_random_start: writes a start checkpoint for a directory's bert_config.json under
     a name, from a seed; called where the packaged one does not fit.
 
-    Raises UserError for a text too small, or an output directory that holds anything.
+    Raises UserError for numbers out of bounds, a text too small, or an output directory
+    that holds anything.
     """
     output_dir = Path(os.path.abspath(settings.output_dir))
-    if settings.num_shards < 1 or settings.max_seq_length < 16:
-        raise UserError("--num_shards must be at least 1 and --max_seq_length at least 16")
+    for flag, value, (lowest, highest) in (
+        ("--num_shards", settings.num_shards, (1, MAX_SHARDS)),
+        ("--max_seq_length", settings.max_seq_length, LENGTHS),
+    ):
+        if not lowest <= value <= highest:
+            raise UserError(f"{flag} {value}: must be from {lowest} to {highest}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists; delete it, or choose another --output_dir")
     train_text, eval_text, tokens = _corpus(settings)
@@ -90,7 +97,10 @@ def make_mini(
             "give more --text"
         )
     if settings.num_shards > num_train:
-        raise UserError(f"--num_shards {settings.num_shards}: there are {num_train} sequences only")
+        raise UserError(
+            f"--num_shards {settings.num_shards}: there are {num_train} sequences only; "
+            "ask for fewer shards"
+        )
 
     staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)

@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.files import UNFINISHED, shard_files
 
 # dataset -> dtype in a fixed-length shard
 SCHEMA = {
@@ -31,9 +32,7 @@ SCHEMA = {
     "masked_lm_ids": "i2",
     "next_sentence_labels": "i1",
 }
-
-
-UNFINISHED = ".partial"  # ends the name of a file that is being written
+REMAKE = "make a data set with: python -m bert_pretraining data make-mini"
 VARLENGTH_DATASETS = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 
 
@@ -82,18 +81,7 @@ def list_shards(directory: Path) -> list[ShardInfo]:
     Raises UserError if there are none, if one is no such HDF5 file, or if they differ
     in sequence length.
     """
-    if not directory.is_dir():
-        raise UserError(
-            f"no such data directory: {directory}; "
-            "pass --data_dir, or make one with: python -m bert_pretraining data make-mini"
-        )
-    paths = sorted(
-        path
-        for path in directory.iterdir()
-        if "part" in path.name and path.suffix != UNFINISHED and path.is_file()
-    )
-    if not paths:
-        raise UserError(f"no shards in {directory}: expected HDF5 files with 'part' in the name")
+    paths = shard_files(directory, REMAKE)
     infos = [_inspect(path) for path in paths]
     if not any(info.num_sequences for info in infos):
         raise UserError(f"the shards in {directory} hold no sequences; make the data set again")

@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bert_pretraining.data import verify_report as report
-from bert_pretraining.data.shards import UNFINISHED
 from bert_pretraining.data.verify_file import Task, check_file
 from bert_pretraining.data.verify_report import FileSummary, Findings, VerifyReport
 from bert_pretraining.errors import UserError
+from bert_pretraining.files import UNFINISHED
 
 
 def verify(directory: Path, jobs: int = 1) -> VerifyReport:

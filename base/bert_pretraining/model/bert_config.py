@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bert_pretraining.errors import UserError
 
+MEND = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
 VOCAB_MULTIPLE = 8  # the decoder's matrix product wants rows in multiples of 8
 
 
@@ -48,25 +49,29 @@ class BertConfig:
                 f"cannot read {path} ({error.strerror}); pass --bert_config_path"
             ) from error
         except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
+            raise UserError(f"{path}: not valid JSON ({error}); {MEND}") from error
         if not isinstance(values, dict):
-            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}")
+            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}; {MEND}")
         # Other tools keep further keys in this file; they do not change the model.
         kept = {}
         for field in fields(cls):
             if field.name in values:
                 kept[field.name] = _checked(field.name, str(field.type), values[field.name], path)
             elif field.default is MISSING:
-                raise UserError(f"{path}: no key '{field.name}'; it is needed to build the model")
+                raise UserError(
+                    f"{path}: no key '{field.name}', which the model cannot be built without; "
+                    f"add it, or {MEND}"
+                )
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{path}: hidden_size {config.hidden_size} does not divide by "
-                f"num_attention_heads {config.num_attention_heads}"
+                f"num_attention_heads {config.num_attention_heads}; correct one of them, or {MEND}"
             )
         if config.hidden_act != "gelu":
             raise UserError(
-                f"{path}: hidden_act '{config.hidden_act}' is not supported; only 'gelu' is"
+                f"{path}: hidden_act '{config.hidden_act}' is not supported; only 'gelu' is: "
+                "pass the --bert_config_path of a model with it"
             )
         return config
 

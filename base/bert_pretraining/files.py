@@ -1,0 +1,76 @@
+"""Whether the files that a run reads are there, told without opening a shard.
+
+The launcher and the ranks share these checks and their words. Only the standard library
+is imported: they come before anything heavy, and `--dry_run` needs no package.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from bert_pretraining.errors import UserError
+
+UNFINISHED = ".partial"  # ends the name of a file that is being written
+OTHER_CHECKPOINT = (
+    "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
+)
+
+
+def require_directory(path: Path, what: str, mend: str) -> None:
+    """UserError unless `path` is a directory. `what` names it; `mend`: what to do without it."""
+    status = _status(path, mend)
+    if status is None:
+        raise UserError(f"no such {what}: {path}; {mend}")
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{what} {path} is a file; pass the directory that it lies in")
+
+
+def shard_files(directory: Path, mend: str) -> list[Path]:
+    """Every finished file with `part` in its name, sorted by name; UserError if none is there.
+
+    One listing of the directory, which is fast on network storage too: a look at each
+    file would not be.
+    """
+    require_directory(directory, "data directory", mend)
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if "part" in entry.name and not entry.name.endswith(UNFINISHED) and entry.is_file()
+            )
+    except OSError as error:
+        raise UserError(f"cannot read {directory} ({error.strerror}); {mend}") from error
+    if not names:
+        raise UserError(
+            f"no shards in {directory}: expected HDF5 files with 'part' in the name; {mend}"
+        )
+    return [directory / name for name in names]
+
+
+def require_checkpoint(path: Path) -> None:
+    """UserError unless `path` is a file with something in it."""
+    status = _status(path, OTHER_CHECKPOINT)
+    if status is None:
+        raise UserError(f"no checkpoint at {path}; {OTHER_CHECKPOINT}")
+    if stat.S_ISDIR(status.st_mode):
+        inside = sorted(path.glob("*.pt"))
+        mend = f"pass --init_checkpoint {inside[-1]}" if inside else OTHER_CHECKPOINT
+        raise UserError(f"{path}: a directory, not a checkpoint; {mend}")
+    if status.st_size == 0:
+        raise UserError(
+            f"{path}: an empty file, not a checkpoint; copy it again, or {OTHER_CHECKPOINT}"
+        )
+
+
+def _status(path: Path, mend: str) -> os.stat_result | None:
+    """What lies at `path`, None for nothing; UserError where the system does not tell."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path} ({reason}); {mend}") from error
