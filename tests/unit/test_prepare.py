@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from bert_pretraining.data import prepare as stages
-from bert_pretraining.data.examples import ExampleSettings
+from bert_pretraining.data.examples import ExampleSettings, draw_below, shuffle
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.prepare import PrepareSettings, TextSettings
 from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
@@ -298,3 +299,18 @@ def test_prepare_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text files in"):
         stages.prepare(settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 255, 256, 257, 508, 5000])
+def test_shuffle_is_pythons_own(count: int) -> None:
+    for seed in range(5):
+        theirs, ours = random.Random(seed), random.Random(seed)
+        expected, items = list(range(count)), list(range(count))
+        theirs.shuffle(expected)
+        shuffle(items, ours)
+        assert items == expected
+        assert ours.getstate() == theirs.getstate()
+        if count:
+            assert [draw_below(count, ours) for _ in range(50)] == [
+                theirs.randint(0, count - 1) for _ in range(50)
+            ]
