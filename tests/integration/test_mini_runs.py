@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,26 @@ def test_second_command_runs_and_stops_at_max_steps(workplace: Path) -> None:
     assert finished["converged"] is False
 
 
+def assert_readme_shows(output: str) -> None:
+    """README's sample, but for numbers: lines in this order, none left out but where it says so."""
+    sample = (ROOT / "README.md").read_text().split("```\n")[2].splitlines()
+    printed = output.splitlines()
+    # With the data set there, the lines of its making are not printed.
+    place, skipping = 0, True
+    for line in sample[sample.index("...") + 1 :]:
+        if line == "...":
+            skipping = True
+            continue
+        shape = re.escape(line.removesuffix("...")).replace(r"\ ", " ")
+        shape = re.sub(r"\d+", r"\\d+", shape) + ("" if line.endswith("...") else "$")
+        while skipping and place < len(printed) and not re.match(shape, printed[place]):
+            place += 1
+        assert place < len(printed), f"README shows a line that is not printed: {line}"
+        assert re.match(shape, printed[place]), f"README shows {line} before {printed[place]}"
+        place, skipping = place + 1, False
+    assert place == len(printed), f"README leaves out {printed[place]}"
+
+
 @pytest.mark.parametrize(("wanted", "used"), [(5000, "1,114"), (1000, "1,000")])
 def test_a_number_of_evaluation_sequences_that_is_not_there(
     workplace: Path, wanted: int, used: str
@@ -106,9 +127,10 @@ def test_a_number_of_evaluation_sequences_that_is_not_there(
 
 
 def test_mini_run_reaches_the_target_and_its_log_passes_the_checker(workplace: Path) -> None:
-    done = run_training(workplace, "--name mini --config CPUx1x2 --output_dir out --seed 3")
+    done = run_training(workplace, "--name mini --config CPUx1x2 --seed 3")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    (folder,) = (workplace / "out").glob("run-*")
+    (folder,) = (workplace / "output/mini_CPUx1x2").glob("run-*")
+    assert_readme_shows(done.stdout)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "mllog.txt",
