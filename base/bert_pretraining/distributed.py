@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -87,6 +87,40 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather(item: Made) -> list[Made]:
+    """Every rank's object, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def differing_replica(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name the first tensor that another rank holds differently than rank 0, and that rank.
+
+    named: the same names and shapes on every rank; floating-point. Compares two checksums
+    of a tensor's bits, one of which depends on where they stand. None if all are equal.
+    """
+    tensors = dict(named)
+    digests = torch.stack([_digest(tensor) for tensor in tensors.values()]).cpu()
+    for rank, other in enumerate(gather(digests)):
+        if rank == 0:
+            first = other
+        elif not torch.equal(first, other):
+            index = int((first != other).any(dim=1).nonzero()[0])
+            return f"{list(tensors)[index]} on rank {rank}"
+    return None
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """(2,) int64 of a tensor's bits: their sum, and their sum weighted by position."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()]).long()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
+    return torch.stack([bits.sum(), (bits * places).sum()])
 
 
 def from_main(make: Callable[[], Made]) -> Made:

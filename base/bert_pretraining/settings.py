@@ -127,6 +127,12 @@ class Config:
 
     train_batch_size: int = setting(18, "training", "sequences a rank and micro-batch", minimum=1)
     gradient_accumulation_steps: int = setting(1, "training", "micro-batches an update", minimum=1)
+    check_replicas_every: int = setting(
+        0,
+        "training",
+        "updates between checks that all ranks hold the same weights; 0 for only at the start",
+        minimum=0,
+    )
     max_steps: int = setting(1536, "training", "updates after which to stop", minimum=1)
     max_samples_termination: int = setting(
         14_000_000, "training", "sequences after which to stop", minimum=1

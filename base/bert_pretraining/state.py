@@ -76,6 +76,11 @@ def stop_reason(
     return None
 
 
+def replica_check_due(step: int, every: int) -> bool:
+    """Whether the ranks' weights are compared after `step` updates; never where every is 0."""
+    return every > 0 and step % every == 0
+
+
 def logging_due(global_step: int, log_freq: int) -> bool:
     """Whether step `global_step` (1, 2, ...) is logged: the first, and every log_freq-th."""
     return global_step == 1 or (log_freq > 0 and global_step % log_freq == 0)

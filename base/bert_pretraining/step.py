@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bert_pretraining.data.packing import PackedBatch
-from bert_pretraining.data.static import Budget, StaticBatch
+from bert_pretraining.data.static import Budget, StaticBatch, budgets
+from bert_pretraining.distributed import Ranks
+from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.settings import Config
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
 
@@ -89,3 +94,40 @@ def _dummies_only(static: StaticBatch) -> None:
     budget, batch = static.budget, static.batch
     ends = torch.linspace(0, budget.tokens, len(batch.cu_seqlens), device=batch.cu_seqlens.device)
     batch.cu_seqlens.copy_(ends.to(torch.int32))
+
+
+def choose_step(
+    config: Config, model: nn.Module, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
+) -> MicroStep:
+    """Compiled or captured where it was asked for and can be, with constant shapes then.
+
+    max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
+    UserError if compiling was asked for and cannot be.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    balanced = config.resolved_batching == "balanced"
+    obstacles = {
+        "it needs a GPU": not on_gpu,
+        "it needs --batching balanced": not balanced,
+        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
+    }
+    why_not = next((why for why, holds in obstacles.items() if holds), None)
+    if config.use_cuda_graph and why_not:
+        say(f"Notice: use_cuda_graph has no effect: {why_not}")
+    sizes: tuple[Budget, ...] = ()
+    if balanced and (compiled or (config.use_cuda_graph and not why_not)):
+        sizes = budgets(
+            config.train_batch_size,
+            max_seqlen,
+            config.static_tokens,
+        )
+        say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
+    if compiled:
+        if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError(
+                "--compile on: on a CPU it needs a C++ compiler; install g++ or set CXX"
+            )
+        say("Compiling the model with torch.compile")
+        model = torch.compile(model, dynamic=not sizes)
+    return MicroStep(model, ranks.device, sizes, config.use_cuda_graph and not why_not)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
+import functools
 
 import torch
 from torch import nn
@@ -16,20 +15,20 @@ from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_chec
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
-from bert_pretraining.data.packing import on_device
+from bert_pretraining.data.packing import PackedBatch, on_device
 from bert_pretraining.data.shards import ShardInfo, list_shards
-from bert_pretraining.data.static import Budget, budgets
 from bert_pretraining.distributed import Ranks
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, UserError
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, TrainingError
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.inputs import DataPaths, data_paths
 from bert_pretraining.kernels import select
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.diagnosis import first_non_finite
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.loss_weights import loss_weights
 from bert_pretraining.optim import LambSettings, LossScale, Schedule, create_optimizer
-from bert_pretraining.step import MicroStep
+from bert_pretraining.step import choose_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,8 +110,10 @@ def _train(
     log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
     model = _replicate(module, ranks)
     log.built("MODEL_TO_DDP", model)
-    micro_step = _micro_step(config, model, bert_config, ranks, log)
+    micro_step = choose_step(config, model, bert_config.max_position_embeddings, ranks, log.say)
     micro_step.prepare(optimizer.zero_grad)
+
+    _check_replicas(module, run)
 
     # ---- the clock starts; from here on data is read
     distributed.barrier(ranks.device)
@@ -176,11 +177,14 @@ def _train(
         loss_scale.update(finite)
         if not finite:
             run.skipped_steps += 1
-            loss_scale.check(run.global_steps)
+            last = micro_batches[-1]
+            loss_scale.check(run.global_steps, functools.partial(_diagnose, module, last))
             log.say(f"Skipped an update: overflow in fp16; loss scale now {loss_scale.scale:g}")
             continue
         run.global_steps += 1
         run.num_trained_samples += samples_per_step
+        if state.replica_check_due(run.global_steps, config.check_replicas_every):
+            _check_replicas(module, run)
 
         # ---- evaluate where due, and always at the last step; stop where due
         reason = stop_reason()
@@ -241,37 +245,22 @@ def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _micro_step(
-    config: Config, model: nn.Module, bert_config: BertConfig, ranks: Ranks, log: RunLog
-) -> MicroStep:
-    """Compiled or captured where it was asked for and can be, with constant shapes then."""
-    on_gpu = ranks.device.type == "cuda"
-    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
-    balanced = config.resolved_batching == "balanced"
-    obstacles = {
-        "it needs a GPU": not on_gpu,
-        "it needs --batching balanced": not balanced,
-        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
-    }
-    why_not = next((why for why, holds in obstacles.items() if holds), None)
-    if config.use_cuda_graph and why_not:
-        log.say(f"Notice: use_cuda_graph has no effect: {why_not}")
-    sizes: tuple[Budget, ...] = ()
-    if balanced and (compiled or (config.use_cuda_graph and not why_not)):
-        sizes = budgets(
-            config.train_batch_size,
-            bert_config.max_position_embeddings,
-            config.static_tokens,
+def _check_replicas(module: nn.Module, run: state.RunState) -> None:
+    """TrainingError, on every rank, if the ranks' weights are not the same to the last bit."""
+    differing = distributed.differing_replica(module.named_parameters())
+    if differing is not None:
+        raise TrainingError(
+            f"the ranks hold different weights after {run.global_steps} updates: first "
+            f"{differing}; look for failing memory, or a device or library that differs"
         )
-        log.say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
-    if compiled:
-        if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise UserError(
-                "--compile on: on a CPU it needs a C++ compiler; install g++ or set CXX"
-            )
-        log.say("Compiling the model with torch.compile")
-        model = torch.compile(model, dynamic=not sizes)
-    return MicroStep(model, ranks.device, sizes, config.use_cuda_graph and not why_not)
+
+
+def _diagnose(module: nn.Module, batch: PackedBatch) -> str:
+    """What was not finite first, on the rank that can tell best; the same on every rank."""
+    found = distributed.gather(first_non_finite(module, batch))
+    telling = [rank for rank, what in enumerate(found) if "gradient" not in what] or [0]
+    rank = telling[0]
+    return found[rank] if len(found) == 1 else f"rank {rank}: {found[rank]}"
 
 
 def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

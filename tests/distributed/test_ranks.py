@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import command
+from helpers import ROOT, command
 
 STEPS = 12
 
@@ -117,3 +120,30 @@ def test_bad_data_ends_all_ranks_with_one_line(mini_data: Path, tmp_path: Path, 
     assert lines[0].startswith("Error: ")
     (log,) = (tmp_path / "out").glob("run-*/mllog.txt")
     assert '"status": "aborted"' in log.read_text() or "run_start" not in log.read_text()
+
+
+def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
+    program = tmp_path / "ranks.py"
+    program.write_text(
+        "import torch\n"
+        "from bert_pretraining import distributed\n"
+        "ranks = distributed.start('cpu', 'gloo')\n"
+        "named = {'same': torch.ones(5), 'moved': torch.arange(7.0)}\n"
+        "named['half'] = torch.ones(3).half()\n"
+        "same = distributed.differing_replica(named.items())\n"
+        "if ranks.rank == 1:\n"
+        "    named['moved'] = named['moved'].flip(0)  # the same numbers in other places\n"
+        "    named['half'][1] = 2.0\n"
+        "print(ranks.rank, same, distributed.differing_replica(named.items()), flush=True)\n"
+        "distributed.stop()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base")}, capture_output=True, text=True,
+        timeout=120, check=True,
+    )  # fmt: skip
+    assert sorted(done.stdout.split("\n"))[1:] == [
+        "0 None moved on rank 1",
+        "1 None moved on rank 1",
+    ]

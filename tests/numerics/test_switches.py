@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from bert_pretraining import config, train
+from bert_pretraining import config
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.step import forward_backward
+from bert_pretraining.step import choose_step, forward_backward
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 SWITCHES = (
@@ -22,16 +22,6 @@ SWITCHES = (
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
 WEIGHTS = torch.tensor([0.01, 0.2])
-
-
-class Said:
-    """A log that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -46,13 +36,13 @@ def test_every_combination_of_switches_trains(first: bool) -> None:
         model = BertForPreTraining(
             tiny_config(num_hidden_layers=1), kernels, 1, chosen.checkpoint_activations
         )
-        log = Said()
-        step = train._micro_step(chosen, model, model.config, ALONE, log)
+        said: list[str] = []
+        step = choose_step(chosen, model, 512, ALONE, said.append)
         torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
         norms = [parameter.grad.norm() for parameter in model.parameters()]
         torch.testing.assert_close(torch.stack(norms).norm(), norm, rtol=1e-4, atol=1e-6)
         assert chosen.resolved_batching == ("balanced" if values["exchange_padding"] else "random")
-        assert ("use_cuda_graph has no effect" in "".join(log.lines)) == values["use_cuda_graph"]
+        assert ("use_cuda_graph has no effect" in "".join(said)) == values["use_cuda_graph"]
         without = {name for names in chosen.without_effect.values() for name in names}
         assert without == {
             name for name in SWITCHES if values[name] and name not in (
@@ -86,17 +76,17 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     model = make_model(tiny_config(num_hidden_layers=1, max_position_embeddings=64), "torch")
     expected = forward_backward(model, BATCH, WEIGHTS)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    log = Said()
-    step = train._micro_step(chosen, model, model.config, ALONE, log)
+    said: list[str] = []
+    step = choose_step(chosen, model, 64, ALONE, said.append)
     step.prepare(lambda: model.zero_grad(set_to_none=False))
     torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
-    assert log.lines[0].startswith("Constant shapes: 200 tokens")
+    assert said[0].startswith("Constant shapes: 200 tokens")
 
 
 def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     chosen = config.resolve({"compile": "on"}).config
     with pytest.raises(UserError, match=r"needs a C.. compiler; install"):
-        train._micro_step(chosen, make_model(tiny_config()), tiny_config(), ALONE, Said())
+        choose_step(chosen, make_model(tiny_config()), 512, ALONE, print)

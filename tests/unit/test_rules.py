@@ -129,13 +129,18 @@ def test_initial_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_endless_overflow_ends_the_run() -> None:
-    with pytest.raises(TrainingError, match="not finite after 7 updates"):
-        LossScale(1.0, dynamic=False).check(7)
-    scale = LossScale(1.0, dynamic=True)
-    scale.check(7)
-    scale.update(False)
-    with pytest.raises(TrainingError, match="at every loss scale"):
-        scale.check(7)
+    with pytest.raises(TrainingError, match="not finite after 7 updates: because; try"):
+        LossScale(1.0, dynamic=False).check(7, lambda: "because")
+    scale = LossScale(2.0**20, dynamic=True)
+    for _ in range(30):
+        scale.update(False)
+        scale.check(7, lambda: pytest.fail("asked too early"))
+    assert scale.scale == 1.0
+    scale.update(True)
+    for _ in range(31):
+        scale.update(False)
+    with pytest.raises(TrainingError, match=r"overflowed 31 times in a row .* scale 1: because;"):
+        scale.check(7, lambda: "because")
 
 
 def test_seeds_differ_by_purpose_and_never_change() -> None:

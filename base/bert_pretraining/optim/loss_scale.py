@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 from bert_pretraining.errors import TrainingError, UserError
 
 INITIAL_SCALE = 2.0**20
+MINIMUM_SCALE = 1.0
 GROWTH_INTERVAL = 2000
+MAX_SKIPPED_IN_A_ROW = 30  # 20 halvings lead from the first scale to the least
 
 
 class LossScale:
@@ -27,6 +30,7 @@ class LossScale:
         self.dynamic = dynamic
         self.growth_interval = growth_interval
         self.good_steps = 0
+        self.skipped_in_a_row = 0
 
     @classmethod
     def for_precision(cls, precision: str, fixed: float) -> LossScale:
@@ -50,10 +54,11 @@ class LossScale:
 
     def update(self, finite: bool) -> None:
         """Account for a step whose gradients were finite, or not."""
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not self.dynamic:
             return
         if not finite:
-            self.scale /= 2.0
+            self.scale = max(self.scale / 2.0, MINIMUM_SCALE)
             self.good_steps = 0
             return
         self.good_steps += 1
@@ -61,15 +66,19 @@ class LossScale:
             self.scale *= 2.0
             self.good_steps = 0
 
-    def check(self, updates: int) -> None:
-        """After a step that was not finite: TrainingError if no scale can help."""
+    def check(self, updates: int, diagnose: Callable[[], str]) -> None:
+        """After a step that was not finite: TrainingError if no scale can help.
+
+        diagnose says what was not finite first; it is called only then.
+        """
         if not self.dynamic:
             raise TrainingError(
-                f"a gradient is not finite after {updates} updates; "
+                f"a gradient is not finite after {updates} updates: {diagnose()}; "
                 "try a lower --learning_rate or --precision fp32"
             )
-        if self.scale < 1.0:
+        if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"fp16 overflows at every loss scale after {updates} updates; "
-                "the weights or the data are broken, or try --precision bf16"
+                f"fp16 overflowed {self.skipped_in_a_row} times in a row after {updates} updates, "
+                f"at last at loss scale {self.scale:g}: {diagnose()}; the weights or the data are "
+                "broken, or try --precision bf16"
             )

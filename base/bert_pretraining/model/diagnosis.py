@@ -1,0 +1,56 @@
+"""Where a number that is not finite comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.data.packing import PackedBatch
+
+
+def first_non_finite(model: nn.Module, batch: PackedBatch) -> str:
+    """Name what is not finite first: a parameter, an activation of this batch, a gradient.
+
+    Runs the batch forward once more; the parameters' gradients are looked at as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if (what := _fault(parameter)) is not None:
+            return f"parameter {name} holds {what}"
+    found = _first_activation(model, batch)
+    if found is not None:
+        return found
+    # Backward goes from the last parameter to the first.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
+            return f"parameters and activations are finite; the gradient of {name} holds {what}"
+    return "parameters, activations and gradients are finite; their norm overflows"
+
+
+def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:
+    found: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        for part in parts:
+            if not found and isinstance(part, Tensor) and (what := _fault(part)) is not None:
+                found.append(f"the output of {name or 'the model'} holds {what}")
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """ "n NaN and m infinite of k numbers", or None if all are finite."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+        return None
+    nan, infinite = tensor.isnan().sum().item(), tensor.isinf().sum().item()
+    return f"{nan} NaN and {infinite} infinite of {tensor.numel()} numbers"
