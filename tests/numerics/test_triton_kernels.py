@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 from triton_device import DEVICE, NATIVE  # before the kernels, which it makes for the interpreter
 
 # isort: split
@@ -428,7 +429,7 @@ def test_masked_cross_entropy_ignores_negative_labels() -> None:
     assert_near(leaf.grad[counted], exact.grad, 1e-6)
 
 
-def test_masked_cross_entropy_of_excluded_entries_and_of_no_such_label() -> None:
+def test_masked_cross_entropy_of_excluded_entries() -> None:
     logits, labels = random(2, 5000), torch.tensor([4999, 4990], device=DEVICE)
     logits[:, :4200] = float("-inf")
     compare(
@@ -437,7 +438,12 @@ def test_masked_cross_entropy_of_excluded_entries_and_of_no_such_label() -> None
         [logits],
         1e-6,
     )
-    assert triton_provider.masked_cross_entropy(logits, labels + 1000)[0] == float("inf")
+
+
+def test_a_label_beyond_the_vocabulary_shows_in_the_loss() -> None:
+    """And is not looked up in the memory behind the row."""
+    logits, labels = random(2, 60)[:, :30], torch.tensor([3, 40], device=DEVICE)
+    assert triton_provider.masked_cross_entropy(logits, labels)[0] == float("inf")
 
 
 # All operators
