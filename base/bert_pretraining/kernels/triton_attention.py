@@ -103,7 +103,7 @@ def packed_attention(
     """
     if qkv.shape[3] > _LARGEST_HEAD:
         raise ValueError(f"head size {qkv.shape[3]} is larger than {_LARGEST_HEAD}")
-    qkv = _readable(qkv)
+    qkv, cu_seqlens = _readable(qkv), cu_seqlens.contiguous()
     context, log_sum_exp = _empty_outputs(qkv)
     pointers = (qkv, cu_seqlens, seed, context, log_sum_exp)
     _launch(forward_kernel, "queries", pointers, qkv, cu_seqlens, max_seqlen, dropout)
@@ -135,7 +135,7 @@ def packed_attention_backward(
     log_sum_exp: Tensor,
 ) -> Tensor:
     """The gradient of `packed_attention`'s first result: (T, 3, heads, D), zeros after the end."""
-    gradient, qkv = gradient.contiguous(), _readable(qkv)
+    gradient, qkv, cu_seqlens = gradient.contiguous(), _readable(qkv), cu_seqlens.contiguous()
     qkv_gradient = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(log_sum_exp)
     inputs = (gradient, qkv, cu_seqlens, seed)

@@ -23,6 +23,8 @@ import triton.language as tl
 from bert_pretraining.kernels.triton_common import kept, stream_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# These change from batch to batch: no variants are compiled for special values of them.
+COUNTS = ("num_tokens", "num_sequences", "num_blocks")
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def _store_zeros(
         _store_tile(pointer, rows, row_stride, length, zeros, HEAD_SIZE, BLOCK_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     qkv_ptr,
     cu_seqlens_ptr,
@@ -165,7 +167,7 @@ def forward_kernel(
     tl.store(log_sum_exp_ptr + queries, largest + tl.log2(total), mask=queries < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_gradient_kernel(
     output_gradient_ptr,
     qkv_ptr,
@@ -257,7 +259,7 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_value_gradient_kernel(
     output_gradient_ptr,
     qkv_ptr,

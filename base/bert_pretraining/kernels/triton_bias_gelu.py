@@ -38,7 +38,7 @@ def _sigmoid_of_twice_u(z):
     return 1.0 / (1.0 + tl.exp(-twice_u)), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,
     bias_ptr,
@@ -58,7 +58,7 @@ def _forward_kernel(
     tl.store(output_ptr + offsets, z * sigmoid, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     gradient_ptr,
     x_ptr,

@@ -39,7 +39,7 @@ def _gather(table_ptr, ids_ptr, rows, num_rows, columns, COLUMNS: tl.constexpr):
     return tl.load(table_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     word_ids_ptr,
     position_ids_ptr,
@@ -83,7 +83,7 @@ def _forward_kernel(
     tl.store(output_ptr + offsets, output, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     gradient_ptr,
     word_ids_ptr,

@@ -52,7 +52,7 @@ def normalise_backward(gradient, weight, normal, inverse_deviation, COLUMNS: tl.
     return centred * inverse_deviation[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,
     bias_ptr,
@@ -95,7 +95,7 @@ def _forward_kernel(
     tl.store(output_ptr + offsets, normal * weight[None, :] + norm_bias[None, :], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     gradient_ptr,
     summed_ptr,

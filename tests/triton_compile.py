@@ -1,0 +1,119 @@
+"""Compiles every Triton kernel for given GPUs, none needed: one line of JSON a kernel.
+
+Run as a program, for it needs triton without its interpreter: `python triton_compile.py 80 90`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bert_pretraining.kernels import (
+    triton_attention,
+    triton_attention_kernels,
+    triton_bias_gelu,
+    triton_cross_entropy,
+    triton_embedding,
+    triton_layer_norm,
+)
+
+# Types of arguments that are neither 16-bit arrays nor sizes.
+TYPES = {
+    **dict.fromkeys(("seed_ptr", "cu_seqlens_ptr"), "*i32"),
+    **dict.fromkeys(
+        ("labels_ptr", "correct_ptr", "word_ids_ptr", "position_ids_ptr", "segment_ids_ptr"),
+        "*i64",
+    ),
+    **dict.fromkeys(
+        (
+            "mean_ptr",
+            "inverse_deviation_ptr",
+            "partial_ptr",
+            "loss_ptr",
+            "loss_gradient_ptr",
+            "log_sum_exp_ptr",
+            "delta_ptr",
+        ),
+        "*fp32",
+    ),
+    **dict.fromkeys(("epsilon", "softmax_scale"), "fp32"),
+}
+
+
+def kernels(dropout: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Each kernel with its constants and options, for BERT-large's sizes."""
+    mask = {"THRESHOLD": 429496730 if dropout else 0, "KEEP_SCALE": 1.0 / 0.9 if dropout else 1.0}
+    if not dropout:
+        mask["seed_ptr"] = None
+    rows, columns, warps = triton_layer_norm.row_blocks(1024)
+    norm = {"COLUMNS": 1024, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, **mask}
+    listed = []
+    for module in (triton_layer_norm, triton_embedding):
+        listed.append((module._forward_kernel, norm, {"num_warps": warps}))
+        listed.append((module._backward_kernel, norm | {"PROGRAM_ROWS": 32}, {"num_warps": warps}))
+    for head_size in (64, 128) if dropout else (64,):
+        tiling = triton_attention.tiling(head_size, torch.bfloat16)
+        constants = {
+            "NUM_HEADS": 16,
+            "HEAD_SIZE": head_size,
+            "BLOCK_SIZE": head_size,
+            "BLOCK_QUERIES": tiling.block_queries,
+            "BLOCK_KEYS": tiling.block_keys,
+            "PRECISION": "ieee",
+            **mask,
+        }
+        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+        for name in ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"):
+            listed.append((getattr(triton_attention_kernels, name), constants, options))
+    if dropout:
+        return listed
+    rows, columns = triton_bias_gelu._blocks(triton_bias_gelu._FORWARD_BLOCK, 4096)
+    gelu = {"COLUMNS": 4096, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    listed.append((triton_bias_gelu._forward_kernel, gelu, {}))
+    rows, columns = triton_bias_gelu._blocks(triton_bias_gelu._BACKWARD_BLOCK, 4096)
+    gelu = gelu | {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "PROGRAM_ROWS": 128}
+    listed.append((triton_bias_gelu._backward_kernel, gelu, {}))
+    block, warps = triton_cross_entropy._block(30528)
+    for name in ("_forward_kernel", "_backward_kernel"):
+        constants = {"COLUMNS": 30528, "BLOCK": block}
+        listed.append((getattr(triton_cross_entropy, name), constants, {"num_warps": warps}))
+    return listed
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
+) -> dict[str, Any]:
+    """Compile for an NVIDIA GPU of a capability (90 for 9.0), pointers aligned to 16 bytes."""
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        if name.endswith(("_ptr", "_stride")):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assembly = compiled.asm["ptx"]
+    return {
+        "kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
+        "capability": capability,
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_cores": "wgmma.mma_async" in assembly or "mma.sync" in assembly,
+        "atomics": re.search(r"\b(atom|red)\.", assembly) is not None,
+    }
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for dropout in (False, True):
+            for listed in kernels(dropout):
+                print(json.dumps(compile_kernel(*listed, capability)), flush=True)
