@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -30,6 +31,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
   bench step, kernels   seconds of forward and backward: of the model, of each operator
+  bench loader          sequences a second that reading and packing a data set gives
   version           the package's version
 
 COMMAND --help lists the flags of a command.
@@ -87,8 +89,9 @@ def _dispatch(arguments: list[str]) -> int:
         "config show": _config_show,
         "config list": _config_list,
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
-        "bench step": _bench_step,
-        "bench kernels": _bench_kernels,
+        "bench step": lambda rest: _bench("step", rest),
+        "bench kernels": lambda rest: _bench("kernels", rest),
+        "bench loader": lambda rest: _bench("loader", rest),
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
@@ -184,16 +187,9 @@ def _config_list(arguments: list[str]) -> None:
         print(f"--name {name} --config {stem}")
 
 
-def _bench_step(arguments: list[str]) -> int:
-    from bert_pretraining.bench import step
-
-    return step.main(arguments)
-
-
-def _bench_kernels(arguments: list[str]) -> int:
-    from bert_pretraining.bench import kernels
-
-    return kernels.main(arguments)
+def _bench(what: str, arguments: list[str]) -> int:
+    # Only now: a launch should not wait for what measuring needs.
+    return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
 
 
 def _version(_: list[str]) -> None:

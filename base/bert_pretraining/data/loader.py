@@ -38,7 +38,7 @@ class Feed:
     rank: int
     world_size: int
     vocab_size: int
-    max_seq_length: int
+    max_seq_length: int | None
     batching: str = "random"
     samples_seen: int = 0
     pin_memory: bool = False

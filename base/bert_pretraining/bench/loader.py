@@ -1,0 +1,67 @@
+"""`bench loader`: how fast this machine reads and packs a data set, without training."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+from bert_pretraining.bench import record
+from bert_pretraining.config import FlagParser
+from bert_pretraining.data.loader import Feed, TrainingLoader
+from bert_pretraining.data.order import SampleOrder
+from bert_pretraining.data.shards import list_shards
+from bert_pretraining.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """Print sequences and tokens a second of one rank's feed, for each way of batching."""
+    flags_parser = FlagParser(
+        prog="python -m bert_pretraining bench loader", allow_abbrev=False, description=__doc__
+    )
+    flags_parser.add_argument("--train_dir", type=Path, required=True, help="a directory of shards")
+    flags_parser.add_argument("--batch_size", type=int, default=48, help="sequences (48)")
+    flags_parser.add_argument("--world_size", type=int, default=1, help="act as rank 0 of so many")
+    flags_parser.add_argument("--seconds", type=float, default=10.0, help="of each way (10)")
+    flags_parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    flags = flags_parser.parse(arguments)
+    if min(flags.batch_size, flags.world_size, flags.seconds) <= 0:
+        raise UserError("--batch_size, --world_size and --seconds must be above 0")
+    shards = list_shards(flags.train_dir)
+    sizes = [shard.num_sequences for shard in shards]
+    results = {}
+    for batching in ("random", "balanced"):
+        feed = Feed(flags.batch_size, 0, flags.world_size, 2**31, None, batching)
+        batches = iter(TrainingLoader(shards, SampleOrder(sizes, 1, flags.world_size), feed))
+        started = time.perf_counter()
+        first = next(batches)
+        waited = time.perf_counter() - started
+        sequences, tokens = first.num_sequences, first.num_tokens
+        while time.perf_counter() - started < flags.seconds:
+            batch = next(batches)
+            sequences += batch.num_sequences
+            tokens += batch.num_tokens
+        seconds = time.perf_counter() - started
+        batches.close()
+        results[batching] = {
+            "sequences_per_second": sequences / seconds,
+            "tokens_per_second": tokens / seconds,
+            "seconds_to_first_batch": waited,
+            "epochs": sequences * flags.world_size / sum(sizes),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(
+            f"{batching:<9} {sequences / seconds:>9.0f} sequences/s {tokens / seconds:>11.0f} "
+            f"tokens/s; first batch after {waited:.2f} s; "
+            f"{results[batching]['peak_memory_mib']:.0f} MiB at most so far"
+        )
+    if flags.output:
+        described = {
+            "shards": len(shards),
+            "sequences": sum(sizes),
+            "batch_size": flags.batch_size,
+            "world_size": flags.world_size,
+            "results": results,
+        }
+        record.write(flags.output, described)
+    return 0

@@ -1,0 +1,104 @@
+"""The measurements run, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert_pretraining.bench import kernels, loader, step
+from bert_pretraining.bench.workload import BERT_LARGE, batch_of, step_flops, wikipedia_lengths
+from bert_pretraining.errors import UserError
+from helpers import ROOT, command
+
+
+def test_lengths_have_the_data_sets_mean_at_any_batch_size() -> None:
+    for batch_size in (8, 48, 192):
+        assert wikipedia_lengths(batch_size).mean() == pytest.approx(255.8, rel=0.04)
+    assert (wikipedia_lengths(1000) == 512).mean() == pytest.approx(0.234, abs=0.005)
+
+
+def test_work_of_a_step() -> None:
+    """docs: forward and backward of BERT-large take 500 GFLOP a sequence of the data set."""
+    lengths = wikipedia_lengths(480)
+    flops = step_flops(lengths, int(38.2 * 480), BERT_LARGE) / 480
+    assert flops == pytest.approx(500e9, rel=0.01)
+    padded = step_flops(np.full(480, 512), 76 * 480, BERT_LARGE) / 480
+    assert padded == pytest.approx(1.02e12, rel=0.02)
+
+
+def test_batches_hold_what_was_asked_for() -> None:
+    lengths = np.array([3, 64, 17])
+    config = step.BERT_LARGE
+    batch = batch_of(lengths, config)
+    assert batch.cu_seqlens.tolist() == [0, 3, 67, 84]
+    assert batch.num_masked == 1 + 10 + 3
+
+
+SMALL = ["--device", "cpu", "--batch_size", "2", "--repeats", "1", "--precision", "fp32"]
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> list[str]:
+    path = tmp_path / "bert_config.json"
+    sizes = {
+        "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 64,
+    }  # fmt: skip
+    path.write_text(json.dumps(sizes))
+    return ["--bert_config_path", str(path), "--output", str(tmp_path / "out.json")]
+
+
+def test_step_and_kernels_write_their_figures(
+    small_config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step.main([*SMALL, *small_config]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert set(figures["results"]["fp32"]) == {"reference fp32", "auto fp32"}
+    assert figures["versions"]["torch"] == torch.__version__
+    for values in figures["results"]["fp32"].values():
+        assert values["seconds"]["n"] == 1
+        assert values["sequences_per_second"] == pytest.approx(2 / values["seconds"]["median"])
+    assert kernels.main([*SMALL, *small_config]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert {"reference", "torch"} <= set(figures["results"]["fp32"]["attention"])
+    assert "(fastest)" in capsys.readouterr().out
+
+
+def test_loader_measures_a_data_set(mini_data: Path, tmp_path: Path) -> None:
+    shards = mini_data / "2048_shards_uncompressed"
+    out = tmp_path / "out.json"
+    loader.main(["--train_dir", str(shards), "--seconds", "0.2", "--output", str(out)])
+    for values in json.loads(out.read_text())["results"].values():
+        assert values["tokens_per_second"] > values["sequences_per_second"] > 0
+    with pytest.raises(UserError, match="no such data directory"):
+        loader.main(["--train_dir", str(tmp_path / "absent")])
+
+
+def test_bad_flags(small_config: list[str]) -> None:
+    with pytest.raises(UserError, match="must be at least 1"):
+        step.main([*SMALL, *small_config, "--repeats", "0"])
+    with pytest.raises(UserError, match="--graph needs a GPU"):
+        step.main([*SMALL, *small_config, "--graph"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks/gpu_check.sh"), str(tmp_path)],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: PyTorch of ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bench_from_the_command_line(tmp_path: Path) -> None:
+    done = command("bench", "loader", "--train_dir", "absent", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
