@@ -31,6 +31,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
   bench step, kernels   seconds of forward and backward: of the model, of each operator
+  bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
   version           the package's version
 
@@ -91,6 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
         "bench step": lambda rest: _bench("step", rest),
         "bench kernels": lambda rest: _bench("kernels", rest),
+        "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
         "version": _version,
     }

@@ -156,7 +156,10 @@ class Config:
     )
 
     optimizer: str = setting(
-        "auto", "optimizer", "LAMB's implementation", choices=("auto", "reference", "foreach")
+        "auto",
+        "optimizer",
+        "LAMB's implementation",
+        choices=("auto", "reference", "foreach", "chunked"),
     )
     learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
     weight_decay_rate: float = setting(0.01, "optimizer", "LAMB's weight decay", minimum=0.0)

@@ -55,8 +55,12 @@ def small_config(tmp_path: Path) -> list[str]:
 
 
 def test_step_and_kernels_write_their_figures(
-    small_config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_config: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # other tests set it; too slow here
     assert step.main([*SMALL, *small_config]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())
     assert set(figures["results"]["fp32"]) == {"reference fp32", "auto fp32"}

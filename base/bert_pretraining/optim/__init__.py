@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from bert_pretraining.optim.chunked_lamb import ChunkedLamb
 from bert_pretraining.optim.lamb import ForeachLamb, Lamb, LambSettings, ReferenceLamb
 from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.schedule import Schedule
 
-OPTIMIZERS = {"reference": ReferenceLamb, "foreach": ForeachLamb}
+OPTIMIZERS = {"reference": ReferenceLamb, "foreach": ForeachLamb, "chunked": ChunkedLamb}
 
 
 def create_optimizer(
@@ -23,7 +24,10 @@ def create_optimizer(
 
     masters: the float32 weights that 16-bit parameters were rounded from, by name.
     """
-    return OPTIMIZERS["foreach" if name == "auto" else name](named_parameters, settings, masters)
+    named = list(named_parameters)
+    if name == "auto":
+        name = "chunked" if named[0][1].device.type == "cpu" else "foreach"
+    return OPTIMIZERS[name](named, settings, masters)
 
 
 __all__ = [
