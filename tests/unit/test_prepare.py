@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 
 from bert_pretraining.data import prepare as stages
-from bert_pretraining.data.examples import ExampleSettings, draw_below, shuffle
+from bert_pretraining.data.examples import (
+    CLS,
+    SEP,
+    ExampleSettings,
+    Vocabulary,
+    create_examples,
+    draw_below,
+    shuffle,
+)
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.prepare import PrepareSettings, TextSettings
 from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
@@ -314,3 +322,31 @@ def test_shuffle_is_pythons_own(count: int) -> None:
             assert [draw_below(count, ours) for _ in range(50)] == [
                 theirs.randint(0, count - 1) for _ in range(50)
             ]
+
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_words_tokenised_once_are_sentences_tokenised_whole(lower_case: bool) -> None:
+    odd = ["\u03c3", "##\u03c3", "##\u03c2", "\u00e9", "\u4e2d", "!", "##!", "1", "##1"]
+    vocabulary = Vocabulary(
+        [*VOCAB, *odd, "ab", "AB", "a!", "a" * 201, "gh" * 100], "test", lower_case
+    )
+    sentences = [
+        "", " ", "a", "ab  abc AB Ab", "a!b! !c a! ab!", "\ta b\u00a0c\u3000d\re",
+        "a\x1cb \x85c \x00d\u200be", "a \u0301b e\u0301 \u00e9 E\u0301\u0323 !\u0301a",
+        "\u03a3\u03a3 \u03a3 a\u03a3 a\u03a3! \u03a3a", "\u4e2da \u4e2d\u4e2d b\u4e2d",
+        "[CLS] a [MASK] [UNK]", "a" * 200, "a" * 201, "gh" * 100, "gh" * 100 + "a",
+        "z1 1 \u00b2 \u0130 \u212a",
+    ]  # fmt: skip
+    cased = [sentence.lower() if lower_case else sentence for sentence in sentences]
+    whole = vocabulary._tokenizer.encode_batch(cased, add_special_tokens=False)
+    assert vocabulary.encode(sentences) == [encoding.ids for encoding in whole]
+
+
+@pytest.mark.parametrize("special", [CLS, SEP])
+def test_special_tokens_in_the_text_are_never_masked(special: str) -> None:
+    vocabulary = Vocabulary(VOCAB, "test")
+    number = vocabulary.ids[special]
+    documents = [[[number, 5, number, 6], [7, number, number]] for _ in range(20)]
+    examples = create_examples(documents, vocabulary, ExampleSettings(32), random.Random(1))
+    labels = {label for example in examples for label in example.labels}
+    assert labels == {5, 6, 7}

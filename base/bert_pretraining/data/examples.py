@@ -13,6 +13,7 @@ import gc
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,18 @@ class ExampleSettings:
     masked_lm_prob: float = 0.15
     short_seq_prob: float = 0.1
     dupe_factor: int = 10
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Lists of numbers hold no cycles; looking for them takes a tenth of the time, or more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Vocabulary:
@@ -77,13 +90,28 @@ class Vocabulary:
             # Python's lower() knows the Greek final sigma, as the reference does; the
             # library's, letter by letter, does not.
             sentences = [sentence.lower() for sentence in sentences]
-        encodings = self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        # Beyond the lower-casing nothing looks across a space: each different word is
+        # tokenised once, however often it comes.
+        words = dict.fromkeys(chain.from_iterable(sentence.split(" ") for sentence in sentences))
+        ids = {word: [self.ids[word]] for word in words if self._is_one_token(word)}
+        others = [word for word in words if word not in ids]
+        encodings = self._tokenizer.encode_batch_fast(others, add_special_tokens=False)
+        ids.update(zip(others, (encoding.ids for encoding in encodings), strict=True))
+        return [
+            [token for word in sentence.split(" ") for token in ids[word]] for sentence in sentences
+        ]
+
+    def _is_one_token(self, word: str) -> bool:
+        """Whether that is plain: nothing to normalise or split, and the longest piece is all."""
+        return (
+            word in self.ids and word.isascii() and word.isalnum() and len(word) <= MAX_WORD_LENGTH
+        )
 
     def documents(self, text: str) -> list[Document]:
         """Text of one sentence a line, a blank line between documents -> documents."""
         return self.documents_of_lines(text.split("\n"))
 
+    @_without_garbage_collection()
     def documents_of_lines(self, lines: list[str]) -> list[Document]:
         """The same, of lines."""
         lines = [line.strip() for line in lines]
@@ -106,6 +134,7 @@ class Example(NamedTuple):
     is_random_next: bool
 
 
+@_without_garbage_collection()
 def create_examples(
     documents: list[Document],
     vocabulary: Vocabulary,
@@ -115,13 +144,12 @@ def create_examples(
     """All documents' examples, dupe_factor times over, shuffled. Shuffles `documents`."""
     maker = _ExampleMaker(documents, vocabulary, settings, generator)
     shuffle(documents, generator)
-    with _without_garbage_collection():
-        examples = [
-            example
-            for _ in range(settings.dupe_factor)
-            for index in range(len(documents))
-            for example in maker.from_document(documents, index)
-        ]
+    examples = [
+        example
+        for _ in range(settings.dupe_factor)
+        for index in range(len(documents))
+        for example in maker.from_document(documents, index)
+    ]
     shuffle(examples, generator)
     return examples
 
@@ -184,18 +212,6 @@ def draw_below(count: int, generator: random.Random) -> int:
     return drawn
 
 
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Lists of numbers hold no cycles; looking for them takes a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class _ExampleMaker:
     def __init__(
         self,
@@ -208,6 +224,7 @@ class _ExampleMaker:
         self.random = generator
         self.cls, self.sep, self.mask = (vocabulary.ids[token] for token in (CLS, SEP, MASK))
         self.vocab_size = len(vocabulary)
+        self.places = list(range(settings.max_seq_length))
         self.specials_in_text = any(
             self.cls in sentence or self.sep in sentence
             for document in documents
@@ -247,13 +264,13 @@ class _ExampleMaker:
         first_end = 1
         if len(chunk) >= 2:
             first_end = 1 + draw_below(len(chunk) - 1, self.random)
-        first = [token for sentence in chunk[:first_end] for token in sentence]
+        first = list(chain.from_iterable(chunk[:first_end]))
         is_random_next = len(chunk) == 1 or self.random.random() < 0.5
         if is_random_next:
             second = self._random_segment(documents, index, target - len(first))
             unused = len(chunk) - first_end
         else:
-            second = [token for sentence in chunk[first_end:] for token in sentence]
+            second = list(chain.from_iterable(chunk[first_end:]))
             unused = 0
         first, second = self._truncate(first, second, max_tokens)
         ids = [self.cls, *first, self.sep, *second, self.sep]
@@ -293,8 +310,7 @@ class _ExampleMaker:
 
         Of the chosen ones 80% become [MASK], 10% stay, 10% become a random token.
         """
-        candidates = list(range(1, len(ids) - 1))
-        del candidates[middle - 1]
+        candidates = self.places[1:middle] + self.places[middle + 1 : len(ids) - 1]
         if self.specials_in_text:
             # A [CLS] or [SEP] that came from the text is no candidate either.
             specials = (self.cls, self.sep)
