@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under ten minutes: tests, parity, then the measurements.
+# Everything that wants a GPU, meant for ten minutes: tests, parity, then the measurements.
 #
 #     bash benchmarks/gpu_check.sh [OUTPUT_FOLDER]
 #
@@ -41,6 +41,8 @@ for size in 96 192; do
   step "step_$size" 90 "$python" -m bert_pretraining bench step --batch_size "$size" \
     --precision bf16 --kernels auto --compile --repeats 10 --output "$out/step_$size.json"
 done
+step extra 120 "$python" benchmarks/gpu_extra.py --batch_size 48 --repeats 10 \
+  --output "$out/extra.json"
 step optimizer 60 "$python" -m bert_pretraining bench optimizer --output "$out/optimizer.json"
 step transformers 90 "$python" benchmarks/compare_transformers.py --batch_size 48 \
   --precision bf16 --compile --repeats 10 --output "$out/compare_transformers.json"

@@ -64,9 +64,10 @@ def inputs_of(
     }
 
 
-def _step(
+def differentiate(
     function: Callable, given: list[Tensor], call: Callable[[Callable, list[Tensor]], Tensor]
 ) -> None:
+    """One call of an operator, and its gradients."""
     out = call(function, given)
     torch.autograd.grad(out, given, torch.ones_like(out))
 
@@ -120,7 +121,7 @@ def measure(
                 refused.setdefault(f"{provider}: {why_not}", []).append(operator)
                 continue
             kernels = select("torch", device, dtype, config.head_size, {operator: provider})
-            candidates[provider] = partial(_step, getattr(kernels, operator), given, call)
+            candidates[provider] = partial(differentiate, getattr(kernels, operator), given, call)
         times = alternate(candidates, device, repeats)
         results[operator] = {name: record.spread(seconds) for name, seconds in times.items()}
     if device.type == "cuda":
