@@ -125,6 +125,7 @@ def test_bad_data_ends_all_ranks_with_one_line(mini_data: Path, tmp_path: Path, 
 def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
     program = tmp_path / "ranks.py"
     program.write_text(
+        "import sys\n"
         "import torch\n"
         "from bert_pretraining import distributed\n"
         "ranks = distributed.start('cpu', 'gloo')\n"
@@ -134,7 +135,8 @@ def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
         "if ranks.rank == 1:\n"
         "    named['moved'] = named['moved'].flip(0)  # the same numbers in other places\n"
         "    named['half'][1] = 2.0\n"
-        "print(ranks.rank, same, distributed.differing_replica(named.items()), flush=True)\n"
+        "line = f'{ranks.rank} {same} {distributed.differing_replica(named.items())}\\n'\n"
+        "sys.stdout.write(line)\n"
         "distributed.stop()\n"
     )
     done = subprocess.run(

@@ -42,13 +42,14 @@ def _forward_kernel(
     # A label beyond the vocabulary gives an infinite loss, not memory that belongs to others.
     chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
     chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
+    readable = tl.where(counted, COLUMNS, 0)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     beaten = tl.zeros((), tl.int32)
     for start in range(0, COLUMNS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < COLUMNS
-        logits = tl.load(logits_ptr + columns, mask=inside & counted, other=float("-inf"))
+        logits = tl.load(logits_ptr + columns, mask=columns < readable, other=float("-inf"))
         logits = tl.where(counted, logits.to(tl.float32), 0.0)
         new_largest = tl.maximum(largest, tl.max(logits, axis=0))
         # While every logit is -inf, the difference of two infinities would be NaN.
@@ -84,7 +85,8 @@ def _backward_kernel(
     scale = tl.load(loss_gradient_ptr).to(tl.float32)
     log_sum_exp = tl.load(log_sum_exp_ptr + row)
     logits_ptr += row.to(tl.int64) * row_stride
-    logits = tl.load(logits_ptr + columns, mask=inside & counted, other=0.0).to(tl.float32)
+    readable = tl.where(counted, COLUMNS, 0)
+    logits = tl.load(logits_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
     gradient = tl.exp(logits - log_sum_exp) - (columns == label).to(tl.float32)
     gradient = tl.where(counted, gradient * scale, 0.0)
     logits_gradient_ptr += row.to(tl.int64) * COLUMNS
