@@ -149,3 +149,17 @@ def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
         "0 None moved on rank 1",
         "1 None moved on rank 1",
     ]
+
+
+def test_every_optimizer_gives_the_same_loss_curve(mini_data: Path, tmp_path: Path) -> None:
+    curves = {}
+    for name in ("reference", "foreach", "chunked"):
+        code, output, errors = launch(
+            mini_data, tmp_path, "--optimizer", name, "--output_dir", name, "--data_lanes", 2
+        )
+        assert code == 3, errors
+        curves[name] = [event["loss"] for event in events(output, "STEP_END")]
+        assert len(curves[name]) == STEPS
+    assert curves["reference"][-1] < curves["reference"][0]
+    for curve in curves.values():
+        assert curve == pytest.approx(curves["reference"], rel=1e-4)
