@@ -50,6 +50,11 @@ class MicroStep:
         self._captures: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
         self._graph = graph
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients must stay where they lie: a captured graph adds to them there."""
+        return self._graph
+
     def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
         """As `forward_backward`; the result is overwritten by the next call."""
         for index, static in enumerate(self._static):
@@ -66,8 +71,7 @@ class MicroStep:
     def prepare(self, zero_grad: Callable[[], None]) -> None:
         """Compile and capture for every budget, with dummy tokens only, before time counts.
 
-        zero_grad leaves every parameter's gradient in place, zeroed: a captured graph adds
-        to the same memory for ever.
+        zero_grad leaves every parameter's gradient in place, zeroed.
         """
         for static in self._static:
             _dummies_only(static)

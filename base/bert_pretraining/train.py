@@ -111,7 +111,7 @@ def _train(
     model = _replicate(module, ranks)
     log.built("MODEL_TO_DDP", model)
     micro_step = choose_step(config, model, bert_config.max_position_embeddings, ranks, log.say)
-    micro_step.prepare(optimizer.zero_grad)
+    micro_step.prepare(functools.partial(optimizer.zero_grad, keep_memory=True))
 
     _check_replicas(module, run)
 
@@ -169,7 +169,7 @@ def _train(
         run.samples_seen += samples_per_step
         weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
         sums = torch.zeros(3, device=ranks.device)
-        optimizer.zero_grad()
+        optimizer.zero_grad(micro_step.keeps_gradients)
         for batch, weight in zip(micro_batches, weights, strict=True):
             with _reduction(model, batch is micro_batches[-1]):
                 sums += micro_step(batch, weight * loss_scale.scale)

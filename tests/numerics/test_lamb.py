@@ -160,3 +160,17 @@ def test_inverse_scale_undoes_the_loss_scale() -> None:
 
 def test_which_parameters_decay() -> None:
     assert {name for name in NAMES if has_weight_decay(name)} == DECAYED
+
+
+def test_gradients_are_forgotten_in_place_or_freed() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    memory = parameter.grad.data_ptr()
+    optimizer = OPTIMIZERS["reference"]([("a.weight", parameter)], SETTINGS)
+    optimizer.zero_grad(keep_memory=True)
+    assert parameter.grad.data_ptr() == memory
+    assert not parameter.grad.any()
+    optimizer.zero_grad()
+    assert parameter.grad is None
+    optimizer.zero_grad(keep_memory=True)
+    assert parameter.grad is None

@@ -66,9 +66,13 @@ class Lamb:
         self.updates = 0
         self.gradient_norm = torch.zeros(())  # of the latest step, before clipping
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, keep_memory: bool = False) -> None:
+        """Forget the gradients; with keep_memory, by zeroing them where they lie."""
         for parameter in self.parameters:
-            parameter.grad = None
+            if keep_memory and parameter.grad is not None:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
     def step(self, learning_rate: float, inverse_scale: float = 1.0) -> bool:
         """One update with the gradients in the parameters' `grad`.
