@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, meant for ten minutes: tests, parity, then the measurements.
+# Everything that wants a GPU: tests, parity, then the measurements. Meant for ten minutes; the
+# steps' limits add up to thirteen.
 #
 #     bash benchmarks/gpu_check.sh [OUTPUT_FOLDER]
 #

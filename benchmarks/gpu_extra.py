@@ -22,6 +22,7 @@ from bert_pretraining.bench import record
 from bert_pretraining.bench import step as bench
 from bert_pretraining.bench.kernels import differentiate, inputs_of
 from bert_pretraining.bench.workload import alternate, batch_of, synchronize, timed
+from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import select
 from bert_pretraining.kernels.table import Target, unavailable
 
@@ -69,6 +70,8 @@ def main() -> None:
     parser.description = __doc__
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)
+    if flags.precision != parser.get_default("precision"):
+        raise UserError("--precision: these measurements are in bf16")
     dtype = torch.bfloat16
     batch = batch_of(lengths, config).to(device)
     target = Target(device, dtype, config.head_size)

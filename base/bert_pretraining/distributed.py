@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -98,13 +98,12 @@ def gather(item: Made) -> list[Made]:
     return items
 
 
-def differing_replica(named: Iterable[tuple[str, Tensor]]) -> str | None:
+def differing_replica(tensors: dict[str, Tensor]) -> str | None:
     """Name the first tensor that another rank holds differently than rank 0, and that rank.
 
-    named: the same names and shapes on every rank; floating-point. Compares two checksums
+    tensors: the same names and shapes on every rank; floating-point. Compares two checksums
     of a tensor's bits, one of which depends on where they stand. None if all are equal.
     """
-    tensors = dict(named)
     digests = torch.stack([_digest(tensor) for tensor in tensors.values()]).cpu()
     for rank, other in enumerate(gather(digests)):
         if rank == 0:

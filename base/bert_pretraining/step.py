@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -86,11 +87,23 @@ class MicroStep:
                 torch.cuda.current_stream().wait_stream(side)
             if self._graph:
                 zero_grad()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    sums = forward_backward(self._model, static.batch, self._weights)
-                self._captures.append((graph, sums))
+                self._captures.append(self._capture(static))
             zero_grad()
+
+    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Only one graph runs at a time, so that all can use the same memory.
+        pool = self._captures[0][0].pool() if self._captures else None
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                sums = forward_backward(self._model, static.batch, self._weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"use_cuda_graph: these kernels and settings cannot be captured ({reason}); "
+                "leave it out, or try --kernels triton without --checkpoint_activations"
+            ) from error
+        return graph, sums
 
 
 def _dummies_only(static: StaticBatch) -> None:
@@ -110,6 +123,11 @@ def choose_step(
     """
     on_gpu = ranks.device.type == "cuda"
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    if compiled and on_gpu and importlib.util.find_spec("triton") is None:
+        if config.compile == "on":
+            raise UserError("--compile on: on a GPU it needs triton; pip install triton")
+        say("Notice: not compiled: triton is not installed")
+        compiled = False
     balanced = config.resolved_batching == "balanced"
     obstacles = {
         "it needs a GPU": not on_gpu,

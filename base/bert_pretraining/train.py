@@ -103,6 +103,7 @@ def _train(
         config.weight_decay_rate,
         config.max_gradient_norm,
     )
+    _check_replicas(masters, run)
     optimizer = create_optimizer(config.optimizer, module.named_parameters(), settings, masters)
     del masters
     log.built("CREATE_OPTIMIZER", optimizer)
@@ -112,8 +113,6 @@ def _train(
     log.built("MODEL_TO_DDP", model)
     micro_step = choose_step(config, model, bert_config.max_position_embeddings, ranks, log.say)
     micro_step.prepare(functools.partial(optimizer.zero_grad, keep_memory=True))
-
-    _check_replicas(module, run)
 
     # ---- the clock starts; from here on data is read
     distributed.barrier(ranks.device)
@@ -177,14 +176,14 @@ def _train(
         loss_scale.update(finite)
         if not finite:
             run.skipped_steps += 1
-            last = micro_batches[-1]
-            loss_scale.check(run.global_steps, functools.partial(_diagnose, module, last))
+            diagnose = functools.partial(_diagnose, module, micro_batches)
+            loss_scale.check(run.global_steps, diagnose)
             log.say(f"Skipped an update: overflow in fp16; loss scale now {loss_scale.scale:g}")
             continue
         run.global_steps += 1
         run.num_trained_samples += samples_per_step
         if state.replica_check_due(run.global_steps, config.check_replicas_every):
-            _check_replicas(module, run)
+            _check_replicas(dict(module.named_parameters()), run)
 
         # ---- evaluate where due, and always at the last step; stop where due
         reason = stop_reason()
@@ -245,19 +244,20 @@ def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _check_replicas(module: nn.Module, run: state.RunState) -> None:
+def _check_replicas(weights: dict[str, torch.Tensor], run: state.RunState) -> None:
     """TrainingError, on every rank, if the ranks' weights are not the same to the last bit."""
-    differing = distributed.differing_replica(module.named_parameters())
+    differing = distributed.differing_replica(weights)
     if differing is not None:
         raise TrainingError(
             f"the ranks hold different weights after {run.global_steps} updates: first "
-            f"{differing}; look for failing memory, or a device or library that differs"
+            f"{differing}; look for another start checkpoint, failing memory, or a device or "
+            "library that differs"
         )
 
 
-def _diagnose(module: nn.Module, batch: PackedBatch) -> str:
+def _diagnose(module: nn.Module, batches: list[PackedBatch]) -> str:
     """What was not finite first, on the rank that can tell best; the same on every rank."""
-    found = distributed.gather(first_non_finite(module, batch))
+    found = distributed.gather(first_non_finite(module, batches))
     telling = [rank for rank, what in enumerate(found) if "gradient" not in what] or [0]
     rank = telling[0]
     return found[rank] if len(found) == 1 else f"rank {rank}: {found[rank]}"

@@ -131,11 +131,11 @@ def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
         "ranks = distributed.start('cpu', 'gloo')\n"
         "named = {'same': torch.ones(5), 'moved': torch.arange(7.0)}\n"
         "named['half'] = torch.ones(3).half()\n"
-        "same = distributed.differing_replica(named.items())\n"
+        "same = distributed.differing_replica(named)\n"
         "if ranks.rank == 1:\n"
         "    named['moved'] = named['moved'].flip(0)  # the same numbers in other places\n"
         "    named['half'][1] = 2.0\n"
-        "line = f'{ranks.rank} {same} {distributed.differing_replica(named.items())}\\n'\n"
+        "line = f'{ranks.rank} {same} {distributed.differing_replica(named)}\\n'\n"
         "sys.stdout.write(line)\n"
         "distributed.stop()\n"
     )

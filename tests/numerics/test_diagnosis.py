@@ -15,7 +15,7 @@ BATCH = packed(padded_arrays([30, 7, 52], 64, 101, seed=3))
 def test_a_parameter(bad: float) -> None:
     model = make_model(tiny_config())
     model.bert.encoder.layer[1].intermediate.dense.weight.data[3, 4] = bad
-    named = first_non_finite(model, BATCH)
+    named = first_non_finite(model, [BATCH])
     assert named.startswith("parameter bert.encoder.layer.1.intermediate.dense.weight holds ")
     assert ("1 NaN and 0 infinite of 1536" if bad != bad else "0 NaN and 1 inf") in named
 
@@ -24,7 +24,7 @@ def test_an_activation() -> None:
     model = make_model(tiny_config())
     # Finite weights whose product is beyond float32.
     model.bert.encoder.layer[1].intermediate.dense.weight.data.fill_(1e38)
-    named = first_non_finite(model, BATCH)
+    named = first_non_finite(model, [BATCH])
     assert named.startswith("the output of bert.encoder.layer.1.intermediate holds ")
 
 
@@ -34,11 +34,11 @@ def test_a_gradient() -> None:
         parameter.grad = torch.zeros_like(parameter)
     model.bert.embeddings.LayerNorm.bias.grad[0] = float("nan")
     model.cls.predictions.bias.grad[5] = float("inf")
-    named = first_non_finite(model, BATCH)
+    named = first_non_finite(model, [BATCH])
     assert named.startswith("parameters and activations are finite; the gradient of cls.pred")
 
 
 def test_all_finite_leaves_the_model_as_it_was() -> None:
     model = make_model(tiny_config())
-    assert "their norm overflows" in first_non_finite(model, BATCH)
+    assert "their norm overflows" in first_non_finite(model, [BATCH])
     assert not any(module._forward_hooks for module in model.modules())

@@ -258,3 +258,19 @@ def test_cuda_operators_have_shape_functions() -> None:
             assert log_sum_exp.dtype == torch.float32
             given = (context, qkv, context, log_sum_exp, cu_seqlens, 20, 0.1, seed, offset)
             assert backward(*given).shape == qkv.shape
+
+
+def test_the_caller_keeps_its_gradient() -> None:
+    """With one head the transposed gradient is the gradient itself."""
+    qkv = random(6, 3, 1, 8)
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
+    context = cpu_attention.looped_attention(qkv, cu_seqlens, 6, 0.5)
+    gradient = torch.ones_like(context)
+    torch.autograd.grad(context, qkv, gradient)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_operators_that_draw_masks_say_so() -> None:
+    """Else a compiled model that computes a layer anew would draw other masks."""
+    for operator in (cuda_attention._flash, cuda_attention._efficient):
+        assert torch.Tag.nondeterministic_seeded in operator._opoverload.tags

@@ -90,3 +90,11 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = config.resolve({"compile": "on"}).config
     with pytest.raises(UserError, match=r"needs a C.. compiler; install"):
         choose_step(chosen, make_model(tiny_config()), 512, ALONE, print)
+
+
+def test_compiling_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    chosen = config.resolve({"compile": "on"}).config
+    on_gpu = Ranks(0, 1, torch.device("cuda", 0))
+    with pytest.raises(UserError, match="--compile on: on a GPU it needs triton; pip install"):
+        choose_step(chosen, make_model(tiny_config()), 512, on_gpu, print)

@@ -242,3 +242,10 @@ def test_balanced_batches_of_a_rank_are_level(tmp_path: Path) -> None:
         batches.close()
         spreads[batching] = np.ptp(totals)
     assert spreads["balanced"] < 0.1 * spreads["random"]
+
+
+def test_balancing_in_slices_is_balancing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.RandomState(1).randint(20, 513, 9 * 64)
+    at_once = balance(lengths, 9, np.random.RandomState(2))
+    monkeypatch.setattr("bert_pretraining.data.balance.SWAPS_AT_ONCE", 1)
+    assert np.array_equal(balance(lengths, 9, np.random.RandomState(2)), at_once)

@@ -200,3 +200,20 @@ def test_spoiled_files_are_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "part_1.hdf5", padded_arrays([4], 32, 90))
     with pytest.raises(UserError, match=r"part_1.hdf5: sequences of 32 tokens"):
         list_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("input_mask", "'input_mask' has shape (2, 12), but 'input_ids' has (2, 16)"),
+        ("masked_lm_positions", "'masked_lm_positions' has shape (2, 2), but 'masked_lm_ids' has"),
+    ],
+)
+def test_columns_that_do_not_fit_together_are_named(tmp_path: Path, key: str, words: str) -> None:
+    arrays = padded_arrays([9, 8], 16, vocab_size=90)
+    arrays[key] = arrays[key][:, : 12 if key == "input_mask" else 2]
+    path = tmp_path / "part_7.hdf5"
+    write_shard(path, arrays)
+    with pytest.raises(UserError) as caught:
+        read_shard(path, vocab_size=90)
+    assert words in str(caught.value)

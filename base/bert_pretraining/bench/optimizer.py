@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> int:
     if min(flags.repeats, flags.num_layers or 1) < 1:
         raise UserError("--repeats and --num_layers must be at least 1")
     device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
     config = BertConfig.load(flags.bert_config_path) if flags.bert_config_path else BERT_LARGE
     if flags.num_layers:
         config = replace(config, num_hidden_layers=flags.num_layers)
@@ -55,7 +57,9 @@ def main(arguments: list[str]) -> int:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     candidates, memory = {}, {}
-    for name in flags.optimizers or OPTIMIZERS:
+    # The pieces of `chunked` are for a CPU's cache; on a GPU it would only wait.
+    default = [name for name in OPTIMIZERS if device.type == "cpu" or name != "chunked"]
+    for name in flags.optimizers or default:
         optimizer = OPTIMIZERS[name](model.named_parameters(), LambSettings())
 
         def update(optimizer: object = optimizer) -> None:

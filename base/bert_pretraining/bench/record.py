@@ -21,9 +21,12 @@ def circumstances() -> dict[str, object]:
         if line.startswith("model name"):
             model = line.split(":")[1].strip()
             break
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    except OSError:
+        commit = "unknown: git is not installed"
     return {
         "cpu": model,
         "machine": platform.machine(),

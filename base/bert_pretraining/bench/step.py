@@ -78,7 +78,10 @@ def our_step(
     module = BertForPreTraining(config, kernels, seed=1).to(device, dtype)
     sizes = ()
     if compiled or graph:
-        sizes = budgets(batch.num_sequences, config.max_position_embeddings)[:1]
+        longest = config.max_position_embeddings
+        sizes = budgets(batch.num_sequences, longest)[:1]
+        if not sizes[0].fits(batch):
+            sizes = budgets(batch.num_sequences, longest, batch.num_tokens)[:1]
     model = torch.compile(module, dynamic=False) if compiled else module
     step = MicroStep(model, device, sizes, graph)
     step.prepare(lambda: module.zero_grad(set_to_none=False))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 MAX_ROUNDS = 24
+SWAPS_AT_ONCE = 1 << 20  # bounds the memory: a few numbers for each swap that is looked at
 LEVEL = 0.0005  # spread of token counts, as a share of their mean, that ends the swapping
 
 
@@ -28,22 +29,35 @@ def balance(lengths: np.ndarray, batch_size: int, random: np.random.RandomState)
     if half == 0:
         return batches
     tokens = lengths.astype(np.int32)[batches]
+    pairs = max(1, SWAPS_AT_ONCE // batch_size**2)
     for _ in range(MAX_ROUNDS):
         totals = tokens.sum(axis=1, dtype=np.int32)
         if np.ptp(totals) <= LEVEL * totals.mean():
             break
         by_length = np.argsort(totals, kind="stable")
         short, long = by_length[:half], by_length[::-1][:half]
-        # The swap of one sequence each that comes nearest to halving the difference.
-        wanted = (totals[long] - totals[short])[:, None, None]
-        moved = tokens[long][:, :, None] - tokens[short][:, None, :]
-        best = np.abs(wanted - 2 * moved).reshape(half, -1).argmin(axis=1)
+        best = np.concatenate(
+            [
+                _best_swaps(tokens[long[at : at + pairs]], tokens[short[at : at + pairs]])
+                for at in range(0, half, pairs)
+            ]
+        )
         from_long, from_short = np.divmod(best, batch_size)
         for table in (batches, tokens):
             kept = table[long, from_long].copy()
             table[long, from_long] = table[short, from_short]
             table[short, from_short] = kept
     return batches[random.permutation(len(batches))]
+
+
+def _best_swaps(long: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """For pairs of batches, the swap of one sequence each that levels their tokens best.
+
+    long, short: (P, B) tokens. Returns (P,): the place in long times B plus that in short.
+    """
+    wanted = (long.sum(axis=1) - short.sum(axis=1))[:, None, None]
+    moved = long[:, :, None] - short[:, None, :]
+    return np.abs(wanted - 2 * moved).reshape(len(long), -1).argmin(axis=1)
 
 
 def window_of(

@@ -30,8 +30,9 @@ class Feed:
     batch_size: sequences a batch, on this rank. The rank uses the samples g with
     g % world_size == rank. vocab_size, max_seq_length: what the model can take; a shard
     that goes beyond is an error. batching: "random", or "balanced" for level token
-    counts. samples_seen: how many samples all ranks together have used already; nothing
-    before that is read. pin_memory: page-locked batches, for copies that do not block.
+    counts; these also depend on batch_size and world_size. samples_seen: how many samples
+    all ranks together have used already; nothing before them, or with "balanced" before their
+    window, is read. pin_memory: page-locked batches, for copies that do not block.
     """
 
     batch_size: int

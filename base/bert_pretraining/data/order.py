@@ -12,7 +12,8 @@ which walks its own stretch of the shuffled shards:
 Rank r of W uses the samples g with g % W == r, so where W divides L a rank reads its own
 lanes' shards only. Every sequence is used once an epoch whatever N, L and W are, batches
 are always full (one may reach into the next epoch), and the order does not depend on W:
-a resumed run only needs the number of samples seen and L.
+a resumed run only needs the number of samples seen and L. (Balanced batches deal a window of
+samples among themselves; see `loader.py`.)
 """
 
 from __future__ import annotations

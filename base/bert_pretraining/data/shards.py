@@ -126,6 +126,17 @@ def _inspect(path: Path) -> ShardInfo:
                 f"{path}: dataset '{key}' has shape {shape}, expected {num_sequences} rows; "
                 "make the shard again"
             )
+    if not varlength:
+        for key, like in (
+            ("input_mask", "input_ids"),
+            ("segment_ids", "input_ids"),
+            ("masked_lm_positions", "masked_lm_ids"),
+        ):
+            if shapes[key] != shapes[like]:
+                raise UserError(
+                    f"{path}: dataset '{key}' has shape {shapes[key]}, but '{like}' has "
+                    f"{shapes[like]}; make the shard again"
+                )
     return ShardInfo(path, num_sequences, None if varlength else shapes["input_ids"][1])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from bert_pretraining.kernels.dropout import dropout as apply_dropout
@@ -82,6 +83,9 @@ def embedding_layer_norm_dropout(
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    # Arguments: smoothing, the label that does not count, losses in float32.
-    losses = _symbol(_CROSS_ENTROPY).apply(logits, labels, 0.0, IGNORED, True)
+    # Arguments: smoothing, a label that does not count, whether 16-bit logits give float32
+    # losses. The kernel reads the label's logit even where the label does not count.
+    to_float32 = logits.dtype != torch.float32
+    losses = _symbol(_CROSS_ENTROPY).apply(logits, labels.clamp(min=0), 0.0, IGNORED, to_float32)
+    losses = torch.where(labels == IGNORED, 0.0, losses)
     return losses.sum(), (logits.argmax(dim=1) == labels).sum()

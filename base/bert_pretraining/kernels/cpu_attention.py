@@ -89,7 +89,7 @@ class _LoopedAttention(torch.autograd.Function):
         query_gradient, key_gradient, value_gradient = gradients.unbind()
         scaled = gradient.transpose(0, 1).contiguous()
         if ctx.dropout:
-            scaled.mul_(keep_scale(ctx.dropout))
+            scaled = scaled * keep_scale(ctx.dropout)  # not in place: it may be the caller's
         remaining = iter(saved)
         for here in ctx.runs:
             mask = next(remaining) if ctx.dropout else None

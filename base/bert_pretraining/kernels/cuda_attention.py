@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 aten = torch.ops.aten
+# They draw dropout masks themselves: whoever computes a layer anew must set the generator back.
+RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 def flash_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
@@ -27,7 +29,7 @@ def efficient_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropou
     return _efficient(qkv, cu_seqlens, max_seqlen, dropout)[0]
 
 
-@torch.library.custom_op("bert_pretraining::flash_attention", mutates_args=())
+@torch.library.custom_op("bert_pretraining::flash_attention", mutates_args=(), tags=RANDOM)
 def _flash(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +69,7 @@ def _flash_backward(
     return torch.stack(gradients, dim=1)
 
 
-@torch.library.custom_op("bert_pretraining::efficient_attention", mutates_args=())
+@torch.library.custom_op("bert_pretraining::efficient_attention", mutates_args=(), tags=RANDOM)
 def _efficient(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

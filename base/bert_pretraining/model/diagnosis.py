@@ -8,17 +8,19 @@ from torch import Tensor, nn
 from bert_pretraining.data.packing import PackedBatch
 
 
-def first_non_finite(model: nn.Module, batch: PackedBatch) -> str:
-    """Name what is not finite first: a parameter, an activation of this batch, a gradient.
+def first_non_finite(model: nn.Module, batches: list[PackedBatch]) -> str:
+    """Name what is not finite first: a parameter, an activation of these batches, a gradient.
 
-    Runs the batch forward once more; the parameters' gradients are looked at as they are.
+    Runs the batches forward once more, with other dropout masks; the parameters' gradients
+    are looked at as they are.
     """
     for name, parameter in model.named_parameters():
         if (what := _fault(parameter)) is not None:
             return f"parameter {name} holds {what}"
-    found = _first_activation(model, batch)
-    if found is not None:
-        return found
+    for batch in batches:
+        found = _first_activation(model, batch)
+        if found is not None:
+            return found
     # Backward goes from the last parameter to the first.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:

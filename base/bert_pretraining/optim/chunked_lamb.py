@@ -56,7 +56,7 @@ class ChunkedLamb(Lamb):
             update,
         )
         weight_squares = update_squares = 0.0
-        denominator = torch.empty(min(PIECE, update.numel()), dtype=update.dtype)
+        denominator = update.new_empty(min(PIECE, update.numel()))
         pieces = (tensor.view(-1).split(PIECE) for tensor in flat)
         for weight, first, second, given, direction in zip(*pieces, strict=True):
             first.mul_(settings.beta_1).add_(given, alpha=(1.0 - settings.beta_1) * scale)

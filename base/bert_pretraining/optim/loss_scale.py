@@ -10,8 +10,9 @@ from bert_pretraining.errors import TrainingError, UserError
 
 INITIAL_SCALE = 2.0**20
 MINIMUM_SCALE = 1.0
+MAXIMUM_INITIAL_SCALE = 2.0**24
 GROWTH_INTERVAL = 2000
-MAX_SKIPPED_IN_A_ROW = 30  # 20 halvings lead from the first scale to the least
+MAX_SKIPPED_IN_A_ROW = 30  # at most 24 halvings lead to the least scale
 
 
 class LossScale:
@@ -37,7 +38,7 @@ class LossScale:
         """The scale for a run: none but for fp16; `fixed` if that is not 0, else dynamic.
 
         The environment's INIT_LOSS_SCALE takes the place of 2^20. UserError if it is no
-        number of at least 1.
+        number from 1 to 2^24.
         """
         if precision != "fp16":
             return cls(1.0, dynamic=False)
@@ -48,8 +49,8 @@ class LossScale:
             initial = float(text)
         except ValueError:
             initial = math.nan
-        if not 1.0 <= initial < math.inf:
-            raise UserError(f"INIT_LOSS_SCALE={text}: must be a number of at least 1")
+        if not MINIMUM_SCALE <= initial <= MAXIMUM_INITIAL_SCALE:
+            raise UserError(f"INIT_LOSS_SCALE={text}: must be a number from 1 to 2^24")
         return cls(initial, dynamic=True)
 
     def update(self, finite: bool) -> None:
