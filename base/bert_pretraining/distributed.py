@@ -16,6 +16,10 @@ from bert_pretraining.errors import UserError
 
 Made = TypeVar("Made")
 
+# PyTorch 2.13 has new names for these two, and warns of the old ones.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Ranks:

@@ -159,7 +159,19 @@ class Config:
         "auto",
         "optimizer",
         "LAMB's implementation",
-        choices=("auto", "reference", "foreach", "chunked"),
+        choices=("auto", "reference", "foreach", "flat", "triton", "apex"),
+    )
+    distributed_lamb: bool = setting(
+        False,
+        "optimizer",
+        "share gradients, moments and master weights between ranks; the same updates with less "
+        "memory a rank",
+    )
+    clip_gradients: str = setting(
+        "after_reduction",
+        "optimizer",
+        "clip the mean of the ranks' gradients, or, before the reduction, each rank's own",
+        choices=("after_reduction", "before_reduction"),
     )
     learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
     weight_decay_rate: float = setting(0.01, "optimizer", "LAMB's weight decay", minimum=0.0)
@@ -234,8 +246,7 @@ class Config:
     ddp_type: str = ignored("native", "no effect: always torch's DistributedDataParallel")
     allreduce_post_accumulation: bool = ignored(False, _REDUCTION)
     allreduce_post_accumulation_fp16: bool = ignored(False, _REDUCTION)
-    distributed_lamb: bool = ignored(False, "no effect yet: every rank holds the whole optimizer")
-    dwu_group_size: int = ignored(0, _REDUCTION)
+    dwu_group_size: int = ignored(0, "no effect: distributed_lamb shares between all ranks")
     dwu_num_blocks: int = ignored(4, _REDUCTION)
     dwu_num_chunks: int = ignored(1, _REDUCTION)
     dwu_num_rs_pg: int = ignored(2, _REDUCTION)

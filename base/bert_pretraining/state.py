@@ -60,6 +60,50 @@ def evaluation_due(
     return done // interval_samples > (done - samples_per_step) // interval_samples
 
 
+@dataclass(frozen=True)
+class Calendar:
+    """What is due after which step: 1, 2, ... A step is an update that was made.
+
+    samples_per_step: sequences of an update, over all ranks. The others are settings of the same
+    names; eval_interval_samples is positive.
+    """
+
+    samples_per_step: int
+    max_steps: int
+    max_samples: int
+    log_freq: int
+    eval_steps: int
+    eval_interval_samples: int
+    check_replicas_every: int
+
+    def end_due(self, step: int) -> bool:
+        """Whether a limit ends the run."""
+        return step >= self.max_steps or step * self.samples_per_step >= self.max_samples
+
+    def evaluation_due(self, step: int) -> bool:
+        """See `evaluation_due`."""
+        return evaluation_due(
+            step, self.samples_per_step, self.eval_steps, self.eval_interval_samples
+        )
+
+    def replica_check_due(self, step: int) -> bool:
+        """Whether the ranks' weights are compared; never where check_replicas_every is 0."""
+        return self.check_replicas_every > 0 and step % self.check_replicas_every == 0
+
+    def logging_due(self, step: int) -> bool:
+        """Whether the step is logged: the first, and every log_freq-th."""
+        return step == 1 or (self.log_freq > 0 and step % self.log_freq == 0)
+
+    def anything_due(self, step: int) -> bool:
+        """Whether the host has anything to do, for which it must know all earlier steps."""
+        return (
+            self.end_due(step)
+            or self.evaluation_due(step)
+            or self.replica_check_due(step)
+            or self.logging_due(step)
+        )
+
+
 def stop_reason(
     state: RunState, target_mlm_accuracy: float, max_steps: int, max_samples: int
 ) -> str | None:
@@ -74,13 +118,3 @@ def stop_reason(
     if state.num_trained_samples >= max_samples:
         return "max_samples_termination"
     return None
-
-
-def replica_check_due(step: int, every: int) -> bool:
-    """Whether the ranks' weights are compared after `step` updates; never where every is 0."""
-    return every > 0 and step % every == 0
-
-
-def logging_due(global_step: int, log_freq: int) -> bool:
-    """Whether step `global_step` (1, 2, ...) is logged: the first, and every log_freq-th."""
-    return global_step == 1 or (log_freq > 0 and global_step % log_freq == 0)

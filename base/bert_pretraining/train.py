@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining import distributed, seeds, state
 from bert_pretraining.checkpoint import checkpoint_path, load_weights, save_checkpoint
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
-from bert_pretraining.data.packing import PackedBatch, on_device
+from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import ShardInfo, list_shards
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, TrainingError
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.inputs import DataPaths, data_paths
-from bert_pretraining.kernels import select
+from bert_pretraining.kernels import DTYPES, select
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
-from bert_pretraining.model.diagnosis import first_non_finite
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.model.loss_weights import loss_weights
-from bert_pretraining.optim import LambSettings, LossScale, Schedule, create_optimizer
+from bert_pretraining.optim import LambSettings, LossScale, Schedule, Sharing, create_optimizer
+from bert_pretraining.reduction import make_reduction
 from bert_pretraining.step import choose_step
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from bert_pretraining.update import MAX_UNREAD, Update
 
 
 def main(resolved: Resolved) -> int:
@@ -63,7 +58,15 @@ def _train(
     torch.manual_seed(seeds.worker_seed(seed, ranks.rank))
     accumulation = config.gradient_accumulation_steps
     samples_per_step = config.train_batch_size * accumulation * ranks.world_size
-    eval_interval = config.eval_interval_samples or state.evaluation_interval(samples_per_step)
+    calendar = state.Calendar(
+        samples_per_step,
+        config.max_steps,
+        config.max_samples_termination,
+        config.log_freq,
+        config.eval_steps,
+        config.eval_interval_samples or state.evaluation_interval(samples_per_step),
+        config.check_replicas_every,
+    )
     warmup = config.resolved_warmup_steps
     schedule = Schedule(config.learning_rate, config.max_steps, warmup, config.start_warmup_step)
     log.hyperparameters(seed, samples_per_step)
@@ -104,15 +107,34 @@ def _train(
         config.max_gradient_norm,
     )
     _check_replicas(masters, run)
-    optimizer = create_optimizer(config.optimizer, module.named_parameters(), settings, masters)
+    sharing: Sharing = "sharded" if config.distributed_lamb else "replicated"
+    if ranks.world_size == 1:
+        sharing = "alone"
+    optimizer = create_optimizer(
+        config.optimizer, module.named_parameters(), settings, masters, sharing
+    )
     del masters
-    log.built("CREATE_OPTIMIZER", optimizer)
-    loss_scale = LossScale.for_precision(precision, config.loss_scale)
+    log.say(f"Optimizer: {optimizer.choice}")
+    log.built("CREATE_OPTIMIZER", optimizer, provider=optimizer.choice)
+    loss_scale = LossScale.for_precision(precision, config.loss_scale, ranks.device)
     log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
-    model = _replicate(module, ranks)
-    log.built("MODEL_TO_DDP", model)
-    micro_step = choose_step(config, model, bert_config.max_position_embeddings, ranks, log.say)
-    micro_step.prepare(functools.partial(optimizer.zero_grad, keep_memory=True))
+    clip_first = config.max_gradient_norm if config.clip_gradients == "before_reduction" else None
+    reduction = make_reduction(module, optimizer, ranks, clip_first)
+    log.built("MODEL_TO_DDP", reduction.model, reduction=type(reduction).__name__)
+    micro_step = choose_step(
+        config, reduction.model, bert_config.max_position_embeddings, ranks, log.say
+    )
+    micro_step.prepare(functools.partial(optimizer.zero_grad, set_to_none=False))
+    update = Update(
+        module,
+        micro_step,
+        reduction,
+        optimizer,
+        schedule,
+        loss_scale,
+        config.mlm_loss_normalization,
+        ranks,
+    )
 
     # ---- the clock starts; from here on data is read
     distributed.barrier(ranks.device)
@@ -152,7 +174,7 @@ def _train(
         pin_memory=ranks.device.type == "cuda",
     )
     batches = on_device(iter(TrainingLoader(shards, order, feed)), ranks.device)
-    model.train()
+    module.train()
     epoch = -1
     reason = None
     while reason is None:
@@ -163,42 +185,38 @@ def _train(
             epoch = order.epoch(first_sample)
             log.perf.log("EPOCH_BEGIN", {"epoch": epoch})
 
-        # ---- one update: forward and backward for each micro-batch, then LAMB
         micro_batches = [next(batches) for _ in range(accumulation)]
+        sums = update(micro_batches)
         run.samples_seen += samples_per_step
-        weights = loss_weights(micro_batches, config.mlm_loss_normalization, ranks)
-        sums = torch.zeros(3, device=ranks.device)
-        optimizer.zero_grad(micro_step.keeps_gradients)
-        for batch, weight in zip(micro_batches, weights, strict=True):
-            with _reduction(model, batch is micro_batches[-1]):
-                sums += micro_step(batch, weight * loss_scale.scale)
-        finite = optimizer.step(schedule(optimizer.updates), 1.0 / loss_scale.scale)
-        loss_scale.update(finite)
-        if not finite:
-            run.skipped_steps += 1
-            diagnose = functools.partial(_diagnose, module, micro_batches)
-            loss_scale.check(run.global_steps, diagnose)
-            log.say(f"Skipped an update: overflow in fp16; loss scale now {loss_scale.scale:g}")
+        # The host does not wait for the device until something may be due.
+        expected = run.global_steps + update.num_unread
+        if not calendar.anything_due(expected) and update.num_unread < MAX_UNREAD:
             continue
-        run.global_steps += 1
-        run.num_trained_samples += samples_per_step
-        if state.replica_check_due(run.global_steps, config.check_replicas_every):
+        outcome = update.read(run.global_steps)
+        run.global_steps += outcome.updates
+        run.num_trained_samples += outcome.updates * samples_per_step
+        run.skipped_steps += outcome.skipped
+        if outcome.skipped:
+            log.skipped(run, outcome.skipped, outcome.loss_scale)
+        # What is due after an update was done right after it, and not again after a skipped one.
+        step = run.global_steps if outcome.last_finite else None
+        if step and calendar.replica_check_due(step):
             _check_replicas(dict(module.named_parameters()), run)
 
         # ---- evaluate where due, and always at the last step; stop where due
-        reason = stop_reason()
-        due = reason is not None or state.evaluation_due(
-            run.global_steps, samples_per_step, config.eval_steps, eval_interval
-        )
-        evaluation = run_evaluation() if due else None
-        if reason != "target":
-            # The last evaluation may have met the target. One that already had is not
-            # taken back: the start checkpoint counts, as upstream has it.
+        evaluation = None
+        if step:
             reason = stop_reason()
-        run.converged = reason == "target"
+            if reason is not None or calendar.evaluation_due(step):
+                evaluation = run_evaluation()
+            if reason != "target":
+                # The last evaluation may have met the target. One that already had is not
+                # taken back: the start checkpoint counts, as upstream has it.
+                reason = stop_reason()
+            run.converged = reason == "target"
 
         figures = None
-        if state.logging_due(run.global_steps, config.log_freq) or due:
+        if step and (calendar.logging_due(step) or evaluation):
             masked = sum(batch.num_masked for batch in micro_batches)
             totals = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([masked])]))
             mlm_loss, correct, next_sentence_loss, masked = totals.tolist()
@@ -209,19 +227,22 @@ def _train(
                 "epoch": epoch,
                 "end_training": reason is not None,
                 "iter_dataloader_idx": order.shard_ordinal(first_sample),
-                "learning_rate": schedule(optimizer.updates),
+                "learning_rate": schedule(step),
             }
-        log.step(run, samples_per_step, figures, evaluation and evaluation.seconds)
+        log.steps(
+            run, outcome.updates, samples_per_step, figures, evaluation and evaluation.seconds
+        )
 
     batches.close()
     log.perf.log("EPOCH_END", {"epoch": epoch})
     distributed.barrier(ranks.device)
     log.trained(run, start.num_sequences)
+    optimizer_state = optimizer.state_dict() if config.save_checkpoint else {}
     if config.save_checkpoint and ranks.is_main:
         path = checkpoint_path(log.folder, run.global_steps)
         try:
             content = dataclasses.asdict(run)
-            save_checkpoint(path, module.state_dict(), optimizer.state_dict(), content)
+            save_checkpoint(path, module.state_dict(), optimizer_state, content)
             log.say(f"Checkpoint: {path}")
         except OSError as error:
             # What was trained is still worth its figures.
@@ -237,13 +258,6 @@ def _precision(config: Config, ranks: Ranks, log: RunLog) -> str:
     return precision
 
 
-def _replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
-    if ranks.world_size == 1:
-        return module
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
 def _check_replicas(weights: dict[str, torch.Tensor], run: state.RunState) -> None:
     """TrainingError, on every rank, if the ranks' weights are not the same to the last bit."""
     differing = distributed.differing_replica(weights)
@@ -253,18 +267,3 @@ def _check_replicas(weights: dict[str, torch.Tensor], run: state.RunState) -> No
             f"{differing}; look for another start checkpoint, failing memory, or a device or "
             "library that differs"
         )
-
-
-def _diagnose(module: nn.Module, batches: list[PackedBatch]) -> str:
-    """What was not finite first, on the rank that can tell best; the same on every rank."""
-    found = distributed.gather(first_non_finite(module, batches))
-    telling = [rank for rank, what in enumerate(found) if "gradient" not in what] or [0]
-    rank = telling[0]
-    return found[rank] if len(found) == 1 else f"rank {rank}: {found[rank]}"
-
-
-def _reduction(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Ranks exchange gradients once an update: in the last micro-batch's backward."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()

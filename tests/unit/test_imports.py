@@ -30,8 +30,12 @@ ALLOWED = {
     "inputs": {"model"},
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
+    "reduction": {"optim"},
+    "update": {"data", "model", "optim", "reduction", "step"},
     "bench": {"data", "model", "optim", "logs", "step"},
-    "train": set("inputs state data optim checkpoint model evaluate logs step".split()),
+    "train": set(
+        "inputs state data optim checkpoint model evaluate logs step reduction update".split()
+    ),
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
     "__main__": {"inputs", "launch", "train", "data_commands", "bench"},

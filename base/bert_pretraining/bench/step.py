@@ -24,12 +24,10 @@ from bert_pretraining.config import FlagParser
 from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.data.static import budgets
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import PROVIDERS, select
+from bert_pretraining.kernels import DTYPES, PROVIDERS, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.step import MicroStep
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parser(prog: str) -> FlagParser:

@@ -24,6 +24,7 @@ OPERATORS = (
     "masked_cross_entropy",
 )
 PROVIDERS = ("reference", "torch", "triton", "apex")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 
 
 @dataclass(frozen=True)

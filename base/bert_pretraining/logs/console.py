@@ -33,12 +33,12 @@ class Console:
         if self._bar is not None:
             self._bar.refresh()
 
-    def step(self, **figures: str) -> None:
-        """Advance the bar by one step; `figures`, if any, replace what it shows."""
+    def advance(self, steps: int, **figures: str) -> None:
+        """Advance the bar; `figures`, if any, replace what it shows."""
         if self._bar is not None:
             if figures:
                 self._bar.set_postfix(figures, refresh=False)
-            self._bar.update()
+            self._bar.update(steps)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -130,15 +130,29 @@ class RunLog:
         self.perf.log("TRAIN_BEGIN")
         self._train_started = self._window_started = time.time()
 
-    def step(
-        self, state: RunState, samples: int, figures: dict | None, evaluation_seconds: float | None
-    ) -> None:
-        """A step of `samples` sequences is done.
+    def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
+        """So many of the latest updates were skipped."""
+        self.say(
+            f"Skipped {count} {'update' if count == 1 else 'updates'} before step "
+            f"{state.global_steps + 1}: overflow in fp16; loss scale now {loss_scale:g}"
+        )
+        skipped = {"skipped": count, "skipped_in_all": state.skipped_steps}
+        self.perf.log("STEPS_SKIPPED", {**skipped, "loss_scale": loss_scale}, depth=2)
 
-        figures, if any, go into STEP_END. evaluation_seconds, if an evaluation followed the
-        step, does not count in `seq/s`.
+    def steps(
+        self,
+        state: RunState,
+        count: int,
+        samples_per_step: int,
+        figures: dict | None,
+        evaluation_seconds: float | None,
+    ) -> None:
+        """`count` steps are done.
+
+        figures, if any, go into the last one's STEP_END. evaluation_seconds, if an evaluation
+        followed it, does not count in `seq/s`.
         """
-        self._window_samples += samples
+        self._window_samples += count * samples_per_step
         self._window_started += evaluation_seconds or 0.0
         shown = {}
         if figures is not None:
@@ -158,7 +172,7 @@ class RunLog:
                 "eval": f"{state.eval_mlm_accuracy:.3f}",
                 "seq/s": f"{speed:.0f}",
             }
-        self.console.step(**shown)
+        self.console.advance(count, **shown)
         if evaluation_seconds is not None:
             evaluation = {
                 "global_steps": state.global_steps,

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from bert_pretraining.data.packing import PackedBatch
 
 
-def first_non_finite(model: nn.Module, batches: list[PackedBatch]) -> str:
+def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> str:
     """Name what is not finite first: a parameter, an activation of these batches, a gradient.
 
-    Runs the batches forward once more, with other dropout masks; the parameters' gradients
-    are looked at as they are.
+    Runs the batches once more, with other dropout masks: forward, and if that is finite,
+    backward from the mean losses times `scale`. The gradients are lost.
     """
     for name, parameter in model.named_parameters():
         if (what := _fault(parameter)) is not None:
@@ -21,11 +21,16 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch]) -> str:
         found = _first_activation(model, batch)
         if found is not None:
             return found
+    model.zero_grad()
+    for batch in batches:
+        out = model(batch)
+        mean = out.mlm_loss / max(batch.num_masked, 1)
+        ((mean + out.next_sentence_loss / batch.num_sequences) * scale / len(batches)).backward()
     # Backward goes from the last parameter to the first.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
             return f"parameters and activations are finite; the gradient of {name} holds {what}"
-    return "parameters, activations and gradients are finite; their norm overflows"
+    return "parameters, activations and gradients were finite when tried again"
 
 
 def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:

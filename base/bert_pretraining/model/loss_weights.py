@@ -23,10 +23,15 @@ def loss_weights(
     """
     if normalization == "rank":
         counts = [(max(batch.num_masked, 1), batch.num_sequences) for batch in micro_batches]
-        weights = 1.0 / (len(counts) * torch.tensor(counts, dtype=torch.float32))
-        return list(weights.to(ranks.device))
+        return list(1.0 / (len(counts) * _on_device(counts, ranks.device)))
     masked = sum(batch.num_masked for batch in micro_batches)
     sequences = sum(batch.num_sequences for batch in micro_batches)
-    totals = torch.tensor([masked, sequences], dtype=torch.float32, device=ranks.device)
-    totals = sum_over_ranks(totals).clamp(min=1.0)
-    return [ranks.world_size / totals] * len(micro_batches)
+    totals = _on_device([masked, sequences], ranks.device)
+    return [ranks.world_size / sum_over_ranks(totals).clamp(min=1.0)] * len(micro_batches)
+
+
+def _on_device(counts: list, device: torch.device) -> Tensor:
+    """float32, copied without waiting for what the device has to do before."""
+    pinned = device.type == "cuda"
+    counted = torch.tensor(counts, dtype=torch.float32, pin_memory=pinned)
+    return counted.to(device, non_blocking=True)

@@ -1,42 +1,22 @@
 """LAMB, the learning-rate schedule and loss scaling."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-
-from torch import Tensor, nn
-
-from bert_pretraining.optim.chunked_lamb import ChunkedLamb
-from bert_pretraining.optim.lamb import ForeachLamb, Lamb, LambSettings, ReferenceLamb
+from bert_pretraining.optim.lamb import Lamb, LambSettings, has_weight_decay, scale_down
 from bert_pretraining.optim.loss_scale import LossScale
+from bert_pretraining.optim.providers import OPTIMIZERS, Choice, Sharing, choose, create_optimizer
 from bert_pretraining.optim.schedule import Schedule
-
-OPTIMIZERS = {"reference": ReferenceLamb, "foreach": ForeachLamb, "chunked": ChunkedLamb}
-
-
-def create_optimizer(
-    name: str,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    settings: LambSettings,
-    masters: dict[str, Tensor] | None = None,
-) -> Lamb:
-    """The optimizer called `name`; "auto" is the fastest that equals the reference.
-
-    masters: the float32 weights that 16-bit parameters were rounded from, by name.
-    """
-    named = list(named_parameters)
-    if name == "auto":
-        name = "chunked" if named[0][1].device.type == "cpu" else "foreach"
-    return OPTIMIZERS[name](named, settings, masters)
-
+from bert_pretraining.optim.sharded_lamb import ShardedLamb
 
 __all__ = [
     "OPTIMIZERS",
-    "ForeachLamb",
+    "Choice",
     "Lamb",
     "LambSettings",
     "LossScale",
-    "ReferenceLamb",
     "Schedule",
+    "ShardedLamb",
+    "Sharing",
+    "choose",
     "create_optimizer",
+    "has_weight_decay",
+    "scale_down",
 ]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.errors import UserError
+
 
 @dataclass(frozen=True)
 class LambSettings:
@@ -37,11 +39,22 @@ def has_weight_decay(name: str) -> bool:
 
 
 class Lamb:
-    """What both versions share: parameters, moments, float32 masters, state.
+    """What all providers share: parameters, float32 masters, moments, state.
 
-    A 16-bit parameter keeps a float32 master copy here, which the update works on; the
-    parameter is its rounding.
+    A 16-bit parameter has a float32 master copy here, which the update works on; the
+    parameter is its rounding. A float32 or float64 parameter is its own master.
+
+    Attributes:
+        names, parameters, decays: in the order given, one entry a parameter.
+        masters, first_moments, second_moments: lists of tensors of the parameters' shapes,
+            in the same order; float32, or float64 for float64 parameters.
+        gradient_norm: 0-d tensor; of the latest step, after `inverse_scale`, before clipping.
+        num_updates: 0-d int64 tensor on the parameters' device: t of the formulas. Skipped steps
+            do not count.
+        choice: the provider's name and why it was taken, for the log.
     """
+
+    choice = ""
 
     def __init__(
         self,
@@ -55,57 +68,70 @@ class Lamb:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.decays = [has_weight_decay(name) for name in self.names]
-        self.masters = [
-            parameter.detach()
-            if parameter.element_size() >= 4
-            else (masters[name] if masters else parameter.detach().float())
-            for name, parameter in named
-        ]
-        self.first_moments = [torch.zeros_like(master) for master in self.masters]
-        self.second_moments = [torch.zeros_like(master) for master in self.masters]
-        self.updates = 0
-        self.gradient_norm = torch.zeros(())  # of the latest step, before clipping
+        device = self.parameters[0].device
+        self.gradient_norm = torch.zeros((), device=device)
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
+        self._may_read = device.type == "cpu"  # whether to look at a value costs no waiting
+        self._create_state(
+            [
+                parameter.detach()
+                if parameter.element_size() >= 4
+                else (masters[name] if masters else parameter.detach().float())
+                for name, parameter in named
+            ]
+        )
 
-    def zero_grad(self, keep_memory: bool = False) -> None:
-        """Forget the gradients; with keep_memory, by zeroing them where they lie."""
+    def _create_state(self, masters: list[Tensor]) -> None:
+        """Set `masters` and both moments; parameters that are not 16-bit share theirs."""
+        self.masters = masters
+        self.first_moments = [torch.zeros_like(master) for master in masters]
+        self.second_moments = [torch.zeros_like(master) for master in masters]
+
+    @property
+    def updates(self) -> int:
+        """`num_updates` as a number: waits for a GPU to finish what it was given."""
+        return int(self.num_updates)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or with set_to_none=False zero them where they lie."""
         for parameter in self.parameters:
-            if keep_memory and parameter.grad is not None:
-                parameter.grad.zero_()
-            else:
+            if set_to_none:
                 parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
-    def step(self, learning_rate: float, inverse_scale: float = 1.0) -> bool:
-        """One update with the gradients in the parameters' `grad`.
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        """One update with the gradients in the parameters' `grad`; None counts as zeros.
 
+        learning_rate, inverse_scale: numbers, or 0-d tensors on the parameters' device.
         inverse_scale multiplies the gradients first: 1 / loss scale.
-        Returns False, having changed nothing, if a gradient is not finite.
+
+        Returns `finite`, a 0-d bool tensor on the parameters' device. Where a gradient is
+        not finite it is False, and masters, moments, parameters and `updates` are what they
+        were, bit for bit. Nothing here waits for a GPU; whoever reads `finite` does.
         """
-        gradients = [
-            torch.zeros_like(master)
-            if parameter.grad is None
-            else parameter.grad.to(master.dtype) * inverse_scale
-            for parameter, master in zip(self.parameters, self.masters, strict=True)
-        ]
-        self.gradient_norm = norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        if not torch.isfinite(norm):
-            return False
-        self.updates += 1
-        clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
-        self._update(gradients, clip, learning_rate)
+        raise NotImplementedError
+
+    def _bias_corrections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 - beta_1^t and 1 - beta_2^t for t = the present count; 0-d, on its device."""
+        # In float64 first: in float32, 1 - 0.999 has lost five digits.
+        updates = self.num_updates.double()
+        settings = self.settings
+        first, second = 1.0 - settings.beta_1**updates, 1.0 - settings.beta_2**updates
+        return first.to(dtype), second.to(dtype)
+
+    def _round_masters(self) -> None:
+        """Make 16-bit parameters the rounding of their masters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.dtype != master.dtype:
                 parameter.data.copy_(master)
-        return True
-
-    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float) -> None:
-        raise NotImplementedError
-
-    def _bias_corrections(self) -> tuple[float, float]:
-        settings = self.settings
-        return 1.0 - settings.beta_1**self.updates, 1.0 - settings.beta_2**self.updates
 
     def state_dict(self) -> dict:
-        """Plain tensors and numbers: masters and moments by parameter name."""
+        """Plain tensors and numbers: masters and moments by parameter name.
+
+        The tensors are those in use, not copies: the next step changes them. The form is the
+        same for every provider.
+        """
         return {
             "updates": self.updates,
             "master": dict(zip(self.names, self.masters, strict=True)),
@@ -113,13 +139,87 @@ class Lamb:
             "second_moment": dict(zip(self.names, self.second_moments, strict=True)),
         }
 
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what any provider's `state_dict` returned, bit for bit.
 
-class ReferenceLamb(Lamb):
+        The parameters become the loaded masters, or their rounding. UserError, with nothing
+        changed, if the names or shapes are not those of this optimizer's parameters.
+        """
+        for key in ("master", "first_moment", "second_moment"):
+            saved = state.get(key, {})
+            if set(saved) != set(self.names):
+                first = sorted(set(saved) ^ set(self.names))[0]
+                raise UserError(
+                    f"optimizer state of another model: '{first}' is "
+                    f"{'unknown here' if first in saved else 'missing'} in {key}"
+                )
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                if saved[name].shape != parameter.shape:
+                    raise UserError(
+                        f"optimizer state of another model: {key} of '{name}' is "
+                        f"{tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
+                    )
+        self._copy_state(state)
+        self.num_updates.fill_(state["updates"])
+        self._round_masters()
+
+    def _copy_state(self, state: dict) -> None:
+        own = {
+            "master": self.masters,
+            "first_moment": self.first_moments,
+            "second_moment": self.second_moments,
+        }
+        for key, tensors in own.items():
+            for name, tensor in zip(self.names, tensors, strict=True):
+                tensor.copy_(state[key][name])
+
+
+def scale_down(gradients: list[Tensor], limit: Tensor) -> None:
+    """Scale gradients, in place, so that their common norm is at most `limit` (0-d)."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norm = torch.stack(torch._foreach_norm(gradients, 2, wide)).norm()
+    torch._foreach_mul_(gradients, torch.clamp(limit / norm, max=1.0).to(wide))
+
+
+class TensorListLamb(Lamb):
+    """A step over separate tensors; how they are updated is left to `_update`."""
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        gradients = [
+            torch.zeros_like(master)
+            if parameter.grad is None
+            else parameter.grad.to(master.dtype) * inverse_scale
+            for parameter, master in zip(self.parameters, self.masters, strict=True)
+        ]
+        self.gradient_norm = norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        finite = torch.isfinite(norm)
+        if self._may_read and not finite:
+            return finite
+        state = [*self.masters, *self.first_moments, *self.second_moments]
+        # On a GPU the outcome is not known here: update, then take it back if need be. That
+        # costs a copy of the state; `triton` is the version for speed.
+        before = [] if self._may_read else [tensor.clone() for tensor in state]
+        self.num_updates += finite
+        clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
+        self._update(gradients, clip, learning_rate)
+        if before:
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(torch.where(finite, tensor, old))
+        self._round_masters()
+        return finite
+
+    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float | Tensor) -> None:
+        raise NotImplementedError
+
+
+class ReferenceLamb(TensorListLamb):
     """One tensor at a time, as the formulas stand above; float64 works too."""
 
-    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float) -> None:
+    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float | Tensor) -> None:
         settings = self.settings
-        first_correction, second_correction = self._bias_corrections()
+        first_correction, second_correction = self._bias_corrections(self.masters[0].dtype)
         for master, gradient, first, second, decays in zip(
             self.masters,
             gradients,
@@ -138,17 +238,17 @@ class ReferenceLamb(Lamb):
             if decays:
                 update = update + settings.weight_decay * master
                 weight_norm, update_norm = master.norm(), update.norm()
-                if weight_norm > 0 and update_norm > 0:
-                    ratio = weight_norm / update_norm
+                both = (weight_norm > 0) & (update_norm > 0)
+                ratio = torch.where(both, weight_norm / update_norm, 1.0)
             master.sub_(learning_rate * ratio * update)
 
 
-class ForeachLamb(Lamb):
+class ForeachLamb(TensorListLamb):
     """The same update over lists of tensors: a few calls instead of a few a tensor."""
 
-    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float) -> None:
+    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float | Tensor) -> None:
         settings = self.settings
-        first_correction, second_correction = self._bias_corrections()
+        first_correction, second_correction = self._bias_corrections(self.masters[0].dtype)
         torch._foreach_div_(gradients, clip)
         torch._foreach_lerp_(self.first_moments, gradients, 1.0 - settings.beta_1)
         torch._foreach_mul_(self.second_moments, settings.beta_2)
@@ -160,13 +260,18 @@ class ForeachLamb(Lamb):
         torch._foreach_div_(updates, denominators)
 
         decayed = [index for index, decays in enumerate(self.decays) if decays]
-        weights = [self.masters[index] for index in decayed]
-        steps = [updates[index] for index in decayed]
-        torch._foreach_add_(steps, weights, alpha=settings.weight_decay)
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        update_norms = torch.stack(torch._foreach_norm(steps))
-        both = (weight_norms > 0) & (update_norms > 0)
-        ratios = torch.where(both, weight_norms / update_norms, torch.ones_like(weight_norms))
-        for step, ratio in zip(steps, ratios.unbind(), strict=True):
-            step.mul_(ratio)
-        torch._foreach_add_(self.masters, updates, alpha=-learning_rate)
+        if decayed:
+            weights = [self.masters[index] for index in decayed]
+            steps = [updates[index] for index in decayed]
+            torch._foreach_add_(steps, weights, alpha=settings.weight_decay)
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            update_norms = torch.stack(torch._foreach_norm(steps))
+            both = (weight_norms > 0) & (update_norms > 0)
+            ratios = torch.where(both, weight_norms / update_norms, 1.0)
+            for step, ratio in zip(steps, ratios.unbind(), strict=True):
+                step.mul_(ratio)
+        if isinstance(learning_rate, Tensor):
+            torch._foreach_mul_(updates, learning_rate.to(updates[0].dtype))
+            torch._foreach_sub_(self.masters, updates)
+        else:
+            torch._foreach_add_(self.masters, updates, alpha=-learning_rate)

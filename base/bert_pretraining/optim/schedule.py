@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,3 +29,12 @@ class Schedule:
         if self.warmup_steps and since_start < self.warmup_steps:
             return self.learning_rate * max(since_start, 0) / self.warmup_steps
         return self.learning_rate * (1.0 - min(updates / self.max_steps, 1.0))
+
+    def at(self, updates: Tensor) -> Tensor:
+        """The same, bit for bit, where the number of updates is a 0-d tensor: 0-d float64."""
+        since_start = updates.double() - self.start_warmup_step
+        rate = self.learning_rate * (1.0 - torch.clamp(updates.double() / self.max_steps, max=1.0))
+        if not self.warmup_steps:
+            return rate
+        warming = self.learning_rate * torch.clamp(since_start, min=0.0) / self.warmup_steps
+        return torch.where(since_start < self.warmup_steps, warming, rate)

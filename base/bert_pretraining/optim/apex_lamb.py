@@ -1,0 +1,152 @@
+"""NVIDIA apex's fused LAMB behind the interface of `lamb.Lamb`.
+
+apex comes and goes in parts, so each class is looked for by itself. Preferred is
+`FusedMixedPrecisionLamb`: it keeps float32 masters and never waits for the GPU. `FusedLAMB`
+does for float32 parameters where the other is missing; it cannot skip a step, so that its
+wrapper has to look at the norm of the gradients first, which waits.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.optim.lamb import Lamb
+
+CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
+
+
+def find_classes() -> dict[str, type]:
+    """Those of CLASSES that the installed apex has, by name.
+
+    ImportError, which says how to mend it, if there is none, if apex is not installed or if
+    what is installed is PyPI's web toolkit of that name.
+    """
+    build = "build https://github.com/NVIDIA/apex with its CUDA extensions"
+    try:
+        importlib.import_module("apex")
+    except ImportError as error:
+        raise ImportError(f"the package 'apex' is not installed ({error}); {build}") from error
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+    except ImportError as error:
+        if getattr(error, "name", None) == "apex.optimizers":
+            raise ImportError(
+                "the installed 'apex' is not NVIDIA's (it has no apex.optimizers; PyPI's 'apex' "
+                f"is a web toolkit): uninstall it and {build}"
+            ) from error
+        raise ImportError(f"apex.optimizers cannot be imported ({error}); {build}") from error
+    found = {name: getattr(optimizers, name) for name in CLASSES if hasattr(optimizers, name)}
+    if not found:
+        raise ImportError(f"the installed apex has neither {' nor '.join(CLASSES)}; {build}")
+    return found
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why apex's LAMB cannot run on a device, or None if it can."""
+    try:
+        find_classes()
+    except ImportError as error:
+        return str(error)
+    return None if device.type == "cuda" else f"apex needs a GPU, not device {device.type}"
+
+
+class _Scaler:
+    """What FusedMixedPrecisionLamb asks of a GradScaler, answered from tensors at hand."""
+
+    def __init__(self, finite: Tensor, inverse_scale: Tensor) -> None:
+        self._found = (~finite).float().reshape(1)
+        self._scale = inverse_scale.double().reciprocal().float().reshape(1)
+
+    def _check_inf_per_device(self, _: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self._found.device: self._found}
+
+    def _get_scale_async(self) -> Tensor:
+        return self._scale
+
+
+class ApexLamb(Lamb):
+    """apex's LAMB: two parameter groups, with and without weight decay.
+
+    As apex's kernels have it, the gradients hold other values after a step. apex keeps a
+    float32 master of each 16-bit parameter; `masters` are those very tensors.
+    """
+
+    def _create_state(self, masters: list[Tensor]) -> None:
+        super()._create_state(masters)
+        try:
+            classes = find_classes()
+        except ImportError as error:
+            raise UserError(f"--optimizer apex: {error}") from error
+        dtypes = {parameter.dtype for parameter in self.parameters}
+        dtype = dtypes.pop()
+        if dtypes or dtype == torch.float64:
+            raise UserError("--optimizer apex wants parameters of one dtype, float32 or 16 bit")
+        mixed = "FusedMixedPrecisionLamb" in classes
+        if not mixed and dtype != torch.float32:
+            raise UserError(
+                "--optimizer apex: the installed apex lacks FusedMixedPrecisionLamb, which 16-bit "
+                "parameters need; use triton or foreach"
+            )
+        self._mixed = mixed
+        settings, indices = self.settings, range(len(self.parameters))
+        split = [
+            ([i for i in indices if self.decays[i]], settings.weight_decay),
+            ([i for i in indices if not self.decays[i]], 0.0),
+        ]
+        # Group by group, as the class lists its parameters.
+        split = [(members, decay) for members, decay in split if members]
+        arguments = {"reduced_precision_dtype": dtype} if dtype != torch.float32 else {}
+        self.optimizer = classes["FusedMixedPrecisionLamb" if mixed else "FusedLAMB"](
+            [
+                {"params": [self.parameters[i] for i in members], "weight_decay": decay}
+                for members, decay in split
+            ],
+            lr=0.0,
+            bias_correction=True,
+            betas=(settings.beta_1, settings.beta_2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_gradient_norm,
+            use_nvlamb=False,
+            **arguments,
+        )
+        for parameter, first, second in zip(
+            self.parameters, self.first_moments, self.second_moments, strict=True
+        ):
+            self.optimizer.state[parameter].update(exp_avg=first, exp_avg_sq=second)
+        if mixed:
+            # apex would fill this at its first step, from the rounded parameters.
+            self.optimizer.param_groups_full_precision = [
+                {"params": [self.masters[i] if arguments else None for i in members]}
+                for members, _ in split
+            ]
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        for parameter in self.parameters:
+            if parameter.grad is None:  # apex would leave such a parameter as it is
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters]
+        norms = torch._foreach_norm(gradients, 2, torch.float32)
+        self.gradient_norm = torch.stack(norms).norm() * inverse_scale
+        finite = torch.isfinite(self.gradient_norm)
+        groups = self.optimizer.param_groups
+        if self._mixed:
+            for group in groups:
+                group["lr"].fill_(learning_rate)
+                group["step"].fill_(self.num_updates)
+            scale = torch.ones((), device=finite.device) * inverse_scale
+            self.optimizer.step(grad_scaler=_Scaler(finite, scale))
+        elif finite:
+            for group in groups:
+                group["lr"] = float(learning_rate)
+                group["step"] = int(self.num_updates)
+            if isinstance(inverse_scale, Tensor) or inverse_scale != 1.0:
+                torch._foreach_mul_(gradients, inverse_scale)
+            self.optimizer.step()
+        self.num_updates += finite
+        return finite

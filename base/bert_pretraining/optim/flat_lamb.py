@@ -1,0 +1,150 @@
+"""LAMB over flat tensors: the steps that every set of kernels and every sharding share.
+
+The formulas are those of `lamb.py`. Norms are taken in two stages: of each block by a kernel, and
+then of each parameter, over its blocks, in float64 and in an order that only the parameters'
+sizes decide. So the result has the same bits however the work is split among threads, chunks of
+memory or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.optim.flat import FlatKernels, FlatLayout, Share, Step
+from bert_pretraining.optim.lamb import Lamb, LambSettings
+
+
+class FlatLamb(Lamb):
+    """LAMB whose parameters, gradients and state are views of flat tensors.
+
+    Args:
+        kernels: the three passes over them.
+        gradients_in_place: `zero_grad` points the parameters' gradients at the flat tensor, so
+            that backward adds to it. False where something else owns the gradients, as
+            DistributedDataParallel does: they are then copied at each step.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: LambSettings,
+        masters: dict[str, Tensor] | None = None,
+        *,
+        kernels: FlatKernels,
+        gradients_in_place: bool = True,
+    ) -> None:
+        self.kernels = kernels
+        self._gradients_in_place = gradients_in_place
+        super().__init__(named_parameters, settings, masters)
+
+    def _create_state(self, masters: list[Tensor]) -> None:
+        kinds = sorted({f"{one.dtype} on {one.device}" for one in self.parameters})
+        if len(kinds) > 1:
+            raise UserError(f"flat LAMB wants parameters of one kind, not {', '.join(kinds)}")
+        self.layout = FlatLayout([parameter.shape for parameter in self.parameters])
+        master = self.layout.filled(masters)
+        dtype = self.parameters[0].dtype
+        rounded = None if dtype == master.dtype else master.to(dtype)
+        self._gradient = torch.zeros_like(master if rounded is None else rounded)
+        self._point_parameters_at(master if rounded is None else rounded)
+        self.share = self._share_of(self._gradient, master, rounded, slice(None))
+        self._prepare_sums()
+        self.masters = self.layout.views(self.share.master)
+        self.first_moments = self.layout.views(self.share.first)
+        self.second_moments = self.layout.views(self.share.second)
+
+    def _point_parameters_at(self, values: Tensor) -> None:
+        """Make the parameters, and views for their gradients, parts of flat tensors."""
+        for parameter, view in zip(self.parameters, self.layout.views(values), strict=True):
+            parameter.data = view
+        self._gradient_views = self.layout.views(self._gradient)
+
+    def _share_of(
+        self, gradient: Tensor, master: Tensor, rounded: Tensor | None, blocks: slice | Tensor
+    ) -> Share:
+        """What this rank updates; blocks: which ones of the layout these are."""
+        parameter_of_block = self.layout.parameter_of_block(master.device)[blocks]
+        decay = self.settings.weight_decay
+        # One more for the blocks that belong to no parameter.
+        decays = master.new_tensor([decay * decays for decays in [*self.decays, False]])
+        return Share(
+            gradient,
+            master,
+            torch.zeros_like(master),
+            torch.zeros_like(master),
+            rounded,
+            parameter_of_block,
+            decays[parameter_of_block.long()],
+        )
+
+    def _prepare_sums(self) -> None:
+        device = self.share.master.device
+        self._sums = self.share.master.new_zeros(2, len(self.share.parameter_of_block))
+        self._blocks_of = torch.tensor(self.layout.blocks, device=device)
+        self._has_ratio = torch.tensor(self.decays, device=device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `Lamb.zero_grad`; gradients in place are zeroed where they lie in any case."""
+        if not self._gradients_in_place:
+            super().zero_grad(set_to_none)
+            return
+        self._gradient.zero_()
+        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+            parameter.grad = view
+
+    def _collect_gradient(self) -> None:
+        """Bring into `share.gradient` what this rank updates with."""
+        views, gradients = [], []
+        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                views.append(view)
+                gradients.append(parameter.grad)
+        if views:
+            torch._foreach_copy_(views, gradients)
+
+    def _of_all_blocks(self, sums: Tensor) -> Tensor:
+        """(k, blocks of this share) -> (k, blocks of the layout)."""
+        return sums
+
+    def _publish(self) -> None:
+        """After the update: make the parameters what the masters' shares are rounded to."""
+
+    def _sum_by_parameter(self, sums: Tensor) -> list[Tensor]:
+        """(k, blocks of this share) -> k times (parameters,) float64."""
+        return [
+            self.layout.sum_by_parameter(row, self._blocks_of) for row in self._of_all_blocks(sums)
+        ]
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        self._collect_gradient()
+        share, settings, kernels = self.share, self.settings, self.kernels
+        kernels.square_sums(share, self._sums[0])
+        (squares,) = self._sum_by_parameter(self._sums[:1])
+        norm = squares.sum().sqrt() * inverse_scale
+        self.gradient_norm = norm.to(share.master.dtype)
+        finite = torch.isfinite(self.gradient_norm)
+        if self._may_read and not finite:
+            return finite
+        self.num_updates += finite
+        factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)
+        step = Step(settings, factor, self.num_updates, finite)
+        kernels.first_stage(share, step, self._sums)
+        weights, updates = self._sum_by_parameter(self._sums)
+        both = self._has_ratio & (weights > 0) & (updates > 0)
+        rates = torch.where(both, (weights / updates).sqrt(), 1.0) * learning_rate
+        rates = torch.cat([rates, rates.new_zeros(1)]).to(share.master.dtype)
+        kernels.second_stage(share, step, rates[share.parameter_of_block.long()])
+        self._publish()
+        return finite
+
+    def _round_masters(self) -> None:
+        if self.share.rounded is not None:
+            self.share.rounded.copy_(self.share.master)
+        self._publish()

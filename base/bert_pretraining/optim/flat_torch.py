@@ -1,0 +1,105 @@
+"""The passes of flat LAMB in PyTorch operators, for any device.
+
+Each pass goes over the memory in chunks that stay in a CPU's cache from one operator to the
+next. m, v and u of a chunk are made in one operator, PyTorch's fused Adam: with learning rate 1
+on a "parameter" that starts as -weight_decay p, what Adam leaves there is -u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bert_pretraining.optim.flat import BLOCK, Share, Step
+
+# Elements of a chunk. On a CPU the figure hardly matters (docs/LOG.md, 2026-11-23); elsewhere
+# fewer and longer calls are better, and the memory for a chunk's gradient is the limit.
+CPU_CHUNK = 2**19
+DEVICE_CHUNK = 2**25
+
+
+class TorchKernels:
+    """-u of each element is kept between the passes: over the gradient, or beside it."""
+
+    def __init__(self) -> None:
+        self._update: Tensor | None = None
+        self._scratch: Tensor | None = None
+
+    def _prepare(self, share: Share) -> tuple[Tensor, Tensor]:
+        """Memory for -u of the share, and for the gradient of one chunk."""
+        if self._update is None or self._scratch is None:
+            same = share.gradient.dtype == share.master.dtype
+            self._update = share.gradient if same else torch.empty_like(share.master)
+            length = min(_chunk(share), len(share.master))
+            self._scratch = share.master.new_empty(length)
+        return self._update, self._scratch
+
+    def square_sums(self, share: Share, out: Tensor) -> None:
+        """The sums of the gradient's squares, block by block. See `FlatKernels`."""
+        scratch = self._prepare(share)[1]
+        for place, blocks in _chunks(share):
+            gradient = share.gradient[place]
+            if gradient.dtype != scratch.dtype:
+                gradient = scratch[: len(gradient)].copy_(gradient)
+            _norms(gradient, out[blocks])
+        out.square_()
+
+    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
+        """m, v and -u. See `FlatKernels`."""
+        update, scratch = self._prepare(share)
+        settings, count, skip = step.settings, step.updates.float(), (~step.finite).float()
+        for place, blocks in _chunks(share):
+            weights, direction = share.master[place], update[place]
+            gradient = scratch[: len(weights)].copy_(share.gradient[place]).mul_(step.factor)
+            decay = -share.decay_of_block[blocks, None]
+            torch.mul(weights.view(-1, BLOCK), decay, out=direction.view(-1, BLOCK))
+            torch._fused_adam_(
+                [direction],
+                [gradient],
+                [share.first[place]],
+                [share.second[place]],
+                [],
+                [count],
+                lr=1.0,
+                beta1=settings.beta_1,
+                beta2=settings.beta_2,
+                weight_decay=0.0,
+                eps=settings.epsilon,
+                amsgrad=False,
+                maximize=False,
+                found_inf=skip,
+            )
+            _norms(weights, out[0, blocks])
+            _norms(direction, out[1, blocks])
+        out.square_()
+
+    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
+        """p and its rounding. See `FlatKernels`."""
+        update = self._prepare(share)[0]
+        rates = rates * step.finite
+        for place, blocks in _chunks(share):
+            direction, weights = update[place], share.master[place]
+            # Two roundings, not one fused one, which the end of a thread's share may lack.
+            direction.view(-1, BLOCK).mul_(rates[blocks, None])
+            weights.add_(direction)
+            if share.rounded is not None:
+                share.rounded[place].copy_(weights)
+
+
+def _chunk(share: Share) -> int:
+    return CPU_CHUNK if share.master.device.type == "cpu" else DEVICE_CHUNK
+
+
+def _chunks(share: Share) -> Iterator[tuple[slice, slice]]:
+    """Elements and blocks of each chunk."""
+    length, size = len(share.master), _chunk(share)
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        yield slice(start, end), slice(start // BLOCK, end // BLOCK)
+
+
+def _norms(values: Tensor, out: Tensor) -> None:
+    """The norm of each block of (k x BLOCK,) values, into (k,) `out`."""
+    torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1, out=out)

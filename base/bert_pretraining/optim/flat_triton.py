@@ -1,0 +1,132 @@
+"""The passes of flat LAMB in Triton, one program a block; nothing waits for the GPU.
+
+u is not kept between the passes but made again from m, v and p, which moves as many bytes as to
+keep it would. Where the norm of the gradients is not finite, no store of m, v, p is made.
+
+Bytes moved a parameter: gradient 2 x 2, first stage 12 read and 8 written, second stage 12 read
+and 4 written, rounding 2: 42 with 16-bit gradients, 44 in float32.
+
+Import this module lazily: importing it imports Triton, where that is installed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bert_pretraining.optim import flat
+from bert_pretraining.optim.flat import Share, Step
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device, or None if they can."""
+    if triton is None:
+        return "the package 'triton' is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton's kernels need a GPU, not device {device.type}"
+    return None
+
+
+def _kernel(function: Callable) -> Callable:
+    """`triton.jit`, where there is Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+@_kernel
+def square_sums(gradient, sums, BLOCK: tl.constexpr):
+    """sums[b] = sum of gradient^2 over block b."""
+    block = tl.program_id(0)
+    places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gradient + places).to(tl.float32)
+    tl.store(sums + block, tl.sum(g * g, axis=0))
+
+
+@_kernel
+def adam_update(m, v, p, first_factor, second_factor, epsilon, decay):
+    """u of the formulas; the factors are 1 / (1 - beta^t)."""
+    return m * first_factor / (tl.sqrt(v * second_factor) + epsilon) + decay * p
+
+
+@_kernel
+def first_stage(
+    gradient, master, first, second, decay_of_block, scalars, finite, sums, blocks,
+    beta_1, gain_1, beta_2, gain_2, epsilon, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m and v in place; sums[b] = sum of p^2, sums[blocks + b] = sum of u^2 over block b."""
+    block = tl.program_id(0)
+    places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(scalars)
+    first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
+    keep = tl.load(finite) != 0
+    g = tl.load(gradient + places).to(tl.float32) * factor
+    p = tl.load(master + places)
+    m = beta_1 * tl.load(first + places) + gain_1 * g
+    v = beta_2 * tl.load(second + places) + gain_2 * g * g
+    u = adam_update(m, v, p, first_factor, second_factor, epsilon, tl.load(decay_of_block + block))
+    tl.store(first + places, m, mask=keep)
+    tl.store(second + places, v, mask=keep)
+    tl.store(sums + block, tl.sum(p * p, axis=0))
+    tl.store(sums + blocks + block, tl.sum(u * u, axis=0))
+
+
+@_kernel
+def second_stage(
+    master, rounded, first, second, rates, decay_of_block, scalars, finite, epsilon,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p <- p - rate * u, and its rounding."""
+    block = tl.program_id(0)
+    places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
+    keep = tl.load(finite) != 0
+    p = tl.load(master + places)
+    m, v = tl.load(first + places), tl.load(second + places)
+    u = adam_update(m, v, p, first_factor, second_factor, epsilon, tl.load(decay_of_block + block))
+    p -= tl.load(rates + block) * u
+    tl.store(master + places, p, mask=keep)
+    if ROUND:
+        tl.store(rounded + places, p.to(rounded.dtype.element_ty), mask=keep)
+
+
+class TritonKernels:
+    """float32 masters of float32, bfloat16 or float16 parameters. See `FlatKernels`."""
+
+    def square_sums(self, share: Share, out: Tensor) -> None:
+        """The sums of the gradient's squares, block by block. See `FlatKernels`."""
+        square_sums[(len(share.decay_of_block),)](share.gradient, out, BLOCK=flat.BLOCK)
+
+    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
+        """m and v. See `FlatKernels`."""
+        blocks, settings = len(share.decay_of_block), step.settings
+        first_stage[(blocks,)](
+            share.gradient, share.master, share.first, share.second, share.decay_of_block,
+            _scalars(step), step.finite.to(torch.int32), out, blocks,
+            settings.beta_1, 1.0 - settings.beta_1, settings.beta_2, 1.0 - settings.beta_2,
+            settings.epsilon, BLOCK=flat.BLOCK,
+        )  # fmt: skip
+
+    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
+        """p and its rounding. See `FlatKernels`."""
+        rounded = share.master if share.rounded is None else share.rounded
+        second_stage[(len(share.decay_of_block),)](
+            share.master, rounded, share.first, share.second, rates, share.decay_of_block,
+            _scalars(step), step.finite.to(torch.int32), step.settings.epsilon,
+            ROUND=share.rounded is not None, BLOCK=flat.BLOCK,
+        )  # fmt: skip
+
+
+def _scalars(step: Step) -> Tensor:
+    """(3,) float32 of what kernels read: gradient factor, both bias corrections' inverses."""
+    # In float64 first: in float32, 1 - 0.999 has lost five digits.
+    settings, count = step.settings, step.updates.double()
+    first, second = 1.0 - settings.beta_1**count, 1.0 - settings.beta_2**count
+    return torch.stack([step.factor.double(), 1.0 / first, 1.0 / second]).float()

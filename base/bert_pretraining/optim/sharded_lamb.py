@@ -1,0 +1,196 @@
+"""LAMB whose gradients and state are shared between ranks (ZeRO stage 1, Rajbhandari et al. 2020).
+
+The flat tensors are cut into buckets of equal length, and each bucket into one piece a rank. A
+rank's share is its piece of every bucket: it holds masters and moments of these elements only.
+
+    backward       as soon as a bucket's gradients are complete: reduce-scatter, while backward
+                   goes on; each rank gets the mean of its piece
+    step           the passes of flat LAMB over the share; one all-gather of the blocks' sums
+                   gives every rank every parameter's norms
+    after it       all-gather of the updated pieces: every rank has all parameters
+
+Sums of blocks are added in the order that `flat_lamb.py` describes, which does not know of ranks.
+So the update has the bits of the unsharded one wherever the reduced gradients have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bert_pretraining.distributed import all_gather, reduce_scatter
+from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout
+from bert_pretraining.optim.flat_lamb import FlatLamb
+from bert_pretraining.optim.lamb import LambSettings, scale_down
+
+BUCKET = 2**23  # elements; 16 or 32 MiB to send at a time
+
+
+class ShardedLamb(FlatLamb):
+    """`FlatLamb` over the default process group; all ranks must make every call.
+
+    Reduces the gradients itself: around each micro-batch's backward stands `during`, after the
+    last one `finish`.
+
+    Args:
+        bucket: elements of a bucket, at most; more only where a rank's piece needs them.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: LambSettings,
+        masters: dict[str, Tensor] | None = None,
+        *,
+        kernels: FlatKernels,
+        bucket: int = BUCKET,
+    ) -> None:
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._bucket = bucket
+        super().__init__(named_parameters, settings, masters, kernels=kernels)
+
+    def _create_state(self, masters: list[Tensor]) -> None:
+        shapes = [parameter.shape for parameter in self.parameters]
+        bucket = _bucket_length(FlatLayout(shapes).length, self._bucket, self._world_size)
+        self.layout = FlatLayout(shapes, bucket)
+        self._buckets = self.layout.length // bucket
+        full = self.layout.filled(masters)
+        values = full.to(self.parameters[0].dtype)
+        self._gradient = torch.zeros_like(values)
+        self._point_parameters_at(values)
+        self._values = values.view(self._buckets, self._world_size, -1)
+        self._full_gradient = self._gradient.view(self._buckets, self._world_size, -1)
+        master = self._own_pieces(full)
+        indices = torch.arange(self.layout.length // BLOCK)
+        self.share = self._share_of(
+            torch.zeros_like(self._own_pieces(values)),
+            master,
+            None if values.dtype == master.dtype else master.to(values.dtype),
+            self._own_pieces(indices).to(master.device),
+        )
+        self._prepare_sums()
+        self._prepare_hooks()
+
+    def _own_pieces(self, flat: Tensor) -> Tensor:
+        """(n,) this rank's part of what has an entry for each element, or each block."""
+        pieces = flat.view(self._buckets, self._world_size, -1)
+        return pieces[:, self._rank].reshape(-1)
+
+    def _prepare_hooks(self) -> None:
+        """Count for each bucket the parameters whose gradients it waits for."""
+        length = self.layout.length // self._buckets
+        self._waits_for = [0] * self._buckets
+        for offset, parameter in zip(self.layout.offsets, self.parameters, strict=True):
+            last = offset + max(parameter.numel(), 1) - 1
+            buckets = range(offset // length, last // length + 1)
+            for bucket in buckets:
+                self._waits_for[bucket] += 1
+
+            def arrived(_: Tensor, buckets: range = buckets) -> None:
+                if self._overlapping:
+                    for bucket in buckets:
+                        self._missing[bucket] -= 1
+                    self._reduce_complete_buckets()
+
+            parameter.register_post_accumulate_grad_hook(arrived)
+        self._overlapping = False
+        self._missing: list[int] = []
+        self._works: list[dist.Work] = []
+
+    @contextlib.contextmanager
+    def during(self, last: bool) -> Iterator[None]:
+        """Around the backward of a micro-batch; in the last one, gradients are sent."""
+        self._missing = list(self._waits_for)
+        self._overlapping = last
+        try:
+            yield
+        finally:
+            self._overlapping = False
+
+    def _reduce_complete_buckets(self) -> None:
+        # In the same order on every rank, whatever order gradients arrive in.
+        while len(self._works) < self._buckets and self._missing[len(self._works)] == 0:
+            self._reduce(len(self._works))
+
+    def _reduce(self, bucket: int) -> None:
+        gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
+        share = self.share.gradient.view(self._buckets, -1)[bucket]
+        self._works.append(reduce_scatter(share, gradient.view(-1), async_op=True))
+
+    def finish(self, limit: Tensor | None = None) -> None:
+        """After the last backward: send what was not sent, and wait for all.
+
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no
+        limit; only then may `during` have sent anything.
+        """
+        # A parameter that got no gradient has left its buckets to this.
+        super()._collect_gradient()
+        if limit is not None:
+            scale_down([self._gradient], limit)
+        while len(self._works) < self._buckets:
+            self._reduce(len(self._works))
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+    def _collect_gradient(self) -> None:
+        """Done by `finish`."""
+
+    def _of_all_blocks(self, sums: Tensor) -> Tensor:
+        rows = sums.new_empty(self._world_size, *sums.shape)
+        all_gather(rows.view(-1), sums.contiguous().view(-1))
+        # (ranks, k, buckets, blocks of a piece) -> (k, buckets, ranks, blocks of a piece)
+        rows = rows.view(self._world_size, len(sums), self._buckets, -1).permute(1, 2, 0, 3)
+        return rows.reshape(len(sums), -1)
+
+    def _publish(self) -> None:
+        share = self.share.master if self.share.rounded is None else self.share.rounded
+        works = [
+            all_gather(values.view(-1), piece, async_op=True)
+            for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True)
+        ]
+        for work in works:
+            work.wait()
+
+    def state_dict(self) -> dict:
+        """As `Lamb.state_dict`, on rank 0 and on the CPU; the other ranks get an empty one."""
+        state: dict[str, object] = {"updates": self.updates}
+        for key, share in self._state_shares().items():
+            flat = self._gather(share)
+            if flat is not None:
+                state[key] = dict(zip(self.names, self.layout.views(flat), strict=True))
+        return state if self._rank == 0 else {}
+
+    def _state_shares(self) -> dict[str, Tensor]:
+        share = self.share
+        return {
+            "master": share.master,
+            "first_moment": share.first,
+            "second_moment": share.second,
+        }
+
+    def _gather(self, share: Tensor) -> Tensor | None:
+        """The whole flat tensor on rank 0's CPU; bucket by bucket, to need little memory."""
+        flat = torch.empty(self.layout.length, dtype=share.dtype) if self._rank == 0 else None
+        for bucket, piece in enumerate(share.view(self._buckets, -1)):
+            pieces = [torch.empty_like(piece) for _ in range(self._world_size)]
+            dist.gather(piece, pieces if self._rank == 0 else None)
+            if flat is not None:
+                flat.view(self._buckets, -1)[bucket].copy_(torch.cat(pieces))
+        return flat
+
+    def _copy_state(self, state: dict) -> None:
+        for key, share in self._state_shares().items():
+            tensors = [state[key][name] for name in self.names]
+            share.copy_(self._own_pieces(self.layout.filled(tensors)))
+
+
+def _bucket_length(length: int, wanted: int, world_size: int) -> int:
+    """At most `wanted` where that is possible, and hardly more than what equal buckets need."""
+    equal = -(-length // -(-length // wanted))
+    smallest = world_size * BLOCK
+    return -(-equal // smallest) * smallest

@@ -1,0 +1,24 @@
+"""distributed_lamb on real gloo processes: the updates of the unsharded optimizer, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_sharded_lamb_is_the_unsharded_one(ranks: int) -> None:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("base", "tests"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+         str(ranks), str(ROOT / "tests" / "sharded_lamb_program.py")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} is right" for rank in range(ranks)]

@@ -1,0 +1,223 @@
+"""LAMB in Triton: on a GPU where there is one, else tiny shapes in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # Read when triton is imported, and when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+# ruff: noqa: E402  the lines above must come first
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.optim import Lamb, choose, flat
+from helpers import ROOT
+from lamb_cases import (
+    Arrays,
+    assert_near,
+    assert_same_bits,
+    case,
+    give,
+    make,
+    numpy_lamb,
+    parameters_of,
+    snapshot,
+)
+
+# With blocks of 16: one element, a full block, one more, several; with and without decay.
+SHAPES = {
+    "word.weight": (5, 7),
+    "word.bias": (17,),
+    "query.weight": (4, 4),
+    "LayerNorm.weight": (3,),
+    "one.weight": (1,),
+}
+DECAYED = {"word.weight", "query.weight", "one.weight"}
+# The interpreter cuts float32 to bfloat16 where a GPU rounds.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(flat, "BLOCK", 16)
+
+
+def triton_lamb(weights: Arrays, dtype: torch.dtype) -> tuple[Lamb, dict[str, Tensor]]:
+    parameters = parameters_of(weights, dtype, DEVICE)
+    return make("triton", parameters), parameters
+
+
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equals_the_formulas(scale: float, dtype: torch.dtype) -> None:
+    weights, gradients, rates = case(seed=int(scale), scale=scale, steps=4, shapes=SHAPES)
+
+    def rounded(arrays: Arrays) -> Arrays:
+        return {key: torch.tensor(a).to(dtype).double().numpy() for key, a in arrays.items()}
+
+    weights, gradients = rounded(weights), [rounded(step) for step in gradients]
+    expected = numpy_lamb(weights, gradients, rates, DECAYED)
+    optimizer, parameters = triton_lamb(weights, dtype)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        optimizer.zero_grad()
+        give(parameters, gradient)
+        finite = optimizer.step(rate)
+        assert finite.dtype == torch.bool
+        assert finite.shape == ()
+        assert finite
+        norm = np.sqrt(sum((value**2).sum() for value in gradient.values()))
+        assert optimizer.gradient_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert optimizer.updates == 4
+    masters = dict(zip(optimizer.names, optimizer.masters, strict=True))
+    assert_near(masters, expected, 2e-6)
+    for name, parameter in parameters.items():
+        assert parameter.dtype == dtype
+        torch.testing.assert_close(
+            parameter.detach().float(), masters[name], rtol=ROUNDING[dtype], atol=0
+        )
+    used = torch.zeros(optimizer.layout.length, dtype=torch.bool, device=DEVICE)
+    for view in optimizer.layout.views(used):
+        view.fill_(True)
+    assert not optimizer.share.master[~used].any()
+    assert not optimizer.share.second[~used].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    weights, gradients, rates = case(seed=3, scale=0.1, steps=2, shapes=SHAPES)
+    optimizer, parameters = triton_lamb(weights, torch.float16)
+    other, undisturbed = triton_lamb(weights, torch.float16)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        give(parameters, gradient)
+        parameters["word.bias"].grad[-1] = bad
+        before = snapshot(optimizer)
+        assert not optimizer.step(rate)
+        assert_same_bits(before, snapshot(optimizer))
+        give(parameters, gradient)
+        give(undisturbed, gradient)
+        assert optimizer.step(rate)
+        other.step(rate)
+        assert_same_bits(snapshot(other), snapshot(optimizer))
+
+
+def test_zeros_scales_and_missing_gradients() -> None:
+    weights, gradients, rates = case(seed=4, scale=0.1, steps=3, shapes=SHAPES)
+    weights["query.weight"] *= 0  # a ratio of 1 for want of a weight norm
+    for step in gradients:
+        step["one.weight"] *= 0
+    for name in gradients[2]:
+        gradients[2][name] *= 0
+    optimizer, parameters = triton_lamb(weights, torch.float32)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        give(parameters, gradient, 1024.0)
+        parameters["one.weight"].grad = None
+        rate = torch.tensor(rate, device=DEVICE)
+        optimizer.step(rate, torch.tensor(1 / 1024, device=DEVICE))
+    assert_near(parameters, numpy_lamb(weights, gradients, rates, DECAYED), 2e-6)
+
+
+def test_state_from_foreach_and_back() -> None:
+    weights, gradients, rates = case(seed=6, scale=0.1, steps=3, shapes=SHAPES)
+    parameters = parameters_of(weights, torch.bfloat16, DEVICE)
+    foreach = make("foreach", parameters)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        give(parameters, gradient)
+        foreach.step(rate)
+    optimizer, _ = triton_lamb({key: value * 0 for key, value in weights.items()}, torch.bfloat16)
+    optimizer.load_state_dict(foreach.state_dict())
+    assert_same_bits(snapshot(foreach), snapshot(optimizer))
+    foreach.load_state_dict(optimizer.state_dict())
+    assert_same_bits(snapshot(foreach), snapshot(optimizer))
+
+
+def test_the_same_bits_twice() -> None:
+    results = []
+    for _ in range(2):
+        weights, gradients, rates = case(seed=7, scale=0.1, steps=2, shapes=SHAPES)
+        optimizer, parameters = triton_lamb(weights, torch.float32)
+        for gradient, rate in zip(gradients, rates, strict=True):
+            give(parameters, gradient)
+            optimizer.step(rate)
+        results.append(snapshot(optimizer))
+    assert_same_bits(*results)
+
+
+def test_what_triton_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="triton has no float64"):
+        triton_lamb(case(0, 1.0, 1, SHAPES)[0], torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="triton: Triton's kernels need a GPU, not device cpu"):
+        choose("triton", torch.device("cpu"))
+    name, reason = choose("auto", torch.device("cuda"))
+    assert name == "triton"
+    assert reason == "the fewest bytes moved on a GPU"
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bert_pretraining.optim import flat_triton
+
+pointers = dict.fromkeys("master first second sums scalars rates decay_of_block".split(), "*fp32")
+pointers |= {"finite": "*i32", "blocks": "i32"}
+pointers |= dict.fromkeys("gradient rounded".split(), "*bf16")
+constants = {"BLOCK": 1024, "ROUND": True}
+for kernel in (flat_triton.square_sums, flat_triton.first_stage, flat_triton.second_stage):
+    given = {name: constants[name] for name in kernel.arg_names if name in constants}
+    types = pointers | dict.fromkeys(given, "constexpr")
+    source = ASTSource(
+        kernel, {name: types.get(name, "fp32") for name in kernel.arg_names}, constexprs=given
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    assert "st.global" in compiled.asm["ptx"]
+    assert "atom" not in compiled.asm["ptx"], kernel
+    assert "red.global" not in compiled.asm["ptx"], kernel
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_and_use_no_atomics(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "base"), "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "compiled\n", done.stderr
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("name", ["reference", "foreach", "triton"])
+def test_no_step_waits_for_the_gpu(name: str) -> None:
+    weights, gradients, rates = case(seed=8, scale=0.1, steps=3, shapes=SHAPES)
+    parameters = parameters_of(weights, torch.float32, DEVICE)
+    optimizer = make(name, parameters)
+    for number, (gradient, rate) in enumerate(zip(gradients, rates, strict=True)):
+        for bad in (True, False):
+            give(parameters, gradient)
+            if bad:
+                parameters["word.bias"].grad[-1] = torch.nan
+            before = snapshot(optimizer)
+            if number == 0:
+                finite = optimizer.step(rate)  # compiles
+            else:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    finite = optimizer.step(rate)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            assert finite.item() is not bad
+            if bad:
+                assert_same_bits(before, snapshot(optimizer))
+    assert_near(parameters, numpy_lamb(weights, gradients, rates, DECAYED), 2e-6)

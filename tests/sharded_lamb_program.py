@@ -1,0 +1,180 @@
+"""Run by torchrun on gloo ranks: sharded LAMB against unsharded LAMB, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bert_pretraining import distributed
+from bert_pretraining.optim import Lamb, ShardedLamb, create_optimizer
+from bert_pretraining.optim.flat_torch import TorchKernels
+from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
+
+# One element, less and more than a block, more than a bucket; tied to no number of ranks.
+SHAPES = {
+    "word.weight": (131, 97),
+    "word.bias": (131,),
+    "one.bias": (1,),
+    "query.weight": (64, 48),
+    "LayerNorm.weight": (1025,),
+    "small.weight": (3, 7),
+}
+DECAYED = {"word.weight", "query.weight", "small.weight"}
+STEPS = 4
+SMALL_BUCKET = 1024  # the one that ends before the parameter without a gradient
+
+
+def sharded_of(parameters: dict[str, Tensor], bucket: int) -> ShardedLamb:
+    masters = {name: value.detach().clone() for name, value in parameters.items()}
+    if next(iter(masters.values())).element_size() < 4:
+        masters = {name: value.float() for name, value in masters.items()}
+    return ShardedLamb(parameters.items(), SETTINGS, masters, kernels=TorchKernels(), bucket=bucket)
+
+
+def backward(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    """A backward pass that leaves these gradients, made from the last parameter to the first."""
+    total = 0.0
+    for name, gradient in gradients.items():
+        total = total + (parameters[name].double() * gradient.double()).sum()
+    total.backward()
+
+
+def rank_gradients(step: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the backward of one micro-batch leaves on a rank; `one.bias` has none at times.
+
+    Few bits each, so that their mean over ranks is exact: gloo adds in an order that depends on
+    where in a tensor a number stands, and on how much is sent at a time.
+    """
+    (gradients,) = case(seed=100 * step + rank, scale=4.0, steps=1, shapes=SHAPES)[1]
+    few_bits = dist.get_world_size() * 2.0**-6
+    found = {
+        name: (torch.tensor(value).round().clamp(-15, 15) * few_bits).to(dtype)
+        for name, value in gradients.items()
+    }
+    if step % 2:
+        del found["one.bias"]
+    return found
+
+
+def reduce_by_hand(parameters: dict[str, Tensor], world_size: int) -> None:
+    """The mean of the ranks' gradients, as DistributedDataParallel makes it."""
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.mul_(1.0 / world_size)
+        dist.all_reduce(parameter.grad)
+
+
+def values_of(optimizer: Lamb) -> list[Tensor]:
+    return [optimizer.gradient_norm, *(parameter.detach() for parameter in optimizer.parameters)]
+
+
+def compare(ranks: distributed.Ranks, dtype: torch.dtype, bucket: int) -> None:
+    weights, _, rates = case(seed=5, scale=1.0, steps=STEPS, shapes=SHAPES)
+    parameters, plain_parameters = parameters_of(weights, dtype), parameters_of(weights, dtype)
+    sharded = sharded_of(parameters, bucket)
+    plain = create_optimizer("flat", plain_parameters.items(), SETTINGS, sharing="replicated")
+    assert len(sharded.share.master) * ranks.world_size == sharded.layout.length
+    for step, rate in enumerate(rates):
+        for optimizer in (sharded, plain):
+            optimizer.zero_grad()
+        gradients = rank_gradients(step, ranks.rank, dtype)
+        for last in (False, True):
+            backward(plain_parameters, gradients)
+            with sharded.during(last):
+                backward(parameters, gradients)
+                sent = len(sharded._works)
+            # A bucket leaves while backward goes on, unless it waits for a missing gradient.
+            assert (sent > 0) == (last and (step % 2 == 0 or bucket == SMALL_BUCKET))
+        sharded.finish()
+        reduce_by_hand(plain_parameters, ranks.world_size)
+        assert sharded.step(rate, 0.5)
+        assert plain.step(rate, 0.5)
+        assert_same_bits(values_of(plain), values_of(sharded))
+    if dtype == torch.float64:
+        means = []
+        for step in range(STEPS):
+            per_rank = [rank_gradients(step, rank, dtype) for rank in range(ranks.world_size)]
+            # Two micro-batches times one half: the mean of the ranks' gradients.
+            means.append({
+                name: sum(found.get(name, torch.zeros(shape)) for found in per_rank).numpy()
+                / ranks.world_size
+                for name, shape in SHAPES.items()
+            })  # fmt: skip
+        assert_near(parameters, numpy_lamb(weights, means, rates, DECAYED), 1e-11)
+
+    # One rank's NaN stops all of them.
+    before = [one.clone() for one in values_of(sharded)[1:]]
+    sharded.zero_grad()
+    gradients = rank_gradients(0, ranks.rank, dtype)
+    if ranks.rank == ranks.world_size - 1:
+        gradients["word.bias"][3] = torch.nan
+    with sharded.during(last=True):
+        backward(parameters, gradients)
+    sharded.finish()
+    assert not sharded.step(0.1)
+    assert_same_bits(before, values_of(sharded)[1:])
+    assert sharded.updates == STEPS
+
+    # The state is the unsharded one's, and goes back and forth.
+    state, expected = sharded.state_dict(), plain.state_dict()
+    assert bool(state) == ranks.is_main
+    if ranks.is_main:
+        assert state["updates"] == expected["updates"]
+        for key in ("master", "first_moment", "second_moment"):
+            assert list(state[key]) == list(SHAPES)
+            assert_same_bits(list(expected[key].values()), list(state[key].values()))
+    file = io.BytesIO()
+    torch.save(expected, file)
+    file.seek(0)
+    fresh_parameters = parameters_of({name: 0 * value for name, value in weights.items()}, dtype)
+    fresh = sharded_of(fresh_parameters, bucket)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    for optimizer, its in ((fresh, fresh_parameters), (plain, plain_parameters)):
+        optimizer.zero_grad()
+        backward(its, rank_gradients(7, ranks.rank, dtype))
+    fresh.finish()
+    reduce_by_hand(plain_parameters, ranks.world_size)
+    assert fresh.step(0.01)
+    assert plain.step(0.01)
+    assert_same_bits(values_of(plain), values_of(fresh))
+
+
+def clip_each_rank_first(ranks: distributed.Ranks) -> None:
+    """finish(limit): the mean of what each rank has clipped by its own norm."""
+    weights = case(seed=6, scale=1.0, steps=1, shapes=SHAPES)[0]
+    parameters = parameters_of(weights, torch.float64)
+    sharded = sharded_of(parameters, 4096)
+    gradients = [rank_gradients(0, rank, torch.float64) for rank in range(ranks.world_size)]
+    sharded.zero_grad()
+    with sharded.during(last=False):
+        backward(parameters, gradients[ranks.rank])
+    limit = 0.7 if ranks.rank == 0 else 1e6  # only rank 0 clips
+    sharded.finish(torch.tensor(limit, dtype=torch.float64))
+    assert sharded.step(0.01)
+    norm = sum(value.square().sum() for value in gradients[0].values()).sqrt()
+    assert norm > 0.7
+    gradients[0] = {name: value * (0.7 / norm) for name, value in gradients[0].items()}
+    mean = {
+        name: sum(found[name] for found in gradients).numpy() / ranks.world_size for name in SHAPES
+    }
+    assert_near(parameters, numpy_lamb(weights, [mean], [0.01], DECAYED), 1e-11)
+
+
+def main() -> None:
+    ranks = distributed.start("cpu", "gloo")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for bucket in (SMALL_BUCKET, 9000, 2**20):
+            compare(ranks, dtype, bucket)
+    clip_each_rank_first(ranks)
+    distributed.barrier(ranks.device)
+    sys.stdout.write(f"rank {ranks.rank} is right\n")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
