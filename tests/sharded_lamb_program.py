@@ -87,7 +87,7 @@ def compare(ranks: distributed.Ranks, dtype: torch.dtype, bucket: int) -> None:
             backward(plain_parameters, gradients)
             with sharded.during(last):
                 backward(parameters, gradients)
-                sent = len(sharded._works)
+                sent = sharded._under_way.begun
             # A bucket leaves while backward goes on, unless it waits for a missing gradient.
             assert (sent > 0) == (last and (step % 2 == 0 or bucket == SMALL_BUCKET))
         sharded.finish()

@@ -128,7 +128,7 @@ def test_endless_overflow_ends_the_run() -> None:
 class NoReading(TorchDispatchMode):
     """Fails where a tensor's value becomes a number of Python's: on a GPU, that waits."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func), "waits for the device"
         return func(*args, **(kwargs or {}))
 

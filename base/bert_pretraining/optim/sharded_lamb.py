@@ -16,6 +16,7 @@ So the update has the bits of the unsharded one wherever the reduced gradients h
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -28,6 +29,27 @@ from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.lamb import LambSettings, scale_down
 
 BUCKET = 2**23  # elements; 16 or 32 MiB to send at a time
+AT_A_TIME = 3  # buckets that gloo may hold copies of
+
+
+class _UnderWay:
+    """Collectives that were begun. gloo copies what it sends: of its, only a few at a time."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.begun = 0
+        self._waiting: deque[dist.Work] = deque()
+        self._limit = limit
+
+    def add(self, work: dist.Work) -> None:
+        self.begun += 1
+        self._waiting.append(work)
+        if self._limit is not None and len(self._waiting) > self._limit:
+            self._waiting.popleft().wait()
+
+    def wait(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().wait()
+        self.begun = 0
 
 
 class ShardedLamb(FlatLamb):
@@ -99,7 +121,7 @@ class ShardedLamb(FlatLamb):
             parameter.register_post_accumulate_grad_hook(arrived)
         self._overlapping = False
         self._missing: list[int] = []
-        self._works: list[dist.Work] = []
+        self._under_way = _UnderWay(AT_A_TIME if dist.get_backend() == "gloo" else None)
 
     @contextlib.contextmanager
     def during(self, last: bool) -> Iterator[None]:
@@ -113,13 +135,13 @@ class ShardedLamb(FlatLamb):
 
     def _reduce_complete_buckets(self) -> None:
         # In the same order on every rank, whatever order gradients arrive in.
-        while len(self._works) < self._buckets and self._missing[len(self._works)] == 0:
-            self._reduce(len(self._works))
+        while self._under_way.begun < self._buckets and not self._missing[self._under_way.begun]:
+            self._reduce(self._under_way.begun)
 
     def _reduce(self, bucket: int) -> None:
         gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
         share = self.share.gradient.view(self._buckets, -1)[bucket]
-        self._works.append(reduce_scatter(share, gradient.view(-1), async_op=True))
+        self._under_way.add(reduce_scatter(share, gradient.view(-1), async_op=True))
 
     def finish(self, limit: Tensor | None = None) -> None:
         """After the last backward: send what was not sent, and wait for all.
@@ -131,11 +153,9 @@ class ShardedLamb(FlatLamb):
         super()._collect_gradient()
         if limit is not None:
             scale_down([self._gradient], limit)
-        while len(self._works) < self._buckets:
-            self._reduce(len(self._works))
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        while self._under_way.begun < self._buckets:
+            self._reduce(self._under_way.begun)
+        self._under_way.wait()
 
     def _collect_gradient(self) -> None:
         """Done by `finish`."""
@@ -149,12 +169,9 @@ class ShardedLamb(FlatLamb):
 
     def _publish(self) -> None:
         share = self.share.master if self.share.rounded is None else self.share.rounded
-        works = [
-            all_gather(values.view(-1), piece, async_op=True)
-            for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True)
-        ]
-        for work in works:
-            work.wait()
+        for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True):
+            self._under_way.add(all_gather(values.view(-1), piece, async_op=True))
+        self._under_way.wait()
 
     def state_dict(self) -> dict:
         """As `Lamb.state_dict`, on rank 0 and on the CPU; the other ranks get an empty one."""

@@ -1,0 +1,117 @@
+"""Memory a rank and seconds an update: `distributed_lamb` against every rank holding everything.
+
+    PYTHONPATH=base python benchmarks/sharded_memory.py --ranks 1 2 4 --num_layers 12 \\
+        --output results/DATE_optimizer/sharded_memory.json
+
+Starts gloo ranks on this machine, on BERT-large's parameter shapes, and gives each parameter a
+gradient in place of a backward pass. Nothing else is in a rank's memory, so that what it grows by
+is weights, gradients, optimizer state and what an update needs for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bert_pretraining import distributed
+from bert_pretraining.bench import record
+from bert_pretraining.bench.optimizer import shapes_of
+from bert_pretraining.bench.workload import BERT_LARGE, timed
+from bert_pretraining.kernels import DTYPES
+from bert_pretraining.optim import LambSettings, ShardedLamb, create_optimizer
+
+UPDATES = 4
+
+
+def status_mib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def run_rank(sharing: str, num_layers: int, precision: str) -> None:
+    """One rank's figures, on rank 0's stdout."""
+    ranks = distributed.start("cpu", "gloo")
+    shapes = shapes_of(replace(BERT_LARGE, num_hidden_layers=num_layers))
+    dtype = DTYPES[precision]
+    before = status_mib("VmRSS")
+    named = [
+        (name, nn.Parameter(torch.full(shape, 0.02, dtype=dtype))) for name, shape in shapes.items()
+    ]
+    alone = "alone" if ranks.world_size == 1 else sharing
+    optimizer = create_optimizer("auto", named, LambSettings(), sharing=alone)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+
+    def update() -> None:
+        optimizer.zero_grad()
+        for _, parameter in named:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.fill_(1e-3)
+        if isinstance(optimizer, ShardedLamb):
+            optimizer.finish()
+        elif ranks.world_size > 1:
+            for _, parameter in named:
+                dist.all_reduce(parameter.grad.mul_(1.0 / ranks.world_size))
+        assert optimizer.step(1e-6)
+
+    seconds = [timed(update, ranks.device) for _ in range(1 + UPDATES)][1:]
+    ctypes.CDLL(None).malloc_trim(0)
+    held, peak = status_mib("VmRSS") - before, status_mib("VmHWM") - before
+    found = distributed.gather((held, peak))
+    if ranks.is_main:
+        figures = {
+            "parameters": sum(shape.numel() for shape in shapes.values()),
+            "held_mib": [round(held) for held, _ in found],
+            "peak_mib": [round(peak) for _, peak in found],
+            "seconds": record.spread(seconds),
+        }
+        print(json.dumps(figures), flush=True)
+    distributed.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--num_layers", type=int, default=12)
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--run_rank", choices=("replicated", "sharded"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.run_rank:
+        run_rank(flags.run_rank, flags.num_layers, flags.precision)
+        return
+    found = {}
+    for ranks in flags.ranks:
+        for sharing in ("replicated", "sharded") if ranks > 1 else ("replicated",):
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc_per_node", str(ranks), __file__, "--run_rank", sharing,
+                 "--num_layers", str(flags.num_layers), "--precision", flags.precision],
+                stdout=subprocess.PIPE, text=True, check=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            figures = json.loads(done.stdout)
+            found[f"{ranks} ranks, {sharing}"] = figures
+            print(
+                f"{ranks} ranks, {sharing}: holds {max(figures['held_mib'])} MiB a rank, at most "
+                f"{max(figures['peak_mib'])}; {figures['seconds']['median']:.2f} s an update"
+            )
+    if flags.output:
+        record.write(flags.output, {"precision": flags.precision, "runs": found})
+
+
+if __name__ == "__main__":
+    main()
