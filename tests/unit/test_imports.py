@@ -34,7 +34,9 @@ ALLOWED = {
     "train": set("inputs state data optim checkpoint model evaluate logs step".split()),
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"inputs", "launch", "train", "data_commands", "bench"},
+    "submission": {"logs", "state"},
+    "submission_commands": {"submission"},
+    "__main__": set("inputs launch train data_commands bench submission_commands".split()),
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
