@@ -42,6 +42,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
   submission rcp        samples that a global batch size must take to pass
+  report            pictures and a page of runs' logs, beside the reference convergence points
   version           the package's version
 
 COMMAND --help lists the flags of a command.
@@ -105,6 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
+        "report": _report,
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
@@ -203,6 +205,12 @@ def _config_list(arguments: list[str]) -> None:
 def _bench(what: str, arguments: list[str]) -> int:
     # Only now: a launch should not wait for what measuring needs.
     return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from bert_pretraining.report import command
+
+    command.main(arguments)
 
 
 def _version(_: list[str]) -> None:

@@ -36,7 +36,8 @@ ALLOWED = {
     "data_commands": {"data", "start_checkpoint", "train"},
     "submission": {"logs", "state"},
     "submission_commands": {"submission"},
-    "__main__": set("inputs launch train data_commands bench submission_commands".split()),
+    "report": {"logs", "submission"},
+    "__main__": set("inputs launch train data_commands bench report submission_commands".split()),
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
