@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW_INCHES = 0.26  # a run's bar
+MAX_ROWS = 60  # more share the height
 LEGEND_CHARACTERS = 136  # a line of the legend
 LEGEND_GAP_CHARACTERS = 8  # line and space beside each entry
 LEGEND_LINE_INCHES = 0.23
@@ -65,11 +66,7 @@ def pictures(view: View) -> list[Picture]:
     if accuracy:
         caption = "MLM accuracy on the evaluation set. A ring marks where a run met its target."
         made.append(Picture("accuracy", "Accuracy", caption, accuracy))
-        close = (panels.near_target,) if panels.close_up_from(view) is not None else ()
-        height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), 60))
-        caption = "The end of the way, and how many sequences each run took."
-        size = (FIGURE_INCHES[0], height)
-        made.append(Picture("target", "To the target", caption, (*close, panels.rows), size))
+        made += _to_target(view)
     loss = both(panels.loss, "loss")
     if loss:
         caption = "Loss of masked words and next sentences together."
@@ -86,30 +83,44 @@ def pictures(view: View) -> list[Picture]:
     return made
 
 
+def _to_target(view: View) -> list[Picture]:
+    """Nothing for a single run that no reference holds for: it would be by itself."""
+    if len(view.runs) == 1 and not view.drawn_references:
+        return []
+    close = [panels.near_target] if panels.close_up_from(view) is not None else []
+    height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), MAX_ROWS))
+    caption = "The end of the way, and how many sequences each run took."
+    if view.drawn_references:
+        caption += " Band and line: the reference's mean, one standard deviation either way."
+    size = (FIGURE_INCHES[0], height)
+    return [Picture("target", "To the target", caption, (*close, panels.rows), size)]
+
+
 def png(picture: Picture, view: View, theme: Theme) -> bytes:
     """Draw a picture."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(settings(theme)):
-        figure = Figure(picture.inches, dpi=DOTS_PER_INCH, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1, wspace=0.05)
-        places = figure.subplots(1, len(picture.panels), squeeze=False)[0]
-        for panel, axes in zip(picture.panels, places, strict=True):
-            panel(axes, view, theme)
-        _legend(figure)
-        return _small_png(figure)
-
-
-def _small_png(figure: Figure) -> bytes:
-    """256 colours are enough for lines, and a third of the bytes."""
     from PIL import Image
 
     drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
-    image = Image.open(drawn).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    with rc_context(settings(theme)):
+        figure(picture, view, theme).savefig(drawn, format="png")
+    # 256 colours are enough for lines, and a third of the bytes.
+    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(small, "PNG", optimize=True)
     return small.getvalue()
+
+
+def figure(picture: Picture, view: View, theme: Theme) -> Figure:
+    """A picture as matplotlib's figure, under the settings in force."""
+    from matplotlib.figure import Figure
+
+    made = Figure(picture.inches, dpi=DOTS_PER_INCH, layout="constrained")
+    made.get_layout_engine().set(w_pad=0.14, h_pad=0.1, wspace=0.05)
+    places = made.subplots(1, len(picture.panels), squeeze=False)[0]
+    for panel, axes in zip(picture.panels, places, strict=True):
+        panel(axes, view, theme)
+    _legend(made)
+    return made
 
 
 def _points(view: View) -> list:
@@ -117,18 +128,22 @@ def _points(view: View) -> list:
 
 
 def _legend(figure: Figure) -> None:
-    """One legend below all panels, so that it covers no curve; the figure grows by it."""
-    entries = {}
+    """One legend below all panels, so that it covers no curve; the figure grows by it.
+
+    Line and band of one label are one entry, as are all lines of one label.
+    """
+    entries: dict[str, dict[type, object]] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+            entries.setdefault(label, {}).setdefault(type(handle), handle)
     if not entries:
         return
     columns, lines = _columns([len(label) for label in entries])
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + LEGEND_LINE_INCHES * (lines + 1))
     figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center",
+        [tuple(kinds.values()) for kinds in entries.values()], list(entries),
+        loc="outside lower center",
         ncols=columns, handlelength=2.4, columnspacing=2.2,
     )  # fmt: skip
 

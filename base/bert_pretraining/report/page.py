@@ -29,13 +29,14 @@ h2 {{ font-size: 1.2rem; margin: 2.75rem 0 .5rem; }}
 p {{ margin: .4rem 0; max-width: 60rem; }}
 .muted, figcaption {{ color: var(--muted); font-size: .92rem; }}
 figure {{ margin: .5rem 0 0; }}
-img {{ width: 100%; height: auto; display: block; }}
+img {{ width: 100%; min-width: 44rem; height: auto; display: block; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line);
   text-align: left; white-space: nowrap; vertical-align: top; }}
 th {{ color: var(--muted); font-weight: 600; }}
 .number {{ text-align: right; }}
+.long {{ white-space: normal; overflow-wrap: anywhere; min-width: 18rem; }}
 .good {{ color: var(--good); }} .bad {{ color: var(--bad); }}
 code {{ font-size: .9em; overflow-wrap: anywhere; }}
 @media print {{ figure {{ break-inside: avoid; }} }}
@@ -84,7 +85,7 @@ def _picture(drawn: DrawnPicture) -> str:
     )
     picture = drawn.picture
     return (
-        f"<h2>{html.escape(picture.title)}</h2>\n<figure><picture>"
+        f"<h2>{html.escape(picture.title)}</h2>\n<figure><div class=wide><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{html.escape(picture.caption)}"></picture>'
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
@@ -111,7 +112,7 @@ def _settings(runs: Sequence[Run]) -> str:
         shown = next(iter(values))
         if len(values) > 1:
             shown = "; ".join(f"{value} ({_few(names)})" for value, names in values.items())
-        rows.append([("", key), ("", shown)])
+        rows.append([("", key), ("long", shown)])
     if not rows:
         return ""
     return "<h2>Hyperparameters</h2>" + _table(("Name", "Value"), rows)
@@ -125,7 +126,7 @@ def _sources(runs: Sequence[Run]) -> str:
             ("", run.source),
             ("", " / ".join(filter(None, (run.organization, run.platform))) or "-"),
             ("", run.division or "-"),
-            ("", ", ".join(str(path) for path in run.files)),
+            ("long", ", ".join(str(path) for path in run.files)),
         ]
         for run in runs
     ]

@@ -285,7 +285,7 @@ def _batches(axes: Axes, view: View, theme: Theme, across: str, figure: str) -> 
             if len(curve):
                 axes.plot(
                     curve.x / view.scale(across).divisor, curve.y, color=style.color,
-                    linewidth=1.1, alpha=0.45, zorder=1.5,
+                    linewidth=1.1, alpha=0.6, zorder=1.5,
                     label=f"{style.series.label}: single training batches",
                 )  # fmt: skip
 
@@ -301,7 +301,7 @@ def _target_points(axes: Axes, view: View, theme: Theme, across: str) -> None:
                 continue
             place = (getattr(point, across) / divisor, point.accuracy)
             if run.target_point is not None:
-                size = 6 if style.series.has_median else 10
+                size = 6 if style.series.has_median else 8
                 ring = {"markerfacecolor": theme.background, "markeredgecolor": style.color}
                 axes.plot(*place, "o", markersize=size, markeredgewidth=1.8, zorder=4, **ring)
             elif style.series.has_median and len(missed) <= MAX_NAMED_MISSES:
@@ -342,13 +342,14 @@ def _references(axes: Axes, view: View, theme: Theme) -> None:
     divisor = view.scale(SAMPLES).divisor
     for reference, color in _reference_colors(view, theme):
         point, (low, high) = reference.point, _band(reference)
-        label = f"Reference (RCP {point.ruleset}), batch {point.global_batch_size:,}: "
-        label += f"mean {point.mean_samples:,.0f}"
+        label = (
+            f"Reference (RCP {point.ruleset}), batch {point.global_batch_size:,}: "
+            f"{point.mean_samples:,.0f} \u00b1 {point.standard_deviation:,.0f} (standard deviation)"
+        )
+        axes.axvspan(low / divisor, high / divisor, color=color, alpha=0.2, linewidth=0,
+                     zorder=0.5, label=label)  # fmt: skip
         axes.axvline(point.mean_samples / divisor, color=color, linewidth=2.0, zorder=1,
                      label=label)  # fmt: skip
-        spread = f"one standard deviation ({point.standard_deviation:,.0f}) either way"
-        axes.axvspan(low / divisor, high / divisor, color=color, alpha=0.2, linewidth=0,
-                     zorder=0.5, label=spread)  # fmt: skip
 
 
 def _why_no_reference(axes: Axes, view: View, theme: Theme) -> None:

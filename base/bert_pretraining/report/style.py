@@ -12,7 +12,11 @@ LINE_STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # the next one where the colour
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; `series` after Okabe and Ito's set, without its black and yellow."""
+    """Colours of a picture.
+
+    `series` starts from Okabe and Ito's set; a test holds every pair apart for readers who do
+    not see red or green, and every colour to enough contrast.
+    """
 
     name: str
     background: str
@@ -32,7 +36,7 @@ LIGHT = Theme(
     grid="#e2e6ea",
     target="#1c2128",
     reference="#8a8f98",
-    series=("#0072b2", "#d55e00", "#009e73", "#b8538f", "#a87600", "#3f9fd6"),
+    series=("#0072b2", "#d55e00", "#009e73", "#d4679f", "#3b1e78", "#5c4400"),
 )
 DARK = Theme(
     name="dark",
@@ -42,7 +46,7 @@ DARK = Theme(
     grid="#2b333d",
     target="#e6eaef",
     reference="#8f98a3",
-    series=("#56b4e9", "#ff8c4d", "#2fc79b", "#e49ac6", "#e6b32e", "#8fb8ff"),
+    series=("#56b4e9", "#ff8c4d", "#2fc79b", "#d96bb0", "#f5e663", "#f5f7fa"),
 )
 
 

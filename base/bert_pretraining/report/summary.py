@@ -52,7 +52,8 @@ def text(view: View) -> str:
 
 def conclusions(view: View) -> list[str]:
     """How the series did, and what the reference says, a sentence each."""
-    return [_of_series(series) for series in view.series if len(series.runs) > 1] + [
+    series = [_of_series(each, view) for each in view.series]
+    return [line for line in series if line] + [
         _of_reference(reference, view) for reference in view.references
     ]
 
@@ -64,16 +65,25 @@ def faults(runs: Sequence[Run]) -> list[str]:
     return found[:SHOWN_FAULTS] + more
 
 
-def _of_series(series: Series) -> str:
-    reached = [run.target_point for run in series.reached]
-    line = f"{series.label}: {len(reached)} of {len(series.runs)} runs reached the target"
-    if not reached:
-        return line + "."
-    samples = [point.samples for point in reached]
-    line += f", after {min(samples):,} to {max(samples):,} sequences"
-    if series.mean_samples is not None:
-        line += f"; mean of {series.mean_of}: {series.mean_samples:,.0f}"
-    return line + "."
+def _of_series(series: Series, view: View) -> str:
+    """How many runs reached the target, and how their mean compares; "" for nothing to say."""
+    points = [run.target_point for run in series.reached]
+    parts = []
+    if len(series.runs) > 1:
+        part = f"{len(points)} of {len(series.runs)} runs reached the target"
+        if points:
+            samples = [point.samples for point in points]
+            part += f", after {min(samples):,} to {max(samples):,} sequences"
+        parts.append(part)
+    mean = series.mean_samples
+    if mean is not None and len(series.runs) > 1:
+        parts.append(f"mean of {series.mean_of}: {mean:,.0f}")
+    reference = next((each for each in view.references if series.runs[0] in each.runs), None)
+    if mean is not None and reference is not None and reference.point is not None:
+        ratio = mean / reference.point.mean_samples
+        more = "more" if ratio >= 1 else "fewer"
+        parts.append(f"{abs(ratio - 1):.1%} {more} sequences than the reference's mean")
+    return f"{series.label}: {'; '.join(parts)}." if parts else ""
 
 
 def _of_reference(reference: Reference, view: View) -> str:
