@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining import config
@@ -33,26 +35,42 @@ def main(arguments: list[str]) -> None:
     add("--title", help="of the page")
     values = parser.parse(arguments)
 
-    figures.require_matplotlib()
-    runs = load_runs(values.logs)
-    compare.require_points(runs)
-    view = View(tuple(compare.series_of(runs)), tuple(compare.references(runs, values.ruleset)))
-    print(summary.text(view), end="\n\n")
-    title = values.title or f"BERT pretraining: {_what(view)}"
-    for path in write_report(view, title, values.output_dir):
+    made = make_report(values.logs, values.output_dir, values.ruleset, values.title)
+    print(made.summary, end="\n\n")
+    for path in made.files:
         print(f"Wrote {path}")
 
 
-def write_report(view: View, title: str, output_dir: Path) -> list[Path]:
-    """Draw and write everything; the paths, the page first.
+@dataclass(frozen=True)
+class Report:
+    """What a report says, and its files, the page first."""
 
-    Raises UserError where `output_dir` cannot be written.
+    summary: str
+    files: tuple[Path, ...]
+
+
+def make_report(
+    logs: Sequence[str | Path],
+    output_dir: Path,
+    ruleset: str = DEFAULT_RULESET,
+    title: str | None = None,
+) -> Report:
+    """Read logs, draw them, write the page and its pictures into `output_dir`.
+
+    Raises:
+        UserError: no matplotlib, no such ruleset, a log that is none, or an `output_dir` that
+            cannot be written. Nothing has been written then, unless writing itself failed.
     """
+    figures.require_matplotlib()
+    runs = load_runs(logs)
+    compare.require_points(runs)
+    view = View(tuple(compare.series_of(runs)), tuple(compare.references(runs, ruleset)))
     drawn = [
         DrawnPicture(each, figures.png(each, view, LIGHT), figures.png(each, view, DARK))
         for each in figures.pictures(view)
     ]
-    contents = {PAGE_NAME: page(title, view, drawn).encode("utf-8")}
+    what = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    contents = {PAGE_NAME: page(title or f"BERT pretraining: {what}", view, drawn).encode("utf-8")}
     contents.update((f"{each.picture.name}.png", each.light) for each in drawn)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +80,7 @@ def write_report(view: View, title: str, output_dir: Path) -> list[Path]:
         raise UserError(
             f"cannot write to {output_dir} ({error.strerror}); pass another --output_dir"
         ) from error
-    return [output_dir / name for name in contents]
+    return Report(summary.text(view), tuple(output_dir / name for name in contents))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -76,7 +94,3 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _what(view: View) -> str:
-    return view.runs[0].name if len(view.runs) == 1 else f"{len(view.runs)} runs"

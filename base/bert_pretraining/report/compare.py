@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs.runs import SUCCESS, TARGET_MLM_ACCURACY, UNFINISHED, Run
 from bert_pretraining.submission.rcp import ConvergencePoint, convergence_point
-from bert_pretraining.submission.rulesets import DROPPED_RUNS, RUNS
+from bert_pretraining.submission.rulesets import DROPPED_RUNS, RUNS, require_ruleset
 
 MLPERF_EVAL_SAMPLES = 10_000
 MLPERF_START_ACCURACY = (0.30, 0.38)  # about the 0.34 of MLPerf's start checkpoint
@@ -90,6 +90,7 @@ def references(runs: Sequence[Run], ruleset: str) -> list[Reference]:
     Raises:
         UserError: a ruleset without BERT.
     """
+    require_ruleset(ruleset)
     groups: dict[int | str, list[Run]] = {}
     for run in runs:
         groups.setdefault(why_not_comparable(run) or run.global_batch_size, []).append(run)
@@ -98,10 +99,12 @@ def references(runs: Sequence[Run], ruleset: str) -> list[Reference]:
         if isinstance(key, str):
             found.append(Reference(None, key, tuple(members)))
             continue
-        point = convergence_point(key, ruleset)
-        missing = point.mean_samples is None
-        reason = f"batch size {key:,}: {point.describe()}" if missing else ""
-        found.append(Reference(None if missing else point, reason, tuple(members)))
+        try:
+            point = convergence_point(key, ruleset)
+            reason = "" if point.mean_samples else f"batch size {key:,}: {point.describe()}"
+        except UserError as error:  # no mlperf-logging: the runs are still worth drawing
+            point, reason = None, str(error)
+        found.append(Reference(None if reason else point, reason, tuple(members)))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,7 +46,8 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "the report's pictures need matplotlib; install it: pip install 'matplotlib>=3.9'"
+            f"the report's pictures need matplotlib; install it: {sys.executable} -m pip install "
+            "matplotlib"
         ) from error
 
 
