@@ -14,7 +14,7 @@ import pytest
 
 from bert_pretraining import config, train
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
-from bert_pretraining.logs.runs import load_runs
+from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.report import compare, curves, figures
 from bert_pretraining.report.command import main, make_report
 from bert_pretraining.report.curves import SECONDS, Curve

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.logs.runs import Run, load_runs
+from bert_pretraining.logs.loading import load_runs
+from bert_pretraining.logs.runs import Run
 from helpers import REFERENCE, needs_reference
 from log_files import mllog_line, perflog_line, write_run
 
@@ -132,7 +133,7 @@ def test_folders_of_runs_and_names(tmp_path: Path) -> None:
             place = tmp_path / system / "bert"
             place.mkdir(parents=True, exist_ok=True)
             write(place / f"result_{number}.txt", mllog_line("run_start", None, 1))
-    names = [run.name for run in load_runs([tmp_path / "a" / "bert", tmp_path / "b" / "bert"])]
+    names = [run.name for run in load_runs([tmp_path / "a" / "bert", tmp_path])]
     assert names == ["a/bert/result_2", "a/bert/result_10", "b/bert/result_2", "b/bert/result_10"]
     write_run(tmp_path / "output" / "run-2", 1)
     write_run(tmp_path / "output" / "run-10", 2)
@@ -179,3 +180,33 @@ def test_what_is_no_log_of_one_bert_run(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="pass log files or a run's folder"):
         load_runs([tmp_path / "folder"])
+
+
+def test_planned_samples_are_not_trained_ones(tmp_path: Path) -> None:
+    """Published logs have train_samples before run_start: of the schedule, or of the data set."""
+    lines = [
+        mllog_line("train_samples", 156811560, 0),
+        mllog_line("run_start", None, 1000),
+        mllog_line("eval_accuracy", 0.73, 3000, epoch_num=400),
+        mllog_line("run_stop", None, 3000, status="success"),
+    ]
+    run = one(write(tmp_path / "log.txt", *lines))
+    assert (run.train_samples, run.sequences_per_second) == (400, 200.0)
+
+
+def test_evaluations_that_count_epochs(tmp_path: Path) -> None:
+    """Published logs have epoch_num 1 for every evaluation: only their times are known."""
+    lines = [mllog_line("run_start", None, 0)]
+    lines += [
+        mllog_line("eval_accuracy", accuracy, 1000 * number, epoch_num=1)
+        for number, accuracy in enumerate((0.4, 0.6, 0.73), 1)
+    ]
+    lines += [mllog_line("train_samples", 2976768, 3001)]
+    run = one(write(tmp_path / "log.txt", *lines))
+    assert [point.samples for point in run.evaluations] == [None, None, 2976768]
+    assert [point.seconds for point in run.evaluations] == [1.0, 2.0, 3.0]
+    assert run.target_point.accuracy == 0.73
+    assert "log.txt:4: epoch_num of eval_accuracy counts epochs" in run.faults[0]
+    # The same evaluation from each of two ranks is one.
+    lines = [line for line in lines for _ in range(2 if "eval_accuracy" in line else 1)]
+    assert len(one(write(tmp_path / "log.txt", *lines)).evaluations) == 3

@@ -1,7 +1,7 @@
 """Log files -> events: MLPerf's `:::MLLOG` lines and DeepSparkHub's `[PerfLog]` lines.
 
 A log may hold anything between its events, and a line anything before its event (a rank, a
-progress bar). `runs.py` makes a run of the events.
+progress bar). `reduction.py` makes a run of the events.
 """
 
 from __future__ import annotations

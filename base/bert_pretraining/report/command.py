@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bert_pretraining import config
 from bert_pretraining.errors import UserError
-from bert_pretraining.logs.runs import load_runs
+from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.report import compare, figures, summary
 from bert_pretraining.report.page import DrawnPicture, page
 from bert_pretraining.report.panels import View

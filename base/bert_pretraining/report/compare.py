@@ -34,16 +34,19 @@ class Series:
 
     @property
     def mean_samples(self) -> float | None:
-        """Mean samples to the target; see `mean_of`. None where too few runs reached it.
+        """Mean samples to the target; see `mean_of`. None where too few runs reached it, or where
+        a log does not say after how many.
 
         Of ten runs and more MLPerf drops the fastest and the slowest, and a run that did not
         reach the target is the slowest.
         """
+        if any(run.target_point.samples is None for run in self.reached):
+            return None
         samples = sorted(run.target_point.samples for run in self.reached)
         missed = len(self.runs) - len(samples)
         if len(self.runs) >= RUNS and missed <= 1:
             samples = samples[1 : len(self.runs) - 1]
-        elif missed:
+        elif missed or not samples:
             return None
         return sum(samples) / len(samples)
 

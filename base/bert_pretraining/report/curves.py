@@ -49,7 +49,7 @@ def throughput(run: Run, across: str) -> tuple[Curve, bool]:
     logged = curve(run.training, across, "sequences_per_second")
     if len(logged):
         return logged, True
-    timed = [point for point in run.evaluations if point.seconds is not None]
+    timed = [point for point in run.evaluations if None not in (point.seconds, point.samples)]
     rates = [
         (
             getattr(after, across),

@@ -122,7 +122,11 @@ def near_target(axes: Axes, view: View, theme: Theme) -> None:
     highest = max(*view.targets, *(point.accuracy for point in points))
     axes.set_ylim(low, highest + 0.08 * (highest - low))
     divisor = view.scale(SAMPLES).divisor
-    near = [point.samples / divisor for point in points if point.accuracy >= low]
+    near = [
+        point.samples / divisor
+        for point in points
+        if point.samples is not None and point.accuracy >= low
+    ]
     ends = [edge / divisor for each in view.drawn_references for edge in _band(each)]
     left, right = min([*near, *ends]), max([*near, *ends])
     margin = 0.06 * (right - left) or 0.06 * right
@@ -132,12 +136,13 @@ def near_target(axes: Axes, view: View, theme: Theme) -> None:
 
 def close_up_from(view: View) -> float | None:
     """The accuracy from which `near_target` shows; None where no run came so far."""
-    accuracies = [point.accuracy for run in view.runs for point in run.evaluations]
-    if not accuracies:
+    points = [point for run in view.runs for point in run.evaluations]
+    placed = [point.accuracy for point in points if point.samples is not None]
+    if not placed:
         return None
     target = min(view.targets)
-    low = target - NEAR_TARGET * max(target - min(accuracies), 0.02)
-    return low if max(accuracies) >= low else None
+    low = target - NEAR_TARGET * max(target - min(point.accuracy for point in points), 0.02)
+    return low if max(placed) >= low else None
 
 
 def rows(axes: Axes, view: View, theme: Theme) -> None:
@@ -186,7 +191,7 @@ def rows(axes: Axes, view: View, theme: Theme) -> None:
 def _bar(axes: Axes, run: Run, row: int, style: _Style, scale: Scale, limit: float) -> None:
     """One run's bar; limit: the axis' end in samples, 0 for no words on the bar."""
     theme, point = style.theme, run.target_point
-    samples = point.samples if point else run.train_samples or 0
+    samples = (point.samples if point else run.train_samples) or 0
     look = {"color": style.color} if point else {"facecolor": "none", "hatch": "////"}
     width = samples / scale.divisor
     axes.barh(row, width, 0.66, edgecolor=style.color, linewidth=1.2, **look)

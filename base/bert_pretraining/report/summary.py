@@ -71,8 +71,8 @@ def _of_series(series: Series, view: View) -> str:
     parts = []
     if len(series.runs) > 1:
         part = f"{len(points)} of {len(series.runs)} runs reached the target"
-        if points:
-            samples = [point.samples for point in points]
+        samples = [point.samples for point in points if point.samples is not None]
+        if samples:
             part += f", after {min(samples):,} to {max(samples):,} sequences"
         parts.append(part)
     mean = series.mean_samples
