@@ -18,12 +18,13 @@ from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.report import compare, curves, figures
 from bert_pretraining.report.command import main, make_report
 from bert_pretraining.report.curves import SECONDS, Curve
-from bert_pretraining.report.panels import View
 from bert_pretraining.report.style import DARK, LIGHT, Theme, settings
+from bert_pretraining.report.view import View
 from helpers import REFERENCE, command, needs_reference
 from log_files import mllog_line, write_run
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+from matplotlib import rc_context
 from PIL import Image
 
 NVIDIA = REFERENCE / "mlperf_log" / "nvidia_v4.1_h200_result_0.txt"
@@ -126,8 +127,6 @@ def test_outcomes_that_contradict_themselves_are_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
 def test_legends_cover_nothing_and_axes_say_their_units(tmp_path: Path, theme: Theme) -> None:
-    from matplotlib import rc_context
-
     ten_runs(tmp_path / "a")
     ten_runs(tmp_path / "b", batch_size=4096, platform="16xB200")
     view = view_of(tmp_path / "a", tmp_path / "b")
@@ -170,6 +169,27 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     ratio = RGB_TO_XYZ @ np.clip(rgb, 0, 1) / WHITE
     x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_odd_names_and_training_losses_alone_are_drawn(tmp_path: Path) -> None:
+    paths = []
+    for seed, name in enumerate(("_hidden", "costs $5 $\\frac$", "long" * 30), 1):
+        folder = write_run(tmp_path / name, seed)
+        (folder / "mllog.txt").unlink()
+        lines = (folder / "perflog.txt").read_text().splitlines()
+        kept = [line for line in lines if "EVALUATION" not in line]
+        (folder / "perflog.txt").write_text("\n".join(kept))
+        paths.append(folder)
+    view = view_of(*paths)
+    drawn = figures.pictures(view)
+    assert [each.name for each in drawn] == ["loss", "training"]
+    with rc_context(settings(LIGHT)):
+        figure = figures.figure(drawn[0], view, LIGHT)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [" _hidden", "costs $5 $\\frac$", f"{'long' * 6}...{('long' * 30)[-19:]}"]
+    assert all(len(line.get_xdata()) > 10 for line in figure.axes[0].lines)
+    for picture in drawn:
+        figures.png(picture, view, LIGHT)
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)

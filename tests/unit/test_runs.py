@@ -210,3 +210,10 @@ def test_evaluations_that_count_epochs(tmp_path: Path) -> None:
     # The same evaluation from each of two ranks is one.
     lines = [line for line in lines for _ in range(2 if "eval_accuracy" in line else 1)]
     assert len(one(write(tmp_path / "log.txt", *lines)).evaluations) == 3
+    # Neither is an epoch's number that is less than an update's sequences one of sequences.
+    lines = [
+        mllog_line("global_batch_size", 448, 0),
+        mllog_line("run_start", None, 0),
+        mllog_line("eval_accuracy", 0.73, 5, epoch_num=2),
+    ]
+    assert one(write(tmp_path / "log.txt", *lines)).evaluations[0].samples is None

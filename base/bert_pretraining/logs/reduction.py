@@ -162,13 +162,19 @@ def _evaluations(
         point = EvaluationPoint(samples, seconds, accuracy, losses.get(samples))
         points.setdefault((samples, accuracy), point)  # some logs have a line a rank
     found = list(points.values())
-    numbers = {point.samples for point in found}
-    if len(numbers) < len(found):
+    if _counts_epochs(found, _whole(mlperf.value("global_batch_size"))):
         event = mlperf.all("eval_accuracy")[-1]
         many = "epoch_num of eval_accuracy counts epochs, not sequences: those are not known"
         mlperf.fault(event, many)
         return _without_samples(found, _train_samples(mlperf))
     return tuple(sorted(found or from_perf, key=lambda point: point.samples))
+
+
+def _counts_epochs(points: list[EvaluationPoint], batch_size: int | None) -> bool:
+    """Whether `samples` cannot be sequences: the same for several, or fewer than an update's."""
+    numbers = {point.samples for point in points}
+    partial = any(0 < number < (batch_size or 1) for number in numbers)
+    return partial or len(numbers) < len(points)
 
 
 def _without_samples(

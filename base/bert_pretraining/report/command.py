@@ -12,8 +12,8 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.report import compare, figures, summary
 from bert_pretraining.report.page import DrawnPicture, page
-from bert_pretraining.report.panels import View
 from bert_pretraining.report.style import DARK, LIGHT
+from bert_pretraining.report.view import View
 from bert_pretraining.submission.rulesets import DEFAULT_RULESET
 
 PAGE_NAME = "report.html"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from bert_pretraining.errors import UserError
 from bert_pretraining.report import curves, panels
 from bert_pretraining.report.curves import SAMPLES, SECONDS
-from bert_pretraining.report.panels import View
 from bert_pretraining.report.style import DOTS_PER_INCH, FIGURE_INCHES, Theme, settings
+from bert_pretraining.report.view import View, close_up_from
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def _to_target(view: View) -> list[Picture]:
     """Nothing for a single run that no reference holds for: it would be by itself."""
     if len(view.runs) == 1 and not view.drawn_references:
         return []
-    close = [panels.near_target] if panels.close_up_from(view) is not None else []
+    close = [panels.near_target] if close_up_from(view) is not None else []
     height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), MAX_ROWS))
     caption = "The end of the way, and how many sequences each run took."
     if view.drawn_references:

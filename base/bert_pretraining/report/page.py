@@ -12,8 +12,8 @@ from bert_pretraining import __version__
 from bert_pretraining.logs.runs import Run
 from bert_pretraining.report import summary
 from bert_pretraining.report.figures import Picture
-from bert_pretraining.report.panels import View
 from bert_pretraining.report.style import DARK, LIGHT
+from bert_pretraining.report.view import View
 
 # A reader of a page that came by mail need not trust it: it may load nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -81,4 +81,5 @@ def settings(theme: Theme) -> dict[str, object]:
         "legend.frameon": False,
         "legend.fontsize": 10.5,
         "lines.solid_capstyle": "round",
+        "text.parse_math": False,  # names of runs may have dollar signs
     }

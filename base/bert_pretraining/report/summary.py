@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bert_pretraining.logs.runs import Run
 from bert_pretraining.report.compare import Reference, Series, outcome
-from bert_pretraining.report.panels import View, duration
+from bert_pretraining.report.view import View, duration
 
 COLUMNS = (
     "Run", "Outcome", "Batch", "Seed", "Sequences", "Time", "MLM accuracy", "Loss", "Sequences/s",
