@@ -171,6 +171,16 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def test_throughput_of_unequal_machines_is_logarithmic(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / f"run-{seed}", seed) for seed in (1, 2)]
+    for ratio, scale in ((1, "linear"), (100, "log")):
+        text = (paths[1] / "perflog.txt").read_text().replace('"seq/s": ', f'"seq/s": {ratio}')
+        (paths[1] / "perflog.txt").write_text(text)
+        view = view_of(*paths)
+        figure = figures.figure(figures.pictures(view)[-1], view, LIGHT)
+        assert figure.axes[-1].get_yscale() == scale
+
+
 def test_odd_names_and_training_losses_alone_are_drawn(tmp_path: Path) -> None:
     paths = []
     for seed, name in enumerate(("_hidden", "costs $5 $\\frac$", "long" * 30), 1):

@@ -50,11 +50,9 @@ class SeriesStyle:
 
     def line(self, axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
         """One run's curve, points marked: thin where a median is drawn over it."""
-        many = self.series.has_median
-        label = f"{self.label}: each of {len(self.series.runs)} runs"
         mark = MARKERS[self.number % len(MARKERS)] if len(x) <= MAX_MARKED_POINTS else ""
-        if many:
-            look = {"linewidth": 1.1, "alpha": 0.5, "markersize": 2.2, "label": label}
+        if self.series.has_median:
+            look = {"linewidth": 1.1, "alpha": 0.5, "markersize": 2.2}
         else:
             look = {"linewidth": 2.0, "markersize": 4.5, "label": self.label}
         axes.plot(x, y, **self.look, marker=mark, **look)
@@ -91,14 +89,19 @@ def draw_curves(
                 style.line(axes, curve.x / divisor, curve.y)
         if style.series.has_median:
             middle = curves.median(drawn, finished_count)
-            label = f"{style.label}: median"
+            label = f"{style.label}: {len(drawn)} runs (thin), median (wide)"
             wide = {"linewidth": 3.0, "zorder": 3.5}
             axes.plot(middle.x / divisor, middle.y, **style.look, **wide, label=label)
 
 
+def shows_batches(view: View) -> bool:
+    """Whether training batches are drawn behind evaluations: only behind few."""
+    return len(view.runs) <= MAX_RUNS_WITH_TRAINING
+
+
 def draw_batches(axes: Axes, view: View, theme: Theme, across: str, figure: str) -> None:
     """Training batches behind the evaluations, where few runs are drawn."""
-    if len(view.runs) > MAX_RUNS_WITH_TRAINING:
+    if not shows_batches(view):
         return
     for style in styles(view, theme):
         for run in style.series.runs:
@@ -115,6 +118,7 @@ def draw_target_points(axes: Axes, view: View, theme: Theme, across: str) -> Non
     """A ring where a run met its target; of many runs, the names of those that did not."""
     divisor = view.scale(across).divisor
     missed = [run for run in view.runs if run.target_point is None and run.evaluations]
+    names_fit = len(view.series) == 1 and len(missed) <= MAX_NAMED_MISSES
     for style in styles(view, theme):
         for run in style.series.runs:
             point = run.target_point or (run.evaluations[-1] if run.evaluations else None)
@@ -124,8 +128,16 @@ def draw_target_points(axes: Axes, view: View, theme: Theme, across: str) -> Non
             if run.target_point is not None:
                 size = 6 if style.series.has_median else 8
                 ring = {"markerfacecolor": theme.background, "markeredgecolor": style.color}
-                axes.plot(*place, "o", markersize=size, markeredgewidth=1.8, zorder=4, **ring)
-            elif style.series.has_median and len(missed) <= MAX_NAMED_MISSES:
+                axes.plot(
+                    *place,
+                    "o",
+                    markersize=size,
+                    markeredgewidth=1.8,
+                    zorder=4,
+                    clip_on=False,
+                    **ring,
+                )
+            elif style.series.has_median and names_fit:
                 axes.annotate(
                     shortened(run.name), place, xytext=(0, -13), textcoords="offset points",
                     ha="right", fontsize=9, color=style.color,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from bert_pretraining.errors import UserError
 from bert_pretraining.report import curves, panels
 from bert_pretraining.report.curves import SAMPLES, SECONDS
+from bert_pretraining.report.panels import MAX_NAMED_ROWS
 from bert_pretraining.report.style import DOTS_PER_INCH, FIGURE_INCHES, Theme, settings
 from bert_pretraining.report.view import View, close_up_from
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW_INCHES = 0.26  # a run's bar
-MAX_ROWS = 60  # more share the height
+ROW_INCHES = 0.26  # a run's bar, as long as it has a name
 LEGEND_CHARACTERS = 136  # a line of the legend
 LEGEND_GAP_CHARACTERS = 8  # line and space beside each entry
 LEGEND_LINE_INCHES = 0.23
@@ -90,7 +90,7 @@ def _to_target(view: View) -> list[Picture]:
     if len(view.runs) == 1 and not view.drawn_references:
         return []
     close = [panels.near_target] if close_up_from(view) is not None else []
-    height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), MAX_ROWS))
+    height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), MAX_NAMED_ROWS))
     caption = "The end of the way, and how many sequences each run took."
     if view.drawn_references:
         caption += " Band and line: the reference's mean, one standard deviation either way."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bert_pretraining.logs.runs import Run
 from bert_pretraining.report import curves, drawing
 from bert_pretraining.report.curves import SAMPLES, Curve, Scale
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_NAMED_ROWS = 30
 MIN_ROWS = 5  # a single run's bar is no wall
+LINEAR_RATIO = 20
 ACCURACY = "MLM accuracy"
 
 
@@ -28,10 +31,25 @@ def accuracy(axes: Axes, view: View, theme: Theme, across: str) -> None:
     drawing.draw_target_points(axes, view, theme, across)
     axes.set_title("MLM accuracy by " + ("sequences" if across == SAMPLES else "time"))
     axes.set_ylabel(ACCURACY)
+    axes.set_ylim(_accuracy_limits(view))  # the same in both panels, to be read across
     if across == SAMPLES:
         drawing.draw_references(axes, view, theme)
         drawing.say_why_no_reference(axes, view, theme)
     drawing.from_zero(axes, view, across)
+
+
+def _accuracy_limits(view: View) -> tuple[float, float]:
+    values = [point.accuracy for run in view.runs for point in run.evaluations] + view.targets
+    if drawing.shows_batches(view):
+        values += [
+            point.mlm_accuracy
+            for run in view.runs
+            for point in run.training
+            if point.mlm_accuracy is not None
+        ]
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def loss(axes: Axes, view: View, theme: Theme, across: str) -> None:
@@ -64,20 +82,28 @@ def learning_rate(axes: Axes, view: View, theme: Theme) -> None:
     drawing.draw_curves(axes, view, theme, SAMPLES, rate, finished_count=False)
     axes.set_title("Learning rate")
     axes.set_ylabel(f"Learning rate{label}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     drawing.from_zero(axes, view, SAMPLES)
 
 
 def throughput(axes: Axes, view: View, theme: Theme, across: str) -> None:
-    """Sequences a second; from zero, so that heights can be compared."""
-    drawing.draw_curves(
-        axes, view, theme, across, lambda run: curves.throughput(run, across)[0], False
-    )
-    logged = any(curves.throughput(run, across)[1] for run in view.runs)
-    axes.set_title("Throughput" + ("" if logged else ", evaluations included"))
+    """Sequences a second, from zero, so that heights can be compared.
+
+    Logarithmic where runs differ so much that the slow ones would lie on the axis.
+    """
+    found = {run: curves.throughput(run, across) for run in view.runs}
+    drawing.draw_curves(axes, view, theme, across, lambda run: found[run][0], finished_count=False)
+    typical = [float(np.median(curve.y)) for curve, _ in found.values() if len(curve)]
+    scale = ""
+    if max(typical) > LINEAR_RATIO * min(typical) > 0:
+        scale = ", logarithmic"
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+    logged = any(in_log for _, in_log in found.values())
+    axes.set_title("Throughput" + ("" if logged else ", evaluations included") + scale)
     axes.set_ylabel("Sequences per second")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylim(bottom=0)
     drawing.from_zero(axes, view, across)
 
 

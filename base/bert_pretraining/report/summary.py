@@ -73,7 +73,8 @@ def _of_series(series: Series, view: View) -> str:
         part = f"{len(points)} of {len(series.runs)} runs reached the target"
         samples = [point.samples for point in points if point.samples is not None]
         if samples:
-            part += f", after {min(samples):,} to {max(samples):,} sequences"
+            low, high = min(samples), max(samples)
+            part += f", after {low:,} " + (f"to {high:,} " if high > low else "") + "sequences"
         parts.append(part)
     mean = series.mean_samples
     if mean is not None and len(series.runs) > 1:
