@@ -134,7 +134,7 @@ def test_folders_of_runs_and_names(tmp_path: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             write(place / f"result_{number}.txt", mllog_line("run_start", None, 1))
     names = [run.name for run in load_runs([tmp_path / "a" / "bert", tmp_path])]
-    assert names == ["a/bert/result_2", "a/bert/result_10", "b/bert/result_2", "b/bert/result_10"]
+    assert names == ["a/result_2", "a/result_10", "b/result_2", "b/result_10"]
     write_run(tmp_path / "output" / "run-2", 1)
     write_run(tmp_path / "output" / "run-10", 2)
     runs = load_runs([tmp_path / "output", tmp_path / "output" / "run-2"])

@@ -70,12 +70,23 @@ def _natural(path: Path) -> list[object]:
 
 
 def _distinct_names(places: list[Path]) -> list[str]:
-    """Each place by as many of its last parts as make all names differ."""
+    """Each place by as many of its last parts as make all names differ.
+
+    Of those, parts that all places share are left out, but for the last.
+    """
     parts = [(*place.resolve().parent.parts, place.resolve().stem) for place in places]
     for count in range(1, max(map(len, parts), default=1)):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
+        tails = [each[-count:] for each in parts]
+        if len(set(tails)) == len(tails):
+            shared = [len(set(column)) == 1 for column in zip(*tails, strict=False)]
+            return [
+                "/".join(
+                    part
+                    for index, part in enumerate(tail)
+                    if index == len(tail) - 1 or not shared[index]
+                )
+                for tail in tails
+            ]
     return [str(place) for place in places]
 
 

@@ -145,7 +145,7 @@ def rows(axes: Axes, view: View, theme: Theme) -> None:
     place = {run: row for row, run in enumerate(view.runs)}
     for style in drawing.styles(view, theme):
         for run in style.series.runs:
-            _bar(axes, run, place[run], style, scale, limit if named else 0.0)
+            _bar(axes, run, place[run], style, scale, named)
         mean = style.series.mean_samples
         if style.series.has_median and mean is not None:
             whose = f"{style.label}: " if len(view.series) > 1 else ""
@@ -175,24 +175,20 @@ def rows(axes: Axes, view: View, theme: Theme) -> None:
     axes.set_title("Sequences to the target")
 
 
-def _bar(axes: Axes, run: Run, row: int, style: SeriesStyle, scale: Scale, limit: float) -> None:
-    """One run's bar; limit: the axis' end in samples, 0 for no words on the bar."""
-    theme, point = style.theme, run.target_point
-    samples = (point.samples if point else run.train_samples) or 0
+def _bar(axes: Axes, run: Run, row: int, style: SeriesStyle, scale: Scale, named: bool) -> None:
+    """One run's bar and, beside the axes, what it took."""
+    point = run.target_point
+    samples = point.samples if point else run.train_samples
     look = {"color": style.color} if point else {"facecolor": "none", "hatch": "////"}
-    width = samples / scale.divisor
+    width = (samples or 0) / scale.divisor
     axes.barh(row, width, 0.66, edgecolor=style.color, linewidth=1.2, **look)
-    if not limit:
+    if not named:
         return
-    text = f"{samples:,}"
-    if point and point.seconds is not None:
-        text += f" in {duration(point.seconds)}"
-    elif not point:
+    text = "-" if samples is None else f"{samples:,}"
+    if point is None:
         best = max((each.accuracy for each in run.evaluations), default=None)
-        text += ", not reached" + (f" (best {best:.4f})" if best is not None else "")
-    inside = point is not None and samples > 0.45 * limit
-    place = limit * 0.012 / scale.divisor + (0 if inside or samples > 0.45 * limit else width)
-    box = None if inside else {"facecolor": theme.background, "edgecolor": "none", "pad": 1.5}
-    color = theme.background if inside else theme.text
-    size = 9.5 if len(style.series.runs) < 16 else 7.5
-    axes.text(place, row, text, color=color, fontsize=size, va="center", bbox=box, zorder=5)
+        text += ", not reached" if best is None else f", best {best:.4f}"
+    elif point.seconds is not None:
+        text += f" in {duration(point.seconds)}"
+    place = axes.get_yaxis_transform()
+    axes.text(1.015, row, text, transform=place, va="center", fontsize=9.5)
