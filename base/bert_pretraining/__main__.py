@@ -41,6 +41,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
+  submission check      a submission before it is handed in: exit code 0 if it passes, else 1
   submission rcp        samples that a global batch size must take to pass
   version           the package's version
 

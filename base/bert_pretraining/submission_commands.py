@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from bert_pretraining import config
+from bert_pretraining.errors import UserError
 from bert_pretraining.submission.rulesets import DEFAULT_RULESET, RUNS
 
 
@@ -68,4 +70,28 @@ def rcp(arguments: list[str]) -> None:
         print(f"  a mean of {values.mean_samples:,.0f}      {verdict}{factor}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"rcp": rcp}
+def check(arguments: list[str]) -> int:
+    """`submission check ORG`: 0 for a submission that passes, else 1."""
+    parser = _parser("check", "MLPerf's checkers and what they miss, on the directory ORG.")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    _add_ruleset(parser)
+    folder, rest = _first_argument(arguments, "check", "the submission's directory: check ORG")
+    values = parser.parse(rest)
+
+    from bert_pretraining.submission.check import check as check_submission
+
+    report = check_submission(Path(folder), values.ruleset)
+    print(json.dumps(report.to_json(), indent=2) if values.json else report.describe())
+    return 0 if report.passed else 1
+
+
+def _first_argument(arguments: list[str], command: str, what: str) -> tuple[str, list[str]]:
+    """The argument that stands before the flags, and the rest; --help may stand alone."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        return "", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"submission {command} takes {what} [flags]")
+    return arguments[0], arguments[1:]
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"rcp": rcp, "check": check}
