@@ -56,7 +56,7 @@ def vary(events: list[dict], run: int) -> list[dict]:
                 event["metadata"]["epoch_num"] += 150_000
         events[block_stop:block_stop] = again
     duration = events[-1]["time_ms"] - events[0]["time_ms"]
-    delay = (length if EVALUATIONS[run] == 17 else 0) * 1
+    delay = length * (EVALUATIONS[run] - 16)
     after = next(i for i, event in enumerate(events) if event["key"] == "block_stop")
     for index, event in enumerate(events):
         event["time_ms"] += run * (duration + 2 * length + GAP_MS)

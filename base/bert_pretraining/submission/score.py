@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bert_pretraining.submission.rcp import ConvergencePoint, convergence_point
@@ -27,10 +28,11 @@ class RunFigures:
 class Score:
     """What a series of one system is worth.
 
-    minutes: the score; None where too few runs converged.
-    mean_minutes: before scaling. scale_factor: 1 in the open division.
+    minutes: the score; None where too few runs converged, and `fault` says so.
+    mean_minutes: before scaling. scale_factor: 1 outside the closed division, and where the
+        RCP test fails.
     mean_samples: of the runs that count in the RCP test.
-    fault: why there is no score, None if there is one.
+    counted: the logs whose times the mean is of.
     """
 
     minutes: float | None
@@ -38,6 +40,7 @@ class Score:
     scale_factor: float
     mean_samples: float | None
     point: ConvergencePoint | None
+    counted: tuple[str, ...]
     fault: str | None
 
 
@@ -46,7 +49,7 @@ def run_figures(log: ResultLog) -> RunFigures:
     seed = number(log.value("seed"))
     evaluations = log.evaluations
     return RunFigures(
-        log=log.name,
+        log=log.label,
         seed=None if seed is None else int(seed),
         status=log.status or "no run_stop",
         minutes=_minutes(log, "run_start", "run_stop"),
@@ -57,46 +60,66 @@ def run_figures(log: ResultLog) -> RunFigures:
     )
 
 
-def mean_samples(logs: list[ResultLog]) -> float | None:
+def mean_samples(logs: Sequence[ResultLog]) -> float | None:
     """Mean of the samples to the target, fewest and most left out.
 
     As MLPerf's rcp_checker counts: a run that did not converge took infinitely many, so
     one such run is left out as the slowest. None for more of them, or fewer than 3 runs.
     """
-    samples = sorted(
-        log.evaluations[-1][1] for log in logs if log.status == "success" and log.evaluations
-    )
-    return _olympic_mean(samples, len(logs))
+    samples = [
+        (log.evaluations[-1][1], log.label)
+        for log in logs
+        if log.status == "success" and log.evaluations
+    ]
+    return _mean(_counted(samples, len(logs)))
 
 
-def score(logs: list[ResultLog], ruleset: str) -> Score:
+def score(logs: Sequence[ResultLog], ruleset: str) -> Score:
     """The score of one system's logs under a ruleset."""
-    converged = [log for log in logs if log.status == "success"]
-    times = [_minutes(log, "run_start", "run_stop") for log in converged]
-    minutes = _olympic_mean(sorted(time for time in times if time is not None), len(logs))
-    samples, point, factor = mean_samples(logs), None, 1.0
+    times = [
+        (minutes, log.label)
+        for log in logs
+        if log.status == "success"
+        and (minutes := _minutes(log, "run_start", "run_stop")) is not None
+    ]
+    counted = _counted(times, len(logs))
+    minutes, samples, point = _mean(counted), mean_samples(logs), None
     sizes = {log.global_batch_size for log in logs}
     if {log.value("submission_division") for log in logs} == {"closed"} and len(sizes) == 1:
         size = sizes.pop()
         point = None if size is None else convergence_point(size, ruleset)
-    if point is not None and samples is not None and point.passes(samples):
-        factor = point.scale_factor(samples)
+    passes = point is not None and samples is not None and point.passes(samples, len(logs))
+    factor = point.scale_factor(samples) if passes else 1.0
     fault = None
     if minutes is None:
         fault = (
-            f"{len(converged)} of {len(logs)} runs converged; a score needs 3 runs at least, "
-            "and all but one must converge"
+            f"{len(times)} of {len(logs)} runs converged; a score is of 3 runs at least, and "
+            "all but one must converge"
         )
-    return Score(minutes and minutes * factor, minutes, factor, samples, point, fault)
+    return Score(
+        minutes=None if minutes is None else minutes * factor,
+        mean_minutes=minutes,
+        scale_factor=factor,
+        mean_samples=samples,
+        point=point,
+        counted=tuple(label for _, label in counted),
+        fault=fault,
+    )
 
 
-def _olympic_mean(values: list[float], runs: int) -> float | None:
-    """Mean of sorted `values` of converged runs without the first and the last of all `runs`."""
+def _counted(values: list[tuple[float, str]], runs: int) -> list[tuple[float, str]]:
+    """Of `runs` runs, those that count: all but the least and the greatest.
+
+    values: of the converged runs; one that is missing was the greatest.
+    """
     lost = runs - len(values)
-    counted = values[1 : len(values) - (0 if lost else 1)]
-    if lost > 1 or runs <= DROPPED_RUNS or not counted:
-        return None
-    return sum(counted) / len(counted)
+    if lost > 1 or runs <= DROPPED_RUNS:
+        return []
+    return sorted(values)[1 : runs - 1]
+
+
+def _mean(values: list[tuple[float, str]]) -> float | None:
+    return sum(value for value, _ in values) / len(values) if values else None
 
 
 def _minutes(log: ResultLog, start: str, stop: str) -> float | None:

@@ -55,6 +55,12 @@ class ResultLog:
         return self.path.name
 
     @property
+    def label(self) -> str:
+        """What tells this log from the others of a series: its name, or where it lies."""
+        own = RESULT_NAME.fullmatch(self.name)
+        return self.name if own else "/".join(self.path.parts[-3:])
+
+    @property
     def status(self) -> str | None:
         """What the last `run_stop` says: "success", "aborted"; None without one."""
         stop = self.last("run_stop")
