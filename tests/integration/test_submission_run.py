@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from bert_pretraining.submission.series import find_log, load_series
 from bert_pretraining.submission.tree import read_result
-from helpers import command
+from helpers import ROOT, command
 
 
 def test_two_short_runs_become_a_tree(mini_data: Path, tmp_path: Path) -> None:
@@ -48,3 +53,30 @@ def test_two_short_runs_become_a_tree(mini_data: Path, tmp_path: Path) -> None:
     assert ("bert", "2 logs result_*.txt, not 10") in found
     assert ("result_0.txt", "cache_clear is False") in found
     assert ("result_1.txt", "eval_samples is 1114") in found
+
+
+def test_sigterm_ends_the_run_and_the_series(mini_data: Path, tmp_path: Path) -> None:
+    command_line = (
+        f"-m bert_pretraining submission run --runs 2 --output_dir {tmp_path}/series --drop_caches "
+        f"never -- --name mini --config CPUx1x1 --data_dir {mini_data} --max_steps 100000 "
+        "--target_mlm_accuracy 1.0 --submission_org ACME"
+    )
+    process = subprocess.Popen(
+        [sys.executable, *command_line.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(1200):
+            log = find_log(tmp_path / "series" / "run_00")
+            if log is not None and "eval_accuracy" in log.read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    (run,) = load_series(tmp_path / "series").runs
+    assert run.outcome == "ended from outside"
+    assert read_result(log).status != "success"

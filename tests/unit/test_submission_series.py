@@ -111,6 +111,15 @@ def test_a_run_that_refuses_its_input_is_no_run(
     assert [run.outcome for run in start(tmp_path).runs] == ["converged"] * 3
 
 
+def test_a_command_that_never_ran_may_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher(monkeypatch, [2, 0, 0])
+    with pytest.raises(UserError, match="no data directory"):
+        start(tmp_path)
+    assert run_series(tmp_path, ("--name", "other"), 2, "never", False, print).complete
+
+
 def test_another_command_is_another_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher(monkeypatch, [0, 0, 0])
     start(tmp_path)

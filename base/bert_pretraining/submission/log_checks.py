@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from bert_pretraining.logs.reader import Event
@@ -158,22 +157,32 @@ def _evaluation_schedule(log: ResultLog) -> Iterator[Finding]:
         return
     interval, due = evaluation_interval(size), 1
     evaluations = [entry for entry in log.evaluations if entry[1] > 0]
+    given_up = evaluations[-1][0] if evaluations and log.status != "success" else None
+    off: list[tuple[Event, float]] = []
+    missed: list[tuple[Event, int]] = []
     for event, samples, _ in evaluations:
         tolerance = min(2 * size + 0.002 * samples, 0.45 * interval)
         nearest = max(1, round(samples / interval))
-        if abs(samples - nearest * interval) > tolerance or nearest < due:
-            if log.status != "success" and event is evaluations[-1][0]:
-                continue  # the last one of a run that was given up
-            expected = math.ceil(nearest * interval / size) * size
-            yield _at(
-                log, event,
-                f"evaluated after {samples:,.0f} samples, off the schedule: every {interval:,} "
-                f"samples at global batch size {size:,}, so after {expected:,}",
-            )  # fmt: skip
-            continue
-        for missed in range(due, nearest):
-            yield _at(log, event, f"no evaluation near {missed * interval:,} samples before this")
-        due = nearest + 1
+        if abs(samples - nearest * interval) <= tolerance and nearest >= due:
+            missed += [(event, multiple * interval) for multiple in range(due, nearest)]
+            due = nearest + 1
+        elif event is not given_up:
+            off.append((event, samples))
+    for event, samples in off[:1]:
+        yield _at(
+            log, event,
+            f"evaluated after {samples:,.0f} samples, off the schedule: every {interval:,} "
+            f"samples at global batch size {size:,}{_more(len(off))}",
+        )  # fmt: skip
+    for event, samples in missed[:1]:
+        yield _at(
+            log, event,
+            f"no evaluation near {samples:,} samples before this{_more(len(missed))}",
+        )  # fmt: skip
+
+
+def _more(count: int) -> str:
+    return "" if count == 1 else f" (and {count - 1} more such)"
 
 
 def _samples(log: ResultLog) -> Iterator[Finding]:

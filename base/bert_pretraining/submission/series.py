@@ -23,7 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining import seeds
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_USAGE, UserError
+from bert_pretraining.errors import (
+    EXIT_CONVERGED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_CONVERGED,
+    EXIT_USAGE,
+    UserError,
+)
 from bert_pretraining.submission.score import RunFigures, run_figures
 from bert_pretraining.submission.system import describe_machine
 from bert_pretraining.submission.tree import ResultLog, read_result
@@ -34,6 +40,12 @@ TERMINAL_FILE, LOG_NAME = "terminal.txt", "mllog.txt"
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 # The trainer logs it as MLPerf's cache_clear.
 CACHES_DROPPED_VARIABLE = "BERT_PRETRAINING_CACHES_DROPPED"
+# The launcher's exit code -> this command's: the series ends with a run that was interrupted.
+ENDED_FROM_OUTSIDE = {
+    EXIT_INTERRUPTED: EXIT_INTERRUPTED,
+    128 + signal.SIGTERM: 128 + signal.SIGTERM,
+    -signal.SIGTERM: 128 + signal.SIGTERM,
+}
 OUTCOMES = {EXIT_CONVERGED: "converged", EXIT_NOT_CONVERGED: "not converged"}
 
 
@@ -158,7 +170,8 @@ def drop_page_caches(mode: str) -> tuple[bool, str]:
 def _resume(
     directory: Path, flags: tuple[str, ...], number_of_runs: int, say: Callable[[str], None]
 ) -> Series:
-    if not (directory / STATE_FILE).exists():
+    # A series without a run is only a command that was refused.
+    if not (directory / STATE_FILE).exists() or not load_series(directory).runs:
         series = Series(flags, number_of_runs)
         write_json(directory / SYSTEM_FILE, describe_machine())
         _save(directory, series)
@@ -169,12 +182,11 @@ def _resume(
             f"{directory} holds a series of {series.number_of_runs} runs of '"
             f"{shlex.join(series.flags)}'; go on with those, or pass another --output_dir"
         )
-    if series.runs:
-        kept = f"{len(series.runs)} of {number_of_runs} runs are there"
-        lost = [run.folder for run in series.runs if run.exit_code is None]
-        if lost:
-            kept += f"; {', '.join(lost)} was ended from outside, and counts as a failed run"
-        say(kept)
+    kept = f"{len(series.runs)} of {number_of_runs} runs are there"
+    lost = [run.folder for run in series.runs if run.exit_code is None]
+    if lost:
+        kept += f"; {', '.join(lost)} was ended from outside, and counts as a failed run"
+    say(kept)
     return series
 
 
@@ -225,8 +237,8 @@ def _launch(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: 
             # The terminal sent it to the launcher too, which ends its ranks in order.
             process.wait()
             raise
-    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        raise SystemExit(128 + signal.SIGTERM)
+    if code in ENDED_FROM_OUTSIDE:
+        raise SystemExit(ENDED_FROM_OUTSIDE[code])
     return code
 
 
