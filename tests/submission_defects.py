@@ -65,6 +65,26 @@ def copied_log_with_another_seed_and_clock(root: Path) -> tuple[Path, int | None
     return log(root, 9), line, "to the last digit those of result_2.txt"
 
 
+def copied_system(root: Path) -> tuple[Path, int | None, str]:
+    other = root / "results" / "another" / "bert"
+    shutil.copytree(log(root, 0).parent, other)
+    shutil.copyfile(description(root), root / "systems" / "another.json")
+    return other / "result_4.txt", None, f"the same bytes as {log(root, 4)}"
+
+
+def token_without_a_space(root: Path) -> tuple[Path, int | None, str]:
+    lines = log(root, 4).read_text().splitlines(keepends=True)
+    lines[20] = lines[20].replace(":::MLLOG {", ":::MLLOG{")
+    log(root, 4).write_text("".join(lines))
+    return log(root, 4), 21, "without a space after it"
+
+
+def configuration_in_the_log(root: Path) -> tuple[Path, int | None, str]:
+    set_value(root, 4, "max_predictions_per_seq", "global_batch_size=512")
+    line = line_of(log(root, 4), "max_predictions_per_seq")
+    return log(root, 4), line, "contains 'global_batch_size': the RCP checker takes the line"
+
+
 def another_batch_size(root: Path) -> tuple[Path, int | None, str]:
     set_value(root, 3, "global_batch_size", 512)
     line = line_of(log(root, 3), "global_batch_size")
@@ -280,6 +300,7 @@ def stale_scaling(root: Path) -> tuple[Path, int | None, str]:
 
 
 DEFECTS = [
+    copied_system, token_without_a_space, configuration_in_the_log,
     copied_log, copied_log_with_another_seed, copied_log_with_another_seed_and_clock,
     another_batch_size, another_learning_rate, another_platform, open_in_the_description,
     another_organization, another_status, aborted_after_success, success_below_the_target,

@@ -12,7 +12,7 @@ from bert_pretraining.submission.log_checks import check_log
 from bert_pretraining.submission.official import Verdict
 from bert_pretraining.submission.rulesets import DEFAULT_RULESET, mlperf_directory, require_ruleset
 from bert_pretraining.submission.score import score
-from bert_pretraining.submission.series_checks import check_series
+from bert_pretraining.submission.series_checks import check_copies, check_series
 from bert_pretraining.submission.system_checks import (
     check_description,
     check_folder,
@@ -20,7 +20,7 @@ from bert_pretraining.submission.system_checks import (
     check_tree,
     read_logs,
 )
-from bert_pretraining.submission.tree import System, systems
+from bert_pretraining.submission.tree import ResultLog, System, systems
 
 OWN = "own checks"
 
@@ -102,8 +102,10 @@ def own_findings(
 ) -> tuple[list[Finding], set[Path]]:
     """What no tool of MLPerf's looks at, and the logs of tolerated unconverged runs."""
     findings, failed = [*check_tree(folder, found)], set()
+    everything: list[ResultLog] = []
     for system in found:
         logs, unreadable = read_logs(system)
+        everything += logs
         findings += [*unreadable, *check_folder(system)]
         for log in logs:
             findings += check_log(log, ruleset)
@@ -112,6 +114,7 @@ def own_findings(
         findings += check_scaling(system, score(logs, ruleset).scale_factor)
         unconverged = {log.path for log in logs if log.status != "success"}
         failed |= unconverged if len(unconverged) == 1 else set()
+    findings += check_copies(everything)
     return findings, failed
 
 

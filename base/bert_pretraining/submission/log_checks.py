@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 
-from bert_pretraining.logs.reader import Event
+from bert_pretraining.logs.reader import MLLOG_TOKEN, Event
 from bert_pretraining.state import evaluation_interval
 from bert_pretraining.submission.findings import Finding, warning
 from bert_pretraining.submission.rulesets import TARGET_MLM_ACCURACY
@@ -12,6 +14,9 @@ from bert_pretraining.submission.tree import BENCHMARK, ResultLog, number
 
 EVAL_SAMPLES = 10_000
 STATUSES = ("success", "aborted")
+# rcp_checker.py reads a line for these when the word stands anywhere in it.
+RCP_WORDS = ("global_batch_size", "submission_benchmark", "eval_accuracy", "eval_error")
+TOKEN_WITHOUT_SPACE = re.compile(rf"{MLLOG_TOKEN.strip()}(?! )")
 ONCE = ("init_stop", "run_start", "run_stop")
 GREATEST_INIT_TO_RUN_MS = 60_000
 
@@ -21,9 +26,9 @@ def check_log(log: ResultLog, ruleset: str) -> list[Finding]:
     if not log.events and not log.faults:
         return [Finding(log.path, None, "holds no :::MLLOG line: not a run's log")]
     checks: list[Callable[[ResultLog], Iterator[Finding]]] = [
-        _lines, _one_run, _benchmark, _cache_clear, _times, _accuracies, _status, _seeds
+        _lines, _mistaken, _one_run, _benchmark, _cache_clear, _times, _accuracies, _status, _seeds
     ]  # fmt: skip
-    if log.value("submission_division") == "closed":
+    if log.division == "closed":
         checks += [_target, _evaluation_schedule, _samples]
     found = [finding for check in checks for finding in check(log)]
     found += _init_time(log, ruleset)
@@ -37,6 +42,24 @@ def _at(log: ResultLog, event: Event, what: str) -> Finding:
 def _lines(log: ResultLog) -> Iterator[Finding]:
     for fault in log.faults:
         yield Finding(log.path, fault.line, fault.what)
+
+
+def _mistaken(log: ResultLog) -> Iterator[Finding]:
+    """Lines that MLPerf's tools skip, or take for something else."""
+    text = log.path.read_text(encoding="utf-8", errors="replace")
+    for line, content in enumerate(text.split("\n"), 1):
+        if TOKEN_WITHOUT_SPACE.search(content):
+            yield Finding(
+                log.path, line, "':::MLLOG' without a space after it: the line is skipped"
+            )
+    for event in log.events:
+        record = json.dumps([event.key, event.value, event.metadata])
+        for word in RCP_WORDS:
+            if word in record and event.key != word:
+                yield _at(
+                    log, event,
+                    f"'{event.key}' contains '{word}': the RCP checker takes the line for that",
+                )  # fmt: skip
 
 
 def _one_run(log: ResultLog) -> Iterator[Finding]:
@@ -159,12 +182,13 @@ def _evaluation_schedule(log: ResultLog) -> Iterator[Finding]:
     evaluations = [entry for entry in log.evaluations if entry[1] > 0]
     given_up = evaluations[-1][0] if evaluations and log.status != "success" else None
     off: list[tuple[Event, float]] = []
-    missed: list[tuple[Event, int]] = []
+    missed: list[tuple[Event, int, int]] = []  # before which, the first, how many
     for event, samples, _ in evaluations:
         tolerance = min(2 * size + 0.002 * samples, 0.45 * interval)
         nearest = max(1, round(samples / interval))
         if abs(samples - nearest * interval) <= tolerance and nearest >= due:
-            missed += [(event, multiple * interval) for multiple in range(due, nearest)]
+            if nearest > due:
+                missed.append((event, due * interval, nearest - due))
             due = nearest + 1
         elif event is not given_up:
             off.append((event, samples))
@@ -174,14 +198,13 @@ def _evaluation_schedule(log: ResultLog) -> Iterator[Finding]:
             f"evaluated after {samples:,.0f} samples, off the schedule: every {interval:,} "
             f"samples at global batch size {size:,}{_more(len(off))}",
         )  # fmt: skip
-    for event, samples in missed[:1]:
-        yield _at(
-            log, event,
-            f"no evaluation near {samples:,} samples before this{_more(len(missed))}",
-        )  # fmt: skip
+    for event, samples, _ in missed[:1]:
+        count = sum(count for *_, count in missed)
+        yield _at(log, event, f"no evaluation near {samples:,} samples before this{_more(count)}")
 
 
 def _more(count: int) -> str:
+    """Of `count` such things only the first is shown."""
     return "" if count == 1 else f" (and {count - 1} more such)"
 
 
@@ -205,14 +228,15 @@ def _samples(log: ResultLog) -> Iterator[Finding]:
 
 def _seeds(log: ResultLog) -> Iterator[Finding]:
     events, seen = log.all("seed"), {}
-    if not events and log.value("submission_division") == "closed":
+    if not events and log.division == "closed":
         yield Finding(log.path, None, "no seed: the closed division logs it")
     for event in events:
         value = number(event.value)
         if value is None or value != int(value):
             yield _at(log, event, f"the seed {event.value!r} is no whole number")
-        place = (event.metadata.get("file"), event.metadata.get("lineno"), event.value)
-        if None in place[:2]:
+        source = event.metadata.get("file"), event.metadata.get("lineno")
+        place = json.dumps([*source, event.value])
+        if None in source:
             yield _at(log, event, "the seed has no file and lineno in its metadata")
         elif place in seen:
             yield _at(log, event, f"seed {event.value} again, from the same place as in line "
@@ -224,7 +248,7 @@ def _init_time(log: ResultLog, ruleset: str) -> Iterator[Finding]:
     start, stop = log.first("init_start"), log.first("init_stop")
     if not (start and stop) or None in (start.time_ms, stop.time_ms):
         return
-    is_open = log.value("submission_division") == "open"
+    is_open = log.division == "open"
     allowed = 240 if is_open and ruleset not in ("1.0.0", "1.1.0") else 30
     minutes = (stop.time_ms - start.time_ms) / 60_000
     if minutes >= allowed:

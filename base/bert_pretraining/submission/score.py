@@ -85,7 +85,7 @@ def score(logs: Sequence[ResultLog], ruleset: str) -> Score:
     counted = _counted(times, len(logs))
     minutes, samples, point = _mean(counted), mean_samples(logs), None
     sizes = {log.global_batch_size for log in logs}
-    if {log.value("submission_division") for log in logs} == {"closed"} and len(sizes) == 1:
+    if {log.division for log in logs} == {"closed"} and len(sizes) == 1:
         size = sizes.pop()
         point = None if size is None else convergence_point(size, ruleset)
     passes = point is not None and samples is not None and point.passes(samples, len(logs))

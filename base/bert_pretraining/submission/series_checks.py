@@ -28,11 +28,39 @@ SHARED_KEYS = (
 def check_series(system: System, logs: list[ResultLog], ruleset: str) -> list[Finding]:
     """Every finding about the runs of one system together."""
     found = [*_number(system, logs), *_unconverged(system, logs)]
-    for check in (_copies, _shared_values, _seeds, _order):
+    for check in (_shared_values, _seeds, _order):
         found += check(logs)
-    if logs and logs[0].value("submission_division") == "closed":
+    if logs and logs[0].division == "closed":
         found += _convergence(system, logs, ruleset)
     return found
+
+
+def check_copies(logs: list[ResultLog]) -> Iterator[Finding]:
+    """One run handed in twice, in one system or in two; no tool of MLPerf's looks for it."""
+    copies = set()
+    for log, first in _repeats(logs, lambda log: hashlib.sha256(log.path.read_bytes()).digest()):
+        copies.add(log.path)
+        yield Finding(log.path, None, f"the same bytes as {_called(first, log)}")
+    logs = [log for log in logs if log.path not in copies]
+    for log, first in _repeats(logs, _clock):
+        copies.add(log.path)
+        yield Finding(
+            log.path, log.first("run_start").line,
+            f"run_start and run_stop are to the millisecond those of {_called(first, log)}: one "
+            "run twice",
+        )  # fmt: skip
+    logs = [log for log in logs if log.path not in copies]
+    for log, first in _repeats(logs, _curve):
+        yield Finding(
+            log.path, log.evaluations[0][0].line,
+            f"all {len(log.evaluations)} accuracies are to the last digit those of "
+            f"{_called(first, log)}: one run twice, under another time",
+        )  # fmt: skip
+
+
+def _called(log: ResultLog, beside: ResultLog) -> str:
+    """A log's name, or its path where that is in another directory."""
+    return log.name if log.path.parent == beside.path.parent else str(log.path)
 
 
 def _number(system: System, logs: list[ResultLog]) -> Iterator[Finding]:
@@ -59,27 +87,6 @@ def _unconverged(system: System, logs: list[ResultLog]) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield Finding(log.path, line, what + f"{len(failed)} did not, one is allowed")
-
-
-def _copies(logs: list[ResultLog]) -> Iterator[Finding]:
-    """No tool of MLPerf's looks for one run handed in twice."""
-    for log, first in _repeats(logs, lambda log: hashlib.sha256(log.path.read_bytes()).digest()):
-        yield Finding(log.path, None, f"the same bytes as {first.name}")
-    for log, first in _repeats(logs, _clock):
-        if log.path.read_bytes() == first.path.read_bytes():
-            continue
-        yield Finding(
-            log.path, log.first("run_start").line,
-            f"run_start and run_stop are to the millisecond those of {first.name}: one run twice",
-        )  # fmt: skip
-    for log, first in _repeats(logs, _curve):
-        if _clock(log) == _clock(first):
-            continue
-        yield Finding(
-            log.path, log.evaluations[0][0].line,
-            f"all {len(log.evaluations)} accuracies are to the last digit those of {first.name}: "
-            "one run twice, under another time",
-        )  # fmt: skip
 
 
 def _repeats(

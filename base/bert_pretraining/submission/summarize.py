@@ -132,11 +132,10 @@ def _logs(system: System) -> list[ResultLog]:
 
 
 def _summary(name: str, logs: list[ResultLog], ruleset: str) -> Summary:
-    division = logs[0].value("submission_division")
     return Summary(
         name=name,
         ruleset=ruleset,
-        division=division if isinstance(division, str) else None,
+        division=logs[0].division,
         global_batch_size=logs[0].global_batch_size,
         runs=[run_figures(log) for log in logs],
         score=score(logs, ruleset),

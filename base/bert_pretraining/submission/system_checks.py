@@ -135,7 +135,7 @@ def _against_logs(path: Path, text: str, content: dict, logs: list[ResultLog]) -
         differing = [
             (log, event)
             for log, event in events
-            if described not in (event.value, spelling.get(event.value, event.value))
+            if described not in (event.value, spelling.get(str(event.value), event.value))
         ]
         for log, event in differing:
             what = (

@@ -67,6 +67,11 @@ class ResultLog:
         return str(stop.metadata.get("status")) if stop else None
 
     @property
+    def division(self) -> str | None:
+        value = self.value("submission_division")
+        return value if isinstance(value, str) else None
+
+    @property
     def global_batch_size(self) -> int | None:
         size = number(self.value("global_batch_size"))
         return int(size) if size is not None and size >= 1 else None
