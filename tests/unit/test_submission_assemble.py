@@ -119,6 +119,28 @@ def test_logs_in_any_order_are_put_in_launch_order(
         assert copied.read_bytes() == log(sound, run).read_bytes()
 
 
+def test_a_configuration_from_outside_comes_along(
+    sound: Path, tmp_path: Path, machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.toml").write_text('train_batch_size = 7\ndata_dir = "nowhere"\n')
+    (tmp_path / "my.toml").write_text('extends = "base"\nmax_steps = 99\n')
+    flags = ["--config=my.toml", "--seed_of_nothing", "1", "--submission_org", "NVIDIA"]
+    runs = assembling.runs_of_logs([log(sound, 0)], flags)
+    made = assembling.assemble(runs, tmp_path / "out", SYSTEM, "pytorch", None)
+    code = made.folder / "benchmarks" / "bert" / "implementations" / "pytorch"
+    assert {path.name for path in (code / "configs" / "submission").iterdir()} == {
+        "my.toml",
+        "base.toml",
+    }
+    wanted = "--name submission --config my --seed_of_nothing 1 --submission_org NVIDIA"
+    assert wanted in (code / "run_and_time.sh").read_text()
+    (tmp_path / "base.toml").unlink()
+    with pytest.raises(UserError, match=r"--config base\.toml of the runs cannot be read"):
+        assembling.assemble(runs, tmp_path / "other", SYSTEM, "pytorch", None)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 def test_a_second_system_goes_beside_and_none_is_overwritten(series: Path, tmp_path: Path) -> None:
     runs = assembling.runs_of_series(series)
     first = assembling.assemble(runs, tmp_path, "one", "pytorch", None)

@@ -78,8 +78,9 @@ def assemble(
         fields: a JSON file of description fields that take the place of what was found.
 
     Raises:
-        UserError: no logs, logs that disagree on whose they are, a name that cannot be a
-            directory's, a system that is there already, or a field that does not exist.
+        UserError: no logs, logs that disagree on whose they are, a configuration that is
+            gone, a name that cannot be a directory's, a system that is there already, or a
+            field that does not exist.
     """
     _require_name("--system", system)
     _require_name("--implementation", implementation)

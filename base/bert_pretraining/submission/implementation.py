@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from bert_pretraining.config import tomllib
 from bert_pretraining.errors import UserError
 
 COPIED = (
@@ -52,6 +53,7 @@ exec "$PYTHON" -m bert_pretraining submission run --runs "${{RUNS:-1}}" \\
     --output_dir "${{OUTPUT_DIR:-output/submission}}" -- \\
     {flags} "$@"
 """
+OWN_CONFIGS = "submission"  # of configs/, for a configuration from outside
 README = """\
 # BERT pretraining: how these results were made
 
@@ -99,7 +101,7 @@ def write_implementation(folder: Path, flags: Sequence[str], runs: int) -> None:
             shutil.copytree(source, folder / name, ignore=_ignored)
         elif source.is_file():
             shutil.copyfile(source, folder / name)
-    words = shlex.join(flags)
+    words = shlex.join(_with_own_configuration(flags, folder / "configs" / OWN_CONFIGS))
     scripts = {
         "setup.sh": SETUP,
         "init_datasets.sh": INIT_DATASETS,
@@ -113,6 +115,39 @@ def write_implementation(folder: Path, flags: Sequence[str], runs: int) -> None:
     (folder / "README.md").write_text(
         README.format(flags=words, runs=runs) + project, encoding="utf-8"
     )
+
+
+def _with_own_configuration(flags: Sequence[str], folder: Path) -> list[str]:
+    """The flags; a TOML file that --config names goes to `folder`, and they name it there.
+
+    Raises UserError where there is no such file.
+    """
+    words = [part for flag in flags for part in _parts(flag)]
+    names = dict(zip(words, [*words[1:], ""], strict=True))
+    path = Path(names.get("--config", ""))
+    if path.suffix != ".toml":
+        return list(flags)
+    stem = path.stem
+    while path is not None:
+        try:
+            parent = tomllib.loads(path.read_text(encoding="utf-8")).get("extends")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--config {path} of the runs cannot be read ({error}); assemble in the directory "
+                "that they were started in"
+            ) from error
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.name)
+        path = path.parent / f"{parent}.toml" if parent else None
+    without = [index for index, word in enumerate(words) if word in ("--name", "--config")]
+    kept = [word for index, word in enumerate(words) if not {index, index - 1} & set(without)]
+    return ["--name", OWN_CONFIGS, "--config", stem, *kept]
+
+
+def _parts(flag: str) -> list[str]:
+    """--config=FILE as two words; all others as they are."""
+    name, sign, value = flag.partition("=")
+    return [name, value] if sign and name in ("--name", "--config") else [flag]
 
 
 def _ignored(_: str, names: list[str]) -> list[str]:

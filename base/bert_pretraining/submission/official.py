@@ -48,7 +48,7 @@ class _Answer:
 def compliance(systems: list[System], ruleset: str) -> Verdict:
     """The compliance checker on every log."""
     paths = [path for system in systems for path in system.result_paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = list(pool.map(lambda path: _run_compliance(path, ruleset), paths))
     passed = sum(answer.exit_code == 0 for answer in answers)
     findings = [

@@ -211,7 +211,7 @@ def _one_run(
     if exit_code == EXIT_USAGE and (figures is None or figures.evaluations == 0):
         # Nothing was trained: not a run.
         _save(directory, before)
-        raise UserError(_last_error(folder) or f"the run refused its input; see {folder}")
+        raise UserError(_last_error(folder) or "the run refused its input, as said above")
     run = dataclasses.replace(run, exit_code=exit_code, seconds=time.monotonic() - clock)
     series = dataclasses.replace(series, runs=(*series.runs[:-1], run))
     _save(directory, series)
