@@ -41,7 +41,11 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
+  submission run        run after run of one command, seeds drawn, resumable as a series
+  submission assemble   logs, machine and code to the tree ORG/
+  submission check      a submission before it is handed in: exit code 0 if it passes, else 1
   submission rcp        samples that a global batch size must take to pass
+  submission summarize  scored time and a table of the runs
   report            pictures and a page of runs' logs, beside the reference convergence points
   version           the package's version
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
     "submission": {"logs", "state"},
-    "submission_commands": {"submission"},
+    "submission_commands": {"submission", "launch"},
     "report": {"logs", "submission"},
     "__main__": set("inputs launch train data_commands bench report submission_commands".split()),
 }
