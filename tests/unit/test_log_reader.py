@@ -84,7 +84,7 @@ def record(**content: object) -> str:
 
 
 def test_prefixes_and_progress_bars_are_no_faults(tmp_path: Path) -> None:
-    text = f"0: {record()}\n 40%|####      | 2/5\r{record(value=8)}\r\nno :::MLLOG\n"
+    text = f"0: {record()}\n 40%|####      | 2/5\r{record(value=8)}\r 60%|######\nno :::MLLOG\n"
     log = read_log(write(tmp_path / "log.txt", text))
     assert [(event.line, event.value) for event in log.mllog] == [(1, 7), (2, 8)]
     assert log.faults == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bert_pretraining import config
 from bert_pretraining.errors import UserError
+from bert_pretraining.files import UNFINISHED
 from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.report import compare, figures, summary
 from bert_pretraining.report.page import DrawnPicture, page
@@ -85,7 +86,7 @@ def make_report(
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = path.with_name(path.name + UNFINISHED)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
