@@ -139,6 +139,7 @@ def test_folders_of_runs_and_names(tmp_path: Path) -> None:
     write_run(tmp_path / "output" / "run-10", 2)
     runs = load_runs([tmp_path / "output", tmp_path / "output" / "run-2"])
     assert [run.name for run in runs] == ["run-2", "run-10"]  # each once
+    assert one(tmp_path / "output" / "run-2" / "mllog.txt").name == "run-2"
 
 
 def test_a_run_that_has_no_end(tmp_path: Path) -> None:

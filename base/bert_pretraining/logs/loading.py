@@ -72,9 +72,13 @@ def _natural(path: Path) -> list[object]:
 def _distinct_names(places: list[Path]) -> list[str]:
     """Each place by as many of its last parts as make all names differ.
 
-    Of those, parts that all places share are left out, but for the last.
+    Of those, parts that all places share are left out, but for the last. A run's mllog.txt
+    alone has the name of its folder.
     """
-    parts = [(*place.resolve().parent.parts, place.resolve().stem) for place in places]
+    parts = []
+    for place in map(Path.resolve, places):
+        folder = place.parent.parts
+        parts.append(folder if place.name in RUN_FILES else (*folder, place.stem))
     for count in range(1, max(map(len, parts), default=1)):
         tails = [each[-count:] for each in parts]
         if len(set(tails)) == len(tails):
