@@ -8,7 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from bert_pretraining import __version__, config, data_commands, inputs, launch, outcome
+from bert_pretraining import (
+    __version__,
+    config,
+    data_commands,
+    inputs,
+    launch,
+    outcome,
+    submission_commands,
+)
 from bert_pretraining.config import Config
 from bert_pretraining.errors import (
     EXIT_CRASH,
@@ -33,11 +41,18 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
+  submission run        run after run of one command, seeds drawn, resumable as a series
+  submission assemble   logs, machine and code to the tree ORG/
+  submission check      a submission before it is handed in: exit code 0 if it passes, else 1
+  submission rcp        samples that a global batch size must take to pass
+  submission summarize  scored time and a table of the runs
+  report            pictures and a page of runs' logs, beside the reference convergence points
   version           the package's version
 
 COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 2 bad input, 1 crash.
 """
+GROUPS = ("config", "data", "bench", "submission")  # commands of two words
 
 
 def main() -> int:
@@ -78,10 +93,10 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if command in ("config", "data", "bench") and rest[:1] in (["-h"], ["--help"], ["help"]):
+    if command in GROUPS and rest[:1] in (["-h"], ["--help"], ["help"]):
         print(_usage_of(command), end="")
         return 0
-    if command in ("config", "data", "bench") and rest:
+    if command in GROUPS and rest:
         command, rest = f"{command} {rest[0]}", rest[1:]
     commands = {
         "launch": _launch,
@@ -90,10 +105,12 @@ def _dispatch(arguments: list[str]) -> int:
         "config show": _config_show,
         "config list": _config_list,
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
+        **{f"submission {name}": run for name, run in submission_commands.COMMANDS.items()},
         "bench step": lambda rest: _bench("step", rest),
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
+        "report": _report,
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
@@ -106,7 +123,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _usage_of(command: str) -> str:
-    """The lines of USAGE that concern `config` or `data`."""
+    """The lines of USAGE that concern one of GROUPS."""
     lines = [line for line in USAGE.splitlines() if line.startswith(f"  {command} ")]
     first = f"usage: python -m bert_pretraining {command} COMMAND [flags]"
     return "\n".join([first, "", *lines, "", "COMMAND --help lists its flags.", ""])
@@ -192,6 +209,12 @@ def _config_list(arguments: list[str]) -> None:
 def _bench(what: str, arguments: list[str]) -> int:
     # Only now: a launch should not wait for what measuring needs.
     return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from bert_pretraining.report import command
+
+    command.main(arguments)
 
 
 def _version(_: list[str]) -> None:

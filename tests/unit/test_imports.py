@@ -38,7 +38,10 @@ ALLOWED = {
     ),
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"inputs", "launch", "train", "data_commands", "bench"},
+    "submission": {"logs", "state"},
+    "submission_commands": {"submission", "launch"},
+    "report": {"logs", "submission"},
+    "__main__": set("inputs launch train data_commands bench report submission_commands".split()),
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,1 @@
+"""`report`: pictures, a page and a summary of runs' logs."""

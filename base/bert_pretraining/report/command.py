@@ -1,0 +1,97 @@
+"""The command line of `report`: logs in, pictures, a page and a summary out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_pretraining import config
+from bert_pretraining.errors import UserError
+from bert_pretraining.files import UNFINISHED
+from bert_pretraining.logs.loading import load_runs
+from bert_pretraining.report import compare, figures, summary
+from bert_pretraining.report.page import DrawnPicture, page
+from bert_pretraining.report.style import DARK, LIGHT
+from bert_pretraining.report.view import View
+from bert_pretraining.submission.rulesets import DEFAULT_RULESET
+
+PAGE_NAME = "report.html"
+
+
+def main(arguments: list[str]) -> None:
+    """`report LOG... --output_dir DIR`."""
+    parser = config.FlagParser(
+        prog="python -m bert_pretraining report",
+        allow_abbrev=False,
+        description="Learning curves, throughput and a page of runs, beside MLPerf's reference "
+        "convergence points. A LOG is an MLPerf log or a DeepSparkHub PerfLog, whoever wrote it, "
+        "a run's folder, or a folder of runs or of result_*.txt.",
+    )
+    add = parser.add_argument
+    add("logs", nargs="+", metavar="LOG", help="file or folder")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="for PNGs and report.html")
+    add("--ruleset", default=DEFAULT_RULESET, help=f"1.0.0 to 5.0.0 ({DEFAULT_RULESET})")
+    add("--title", help="of the page")
+    values = parser.parse(arguments)
+
+    made = make_report(values.logs, values.output_dir, values.ruleset, values.title)
+    print(made.summary, end="\n\n")
+    for path in made.files:
+        print(f"Wrote {path}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says, and its files, the page first."""
+
+    summary: str
+    files: tuple[Path, ...]
+
+
+def make_report(
+    logs: Sequence[str | Path],
+    output_dir: Path,
+    ruleset: str = DEFAULT_RULESET,
+    title: str | None = None,
+) -> Report:
+    """Read logs, draw them, write the page and its pictures into `output_dir`.
+
+    Raises:
+        UserError: no matplotlib, no such ruleset, a log that is none, or an `output_dir` that
+            cannot be written. Nothing has been written then, unless writing itself failed.
+    """
+    figures.require_matplotlib()
+    runs = load_runs(logs)
+    compare.require_points(runs)
+    view = View(tuple(compare.series_of(runs)), tuple(compare.references(runs, ruleset)))
+    drawn = [
+        DrawnPicture(each, figures.png(each, view, LIGHT), figures.png(each, view, DARK))
+        for each in figures.pictures(view)
+    ]
+    what = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    contents = {PAGE_NAME: page(title or f"BERT pretraining: {what}", view, drawn).encode("utf-8")}
+    contents.update((f"{each.picture.name}.png", each.light) for each in drawn)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            _write(output_dir / name, content)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {output_dir} ({error.strerror}); pass another --output_dir"
+        ) from error
+    return Report(summary.text(view), tuple(output_dir / name for name in contents))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + UNFINISHED)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""What all panels of a report draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bert_pretraining.logs.runs import Run
+from bert_pretraining.report import curves
+from bert_pretraining.report.compare import Reference, Series
+from bert_pretraining.report.curves import SECONDS, Scale
+
+LONGEST_NAME = 46
+NEAR_TARGET = 0.15  # share of the way from start to target that the close-up shows
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that panels draw."""
+
+    series: tuple[Series, ...]
+    references: tuple[Reference, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for series in self.series for run in series.runs]
+
+    @property
+    def targets(self) -> list[float]:
+        return sorted({run.target for run in self.runs})
+
+    def scale(self, across: str) -> Scale:
+        """The unit of an axis that holds every point, and the reference where that is drawn."""
+        points = [point for run in self.runs for point in (*run.evaluations, *run.training)]
+        values = [getattr(point, across) for point in points]
+        largest = max((value for value in values if value is not None), default=0)
+        if across == SECONDS:
+            return curves.time_scale(largest)
+        ends = [band(reference)[1] for reference in self.drawn_references]
+        return curves.sample_scale(max([largest, *ends]))
+
+    @property
+    def drawn_references(self) -> list[Reference]:
+        return [reference for reference in self.references if reference.point is not None]
+
+
+def close_up_from(view: View) -> float | None:
+    """The accuracy from which `near_target` shows; None where no run came so far."""
+    points = [point for run in view.runs for point in run.evaluations]
+    placed = [point.accuracy for point in points if point.samples is not None]
+    if not placed:
+        return None
+    target = min(view.targets)
+    low = target - NEAR_TARGET * max(target - min(point.accuracy for point in points), 0.02)
+    return low if max(placed) >= low else None
+
+
+def band(reference: Reference) -> tuple[float, float]:
+    """One standard deviation to either side of the reference's mean, in samples."""
+    point = reference.point
+    return (
+        point.mean_samples - point.standard_deviation,
+        point.mean_samples + point.standard_deviation,
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in words that are as short as its size allows."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def shortened(text: str) -> str:
+    """A name that a picture has room for: of a long one, both ends."""
+    return text if len(text) <= LONGEST_NAME else f"{text[:24]}...{text[-19:]}"

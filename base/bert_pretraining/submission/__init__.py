@@ -1,0 +1,1 @@
+"""From runs to an MLPerf submission: run, assemble, check, rcp, summarize."""

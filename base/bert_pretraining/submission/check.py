@@ -1,0 +1,130 @@
+"""`submission check`: MLPerf's checkers, what they miss, and one honest verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_pretraining.submission import official
+from bert_pretraining.submission.findings import Finding, warning
+from bert_pretraining.submission.log_checks import check_log
+from bert_pretraining.submission.official import Verdict
+from bert_pretraining.submission.rulesets import DEFAULT_RULESET, mlperf_directory, require_ruleset
+from bert_pretraining.submission.score import score
+from bert_pretraining.submission.series_checks import check_copies, check_series
+from bert_pretraining.submission.system_checks import (
+    check_description,
+    check_folder,
+    check_scaling,
+    check_tree,
+    read_logs,
+)
+from bert_pretraining.submission.tree import ResultLog, System, systems
+
+OWN = "own checks"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Every finding, errors first, and each tool's verdict."""
+
+    folder: Path
+    ruleset: str
+    verdicts: list[Verdict]
+    findings: list[Finding]
+
+    @property
+    def passed(self) -> bool:
+        return not any(finding.is_error for finding in self.findings)
+
+    def describe(self) -> str:
+        """The findings, a table of the tools, the verdict: lines for people."""
+        errors = sum(finding.is_error for finding in self.findings)
+        warnings = len(self.findings) - errors
+        counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+        verdict = "passes" if self.passed else "does not pass"
+        return "\n".join(
+            [
+                *map(str, self.findings),
+                *(f"{verdict.tool:<22} {verdict.summary}" for verdict in self.verdicts),
+                f"{self.folder} {verdict} ruleset {self.ruleset}: {counts}",
+            ]
+        )
+
+    def to_json(self) -> dict:
+        """The same for machines."""
+        return {
+            "folder": str(self.folder),
+            "ruleset": self.ruleset,
+            "passed": self.passed,
+            "tools": {
+                verdict.tool: {"passed": verdict.passed, "summary": verdict.summary}
+                for verdict in self.verdicts
+            },
+            "findings": [
+                {**dataclasses.asdict(finding), "path": str(finding.path)}
+                for finding in self.findings
+            ],
+        }
+
+
+def check(folder: Path, ruleset: str = DEFAULT_RULESET) -> CheckReport:
+    """Check a submission's tree; nothing in it is changed.
+
+    Raises UserError for a directory that holds no results/, a ruleset without BERT, or a
+    machine without MLPerf's tools.
+    """
+    require_ruleset(ruleset)
+    mlperf_directory()
+    found = systems(folder)
+    own, failed = own_findings(folder, found, ruleset)
+    verdicts = [
+        official.compliance(found, ruleset),
+        official.package(folder, ruleset),
+        official.repository(folder, ruleset),
+        official.description(found, ruleset),
+        Verdict(OWN, not any(each.is_error for each in own), f"{len(own)} findings", own),
+    ]
+    findings = []
+    for verdict in verdicts:
+        if not verdict.passed and not verdict.findings:
+            what = f"{verdict.tool}: {verdict.summary}, without saying why"
+            findings.append(Finding(folder, None, what))
+        findings += verdict.findings
+    findings = [_tolerated(finding, failed) for finding in dict.fromkeys(findings)]
+    findings.sort(key=lambda each: (not each.is_error, str(each.path), each.line or 0))
+    return CheckReport(folder, ruleset, verdicts, findings)
+
+
+def own_findings(
+    folder: Path, found: list[System], ruleset: str
+) -> tuple[list[Finding], set[Path]]:
+    """What no tool of MLPerf's looks at, and the logs of tolerated unconverged runs."""
+    findings, failed = [*check_tree(folder, found)], set()
+    everything: list[ResultLog] = []
+    for system in found:
+        logs, unreadable = read_logs(system)
+        everything += logs
+        findings += [*unreadable, *check_folder(system)]
+        for log in logs:
+            findings += check_log(log, ruleset)
+        findings += check_series(system, logs, ruleset)
+        findings += check_description(system, logs, folder.resolve().name)
+        findings += check_scaling(system, score(logs, ruleset).scale_factor)
+        unconverged = {log.path for log in logs if log.status != "success"}
+        failed |= unconverged if len(unconverged) == 1 else set()
+    findings += check_copies(everything)
+    return findings, failed
+
+
+def _tolerated(finding: Finding, failed: set[Path]) -> Finding:
+    """The one run that did not converge need not pass the compliance checker."""
+    excusable = finding.what.startswith(("compliance checker: ", "no run_stop"))
+    if finding.is_error and finding.path in failed and excusable:
+        return warning(finding.path, finding.line, finding.what)
+    return finding
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,281 @@
+"""A series: runs of one command after another, every log kept, going on where it was stopped.
+
+DIR/series.json        flags, number of runs, and what became of each
+DIR/system.json        this machine, when the series began
+DIR/run_00/            output_dir of the first run: run-<UTC time>/mllog.txt and the rest
+DIR/run_00/terminal.txt    what it printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_pretraining import seeds
+from bert_pretraining.errors import (
+    EXIT_CONVERGED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_CONVERGED,
+    EXIT_USAGE,
+    UserError,
+)
+from bert_pretraining.submission.score import RunFigures, run_figures
+from bert_pretraining.submission.system import describe_machine
+from bert_pretraining.submission.tree import ResultLog, read_result
+from bert_pretraining.submission.writing import write_json
+
+STATE_FILE, SYSTEM_FILE, LOCK_FILE = "series.json", "system.json", "series.lock"
+TERMINAL_FILE, LOG_NAME = "terminal.txt", "mllog.txt"
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+# The trainer logs it as MLPerf's cache_clear.
+CACHES_DROPPED_VARIABLE = "BERT_PRETRAINING_CACHES_DROPPED"
+# The launcher's exit code -> this command's: the series ends with a run that was interrupted.
+ENDED_FROM_OUTSIDE = {
+    EXIT_INTERRUPTED: EXIT_INTERRUPTED,
+    128 + signal.SIGTERM: 128 + signal.SIGTERM,
+    -signal.SIGTERM: 128 + signal.SIGTERM,
+}
+OUTCOMES = {EXIT_CONVERGED: "converged", EXIT_NOT_CONVERGED: "not converged"}
+
+
+@dataclass(frozen=True)
+class SeriesRun:
+    """One run of a series.
+
+    Attributes:
+        folder: its output_dir, within the series' directory.
+        seed: master seed, from the system's entropy.
+        caches_dropped: whether the page caches were dropped before it.
+        started: Unix time in seconds.
+        seconds: that it took; None while it runs, or if the series was ended with it.
+        exit_code: the launcher's; None as for `seconds`.
+    """
+
+    folder: str
+    seed: int
+    caches_dropped: bool
+    started: float
+    seconds: float | None = None
+    exit_code: int | None = None
+
+    @property
+    def outcome(self) -> str:
+        if self.exit_code is None:
+            return "ended from outside"
+        return OUTCOMES.get(self.exit_code, f"failed with exit code {self.exit_code}")
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is to be run, and the runs so far, in launch order."""
+
+    flags: tuple[str, ...]
+    number_of_runs: int
+    runs: tuple[SeriesRun, ...] = ()
+
+    @property
+    def unconverged(self) -> int:
+        return sum(run.exit_code != EXIT_CONVERGED for run in self.runs)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.runs) >= self.number_of_runs
+
+
+def run_series(
+    directory: Path,
+    flags: Sequence[str],
+    number_of_runs: int,
+    drop_caches: str,
+    show: bool,
+    say: Callable[[str], None],
+) -> Series:
+    """Run what is left of a series, one run after the other.
+
+    Args:
+        directory: of the series; one that is there must be of the same flags.
+        flags: of `launch`, without --seed and --output_dir.
+        drop_caches: the page caches, before each run: "auto" (where allowed), "never" or
+            "required".
+        show: runs print on this terminal instead of into terminal.txt.
+        say: gets lines for people.
+
+    Raises:
+        UserError: other flags than the series has, another process at work on it, caches
+            that cannot be dropped though required, or a run that refused its input.
+    """
+    _make_directory(directory)
+    with _locked(directory):
+        series = _resume(directory, tuple(flags), number_of_runs, say)
+        while not series.complete:
+            series = _one_run(directory, series, drop_caches, show, say)
+    return series
+
+
+def load_series(directory: Path) -> Series:
+    """The state of a series. Raises UserError where there is none that can be read."""
+    path = directory / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        runs = tuple(SeriesRun(**run) for run in content["runs"])
+        return Series(tuple(content["flags"]), content["number_of_runs"], runs)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{directory} holds no {STATE_FILE}; 'submission run' makes a series"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a series ({error})") from error
+
+
+def series_logs(directory: Path) -> list[ResultLog]:
+    """The MLPerf logs of a series, in launch order; runs that left none are left out."""
+    paths = [find_log(directory / run.folder) for run in load_series(directory).runs]
+    return [read_result(path) for path in paths if path is not None]
+
+
+def find_log(folder: Path) -> Path | None:
+    """The MLPerf log of one run, None if it ended before it wrote one."""
+    found = sorted(folder.glob(f"run-*/{LOG_NAME}"))
+    return found[-1] if found else None
+
+
+def drop_page_caches(mode: str) -> tuple[bool, str]:
+    """(whether the page caches were dropped, in words). Raises UserError where required."""
+    if mode == "never":
+        return False, "not dropped (--drop_caches never)"
+    try:
+        os.sync()
+        DROP_CACHES.write_text("3\n")
+    except OSError as error:
+        if mode == "required":
+            raise UserError(
+                f"--drop_caches required: cannot write {DROP_CACHES} ({error.strerror}); run as "
+                "root, or pass --drop_caches auto"
+            ) from error
+        return False, f"not dropped ({error.strerror}; the log says so)"
+    return True, "dropped"
+
+
+def _resume(
+    directory: Path, flags: tuple[str, ...], number_of_runs: int, say: Callable[[str], None]
+) -> Series:
+    # A series without a run is only a command that was refused.
+    if not (directory / STATE_FILE).exists() or not load_series(directory).runs:
+        series = Series(flags, number_of_runs)
+        write_json(directory / SYSTEM_FILE, describe_machine())
+        _save(directory, series)
+        return series
+    series = load_series(directory)
+    if (series.flags, series.number_of_runs) != (flags, number_of_runs):
+        raise UserError(
+            f"{directory} holds a series of {series.number_of_runs} runs of '"
+            f"{shlex.join(series.flags)}'; go on with those, or pass another --output_dir"
+        )
+    kept = f"{len(series.runs)} of {number_of_runs} runs are there"
+    lost = [run.folder for run in series.runs if run.exit_code is None]
+    if lost:
+        kept += f"; {', '.join(lost)} was ended from outside, and counts as a failed run"
+    say(kept)
+    return series
+
+
+def _one_run(
+    directory: Path, series: Series, drop_caches: str, show: bool, say: Callable[[str], None]
+) -> Series:
+    number = len(series.runs)
+    taken = {run.seed for run in series.runs}
+    seed = next(seed for seed in iter(seeds.draw_master_seed, None) if seed not in taken)
+    dropped, words = drop_page_caches(drop_caches)
+    run = SeriesRun(f"run_{number:02d}", seed, dropped, time.time())
+    folder = directory / run.folder
+    folder.mkdir(exist_ok=True)
+    say(f"Run {number + 1} of {series.number_of_runs}: seed {seed}, page caches {words}; {folder}")
+    before = series
+    series = dataclasses.replace(series, runs=(*series.runs, run))
+    _save(directory, series)
+    clock = time.monotonic()
+    exit_code = _launch(series.flags, seed, folder, dropped, show)
+    log = find_log(folder)
+    figures = run_figures(read_result(log)) if log else None
+    if exit_code == EXIT_USAGE and (figures is None or figures.evaluations == 0):
+        # Nothing was trained: not a run.
+        _save(directory, before)
+        raise UserError(_last_error(folder) or "the run refused its input, as said above")
+    run = dataclasses.replace(run, exit_code=exit_code, seconds=time.monotonic() - clock)
+    series = dataclasses.replace(series, runs=(*series.runs[:-1], run))
+    _save(directory, series)
+    say(f"Run {number + 1} of {series.number_of_runs}: {_describe(run, figures)}")
+    return series
+
+
+def _launch(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: bool) -> int:
+    """One launch of the package's launcher; its exit code. Signals are its to answer."""
+    command = [sys.executable, "-u", "-m", "bert_pretraining", "launch", *flags]
+    command += ["--seed", str(seed), "--output_dir", str(folder)]
+    environment = {**os.environ, CACHES_DROPPED_VARIABLE: str(int(dropped))}
+    with contextlib.ExitStack() as stack:
+        output = None if show else stack.enter_context(open(folder / TERMINAL_FILE, "wb"))
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output and subprocess.STDOUT
+        )
+        previous = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        stack.callback(signal.signal, signal.SIGTERM, previous)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # The terminal sent it to the launcher too, which ends its ranks in order.
+            process.wait()
+            raise
+    if code in ENDED_FROM_OUTSIDE:
+        raise SystemExit(ENDED_FROM_OUTSIDE[code])
+    return code
+
+
+def _describe(run: SeriesRun, figures: RunFigures | None) -> str:
+    text = f"{run.outcome} after {run.seconds:.1f} s"
+    if figures and figures.samples is not None:
+        text += f", MLM accuracy {figures.accuracy:.4f} after {figures.samples:,} sequences"
+    return text
+
+
+def _last_error(folder: Path) -> str | None:
+    """The launcher's own line on why it refused to run."""
+    path = folder / TERMINAL_FILE
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("Error: ")]
+    return errors[-1].removeprefix("Error: ") if errors else None
+
+
+def _save(directory: Path, series: Series) -> None:
+    write_json(directory / STATE_FILE, dataclasses.asdict(series))
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {directory} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Two processes on one series would run side by side."""
+    with open(directory / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another 'submission run' is at work on {directory}") from error
+        yield
