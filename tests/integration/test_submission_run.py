@@ -15,28 +15,50 @@ from bert_pretraining.submission.tree import read_result
 from helpers import ROOT, command
 
 
-def test_two_short_runs_become_a_tree(mini_data: Path, tmp_path: Path) -> None:
+def wait_for_run_start(folder: Path) -> None:
+    for _ in range(2400):
+        log = find_log(folder)
+        if log is not None and "run_start" in log.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no run began in {folder}")
+
+
+def test_a_stopped_series_goes_on_and_becomes_a_tree(mini_data: Path, tmp_path: Path) -> None:
+    """Two runs: the first ends by itself, SIGTERM ends the second."""
     series_dir = tmp_path / "series"
-    run = [
-        "submission", "run", "--runs", 2, "--output_dir", series_dir, "--drop_caches", "never",
-        "--", "--name", "mini", "--config", "CPUx1x1", "--data_dir", mini_data,
-        "--max_steps", 2, "--submission_org", "ACME", "--submission_platform", "laptop",
-    ]  # fmt: skip
-    done = command(*run, cwd=tmp_path)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "0 of 2 runs converged" in done.stdout
+    run = (
+        f"submission run --runs 2 --output_dir {series_dir} --drop_caches never -- --name mini "
+        f"--config CPUx1x1 --data_dir {mini_data} --max_steps 60 --eval_steps 60 "
+        "--submission_org ACME --submission_platform laptop"
+    ).split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bert_pretraining", *run],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_run_start(series_dir / "run_01")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
     series = load_series(series_dir)
-    assert [entry.exit_code for entry in series.runs] == [3, 3]
+    outcomes = [entry.outcome for entry in series.runs]
+    assert outcomes == ["not converged", "ended from outside"]
     logs = [read_result(find_log(series_dir / entry.folder)) for entry in series.runs]
     assert [log.value("seed") for log in logs] == [entry.seed for entry in series.runs]
     assert logs[0].value("seed") != logs[1].value("seed")
     assert [log.value("cache_clear") for log in logs] == [False, False]
     assert logs[0].last("run_stop").time_ms < logs[1].first("run_start").time_ms
-    terminal = series_dir / "run_00" / "terminal.txt"
-    assert "| Model" in terminal.read_text()
+    assert logs[0].status == "aborted" and logs[1].status != "success"
+    assert "| Model" in (series_dir / "run_00" / "terminal.txt").read_text()
 
     again = command(*run, cwd=tmp_path)
-    assert "2 of 2 runs are there" in again.stdout and load_series(series_dir) == series
+    assert again.returncode == 3 and "0 of 2 runs converged" in again.stdout
+    assert "2 of 2 runs are there; run_01 was ended from outside" in again.stdout
+    assert load_series(series_dir) == series
 
     done = command(
         "submission", "assemble", "--series", series_dir, "--system", "laptop", cwd=tmp_path
@@ -51,32 +73,5 @@ def test_two_short_runs_become_a_tree(mini_data: Path, tmp_path: Path) -> None:
     assert report["tools"]["system descriptions"]["passed"]
     found = {(Path(each["path"]).name, each["what"].split(":")[0]) for each in report["findings"]}
     assert ("bert", "2 logs result_*.txt, not 10") in found
-    assert ("result_0.txt", "cache_clear is False") in found
-    assert ("result_1.txt", "eval_samples is 1114") in found
-
-
-def test_sigterm_ends_the_run_and_the_series(mini_data: Path, tmp_path: Path) -> None:
-    command_line = (
-        f"-m bert_pretraining submission run --runs 2 --output_dir {tmp_path}/series --drop_caches "
-        f"never -- --name mini --config CPUx1x1 --data_dir {mini_data} --max_steps 100000 "
-        "--target_mlm_accuracy 1.0 --submission_org ACME"
-    )
-    process = subprocess.Popen(
-        [sys.executable, *command_line.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(1200):
-            log = find_log(tmp_path / "series" / "run_00")
-            if log is not None and "eval_accuracy" in log.read_text():
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
-    (run,) = load_series(tmp_path / "series").runs
-    assert run.outcome == "ended from outside"
-    assert read_result(log).status != "success"
+    assert ("result_1.txt", "cache_clear is False") in found
+    assert ("result_0.txt", "eval_samples is 1114") in found
