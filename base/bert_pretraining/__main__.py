@@ -8,7 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from bert_pretraining import __version__, config, data_commands, inputs, launch, outcome
+from bert_pretraining import (
+    __version__,
+    checkpoint_commands,
+    config,
+    data_commands,
+    inputs,
+    launch,
+    outcome,
+)
 from bert_pretraining.config import Config
 from bert_pretraining.errors import (
     EXIT_CRASH,
@@ -30,6 +38,9 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data download         the files of DeepSparkHub's mini data set, resumable
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
+  checkpoint inspect    what a checkpoint of any known kind holds
+  checkpoint convert    its weights as a start checkpoint, for Hugging Face, or to resume from
+  checkpoint diff       whether two hold the same weights: exit code 0 if so, else 1
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
@@ -78,10 +89,11 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if command in ("config", "data", "bench") and rest[:1] in (["-h"], ["--help"], ["help"]):
+    with_parts = ("config", "data", "checkpoint", "bench")
+    if command in with_parts and rest[:1] in (["-h"], ["--help"], ["help"]):
         print(_usage_of(command), end="")
         return 0
-    if command in ("config", "data", "bench") and rest:
+    if command in with_parts and rest:
         command, rest = f"{command} {rest[0]}", rest[1:]
     commands = {
         "launch": _launch,
@@ -90,6 +102,7 @@ def _dispatch(arguments: list[str]) -> int:
         "config show": _config_show,
         "config list": _config_list,
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
+        **{f"checkpoint {name}": run for name, run in checkpoint_commands.COMMANDS.items()},
         "bench step": lambda rest: _bench("step", rest),
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),

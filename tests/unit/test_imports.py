@@ -33,8 +33,9 @@ ALLOWED = {
     "bench": {"data", "model", "optim", "logs", "step"},
     "train": set("inputs state data optim checkpoint model evaluate logs step".split()),
     "__init__": set(),
+    "checkpoint_commands": {"checkpoint", "inputs", "model"},
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"inputs", "launch", "train", "data_commands", "bench"},
+    "__main__": {"inputs", "launch", "train", "data_commands", "checkpoint_commands", "bench"},
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -19,9 +19,9 @@ PIECE_POWER = 20  # pieces of 2^20 bytes and their tables stay in the cache
 def crc32c(data: np.ndarray) -> int:
     """The CRC-32C of `data`, (N,) uint8."""
     piece = 1 << PIECE_POWER
-    start = len(data) % piece
-    register = _from_zero(data[:start])
-    for start in range(start, len(data), piece):
+    first = len(data) % piece
+    register = _from_zero(data[:first])
+    for start in range(first, len(data), piece):
         register = _shift(register, PIECE_POWER) ^ _from_zero(data[start : start + piece])
     ones = ALL_ONES
     for power in range(len(data).bit_length()):

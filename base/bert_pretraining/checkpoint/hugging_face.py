@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,12 +13,10 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import HUGGING_FACE_WEIGHTS
+from bert_pretraining.files import HUGGING_FACE_WEIGHTS, UNFINISHED, with_ending
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-# The formula that BERT was trained with, and what Hugging Face calls it.
-TANH_GELU = "gelu_pytorch_tanh"
 
 
 def read_directory(directory: Path) -> tuple[str, dict[str, Tensor]]:
@@ -73,3 +73,28 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: damaged or no file of safetensors ({error}); copy it again"
         ) from error
+
+
+def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -> None:
+    """Write model.safetensors and config.json, whole or not at all.
+
+    A new directory appears under its name when both are complete; in one that is there,
+    each file is replaced whole. Raises OSError or SafetensorError, having left no trace.
+    """
+    partial = with_ending(directory, UNFINISHED)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            with open(partial / name, "rb") as file:
+                os.fsync(file.fileno())
+        if directory.is_dir():
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(partial / name, directory / name)
+        else:
+            os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

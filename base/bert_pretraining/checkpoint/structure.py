@@ -165,7 +165,7 @@ def _report(path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str
 
 
 def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
-    """Make one of the output bias's two names, as Hugging Face has them; UserError if they differ."""
+    """One name for the output bias, which Hugging Face has two for; UserError if they differ."""
     if DECODER_BIAS not in weights:
         return
     bias = weights.pop(DECODER_BIAS)
