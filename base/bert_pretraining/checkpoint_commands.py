@@ -156,7 +156,6 @@ def _hugging_face_config(values: BertConfig) -> dict:
         "hidden_act": "gelu_pytorch_tanh",  # the formula that BERT is trained with here
         "layer_norm_eps": values.layer_norm_epsilon,
         "pad_token_id": 0,
-        "position_embedding_type": "absolute",
         "tie_word_embeddings": True,
         **{
             name: getattr(values, name)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.checkpoint.formats import Checkpoint
-from bert_pretraining.checkpoint.names import DECODER, VOCABULARY_ROWS, WORD_EMBEDDING
+from bert_pretraining.checkpoint.names import VOCABULARY_ROWS
+from bert_pretraining.checkpoint.structure import untied
 
 SHOWN = 20  # tensors in a description
 ROWS_AT_A_TIME = 1024
@@ -99,7 +100,7 @@ class Comparison:
 
 def compare(first: Checkpoint, second: Checkpoint) -> Comparison:
     """Compare all weights as numbers: neither the type nor padding rows of 0 make a difference."""
-    ones, others = _untied(first.weights), _untied(second.weights)
+    ones, others = untied(first.weights), untied(second.weights)
     shapes, values, notes = {}, {}, []
     common = [name for name in ones if name in others]
     for name in common:
@@ -133,14 +134,6 @@ def compare(first: Checkpoint, second: Checkpoint) -> Comparison:
         values,
         tuple(notes),
     )
-
-
-def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without a decoder that is the word embedding once more."""
-    decoder, embedding = weights.get(DECODER), weights.get(WORD_EMBEDDING)
-    if decoder is None or embedding is None or not torch.equal(decoder, embedding):
-        return weights
-    return {name: value for name, value in weights.items() if name != DECODER}
 
 
 def _difference(one: Tensor, other: Tensor) -> TensorDifference | None:

@@ -17,6 +17,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.files import OTHER_CHECKPOINT, checkpoint_kind
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that hold the weights
+OPTIMIZER_STATE = "optimizer state"
 POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, 2, ...: Hugging Face used to store them
 
 
@@ -37,6 +38,11 @@ class Checkpoint:
     step: int | None = None
     optimizer: dict | None = None
     state: dict | None = None
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """Whether moments or the like are in the checkpoint, read or left out."""
+        return bool(self.optimizer) or OPTIMIZER_STATE in self.left_out
 
     def summary(self) -> str:
         """One line: the format, the step, what was left out."""
@@ -203,7 +209,7 @@ def _read_tensorflow(path: Path, mend: str) -> Checkpoint:
             value = bundle.tensor(name)
             pairs.append((ours, value.mT if transposed and value.dim() == 2 else value))
     if slots:
-        left_out.setdefault("optimizer state", []).extend(slots)
+        left_out.setdefault(OPTIMIZER_STATE, []).extend(slots)
     step = bundle.tensor("global_step") if "global_step" in variables else None
     left_out.pop("step counter", None)
     return Checkpoint(

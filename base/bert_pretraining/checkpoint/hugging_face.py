@@ -46,6 +46,8 @@ def _parts(index: Path) -> dict[str, set[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         parts: dict[str, set[str]] = {}
         for tensor, part in weight_map.items():
+            if not isinstance(part, str):
+                raise TypeError(f"{part!r} is no file name")
             parts.setdefault(part, set()).add(tensor)
     except OSError as error:
         raise UserError(f"cannot read {index} ({error.strerror}); {mend}") from error
@@ -88,6 +90,8 @@ def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -
         save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
+        # The library makes files that only their owner can read.
+        (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())

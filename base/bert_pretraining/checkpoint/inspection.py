@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretraining.checkpoint.formats import Checkpoint
-from bert_pretraining.checkpoint.structure import sizes_of
+from bert_pretraining.checkpoint.formats import OPTIMIZER_STATE, Checkpoint
+from bert_pretraining.checkpoint.structure import sizes_of, untied
 
 NUMBERS_AT_A_TIME = 1 << 20
 
@@ -53,6 +53,7 @@ class Inspection:
                 }
                 for name, figures in self.tensors.items()
             },
+            "has_optimizer_state": checkpoint.has_optimizer_state,
             "optimizer": self.optimizer,
             "state": self.state,
             "left_out": checkpoint.left_out,
@@ -61,8 +62,10 @@ class Inspection:
     def describe(self) -> str:
         """A page of text: a line for each thing, then one for each tensor."""
         checkpoint, sizes = self.checkpoint, sizes_of(self.checkpoint.weights)
-        count = sum(math.prod(figures.shape) for figures in self.tensors.values())
-        size = sum(value.nbytes for value in checkpoint.weights.values())
+        own = untied(checkpoint.weights)
+        count = sum(value.numel() for value in own.values())
+        size = sum(value.nbytes for value in own.values())
+        tied = "; the decoder is the word embedding" if len(own) < len(self.tensors) else ""
         dtypes = sorted({figures.dtype for figures in self.tensors.values()})
         step = "not stored" if checkpoint.step is None else str(checkpoint.step)
         lines = [
@@ -70,9 +73,9 @@ class Inspection:
             f"Format: {checkpoint.format}",
             f"Model: {sizes or 'not told by these tensors; no BERT, or not all of one'}",
             f"Weights: {len(self.tensors)} tensors, {count:,} numbers, {size / 2**20:,.1f} MiB, "
-            f"{', '.join(dtypes) or 'no type'}",
+            f"{', '.join(dtypes) or 'no type'}{tied}",
             f"Step: {step}",
-            f"Optimizer state: {_listed(self.optimizer)}",
+            f"Optimizer state: {self._optimizer_in_words()}",
             f"Training state: {_listed(self.state)}",
         ]
         for what, names in checkpoint.left_out.items():
@@ -87,6 +90,12 @@ class Inspection:
             shape = " x ".join(map(str, figures.shape)) or "number"
             lines.append(_row(widths, name, shape, figures.dtype, f"{figures.norm:.6g}"))
         return "\n".join(lines)
+
+    def _optimizer_in_words(self) -> str:
+        variables = self.checkpoint.left_out.get(OPTIMIZER_STATE)
+        if variables:
+            return f"{len(variables)} variables, which are left out"
+        return _listed(self.optimizer)
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:

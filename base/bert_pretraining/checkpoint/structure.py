@@ -174,3 +174,11 @@ def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
             f"{path}: {DECODER_BIAS} differs from {OUTPUT_BIAS}, but they are one tensor; "
             "export the checkpoint again, with the two tied"
         )
+
+
+def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without a decoder that is the word embedding once more."""
+    decoder, embedding = weights.get(DECODER), weights.get(WORD_EMBEDDING)
+    if decoder is None or embedding is None or not torch.equal(decoder, embedding):
+        return dict(weights)
+    return {name: value for name, value in weights.items() if name != DECODER}

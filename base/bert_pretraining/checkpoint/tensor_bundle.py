@@ -100,6 +100,8 @@ class TensorBundle:
                 f"{self._shard_path(entry.shard)}: wrong checksum (CRC-32C) of {name}: the file "
                 "is damaged; copy it again"
             )
+        if not entry.size:
+            return torch.empty(entry.shape, dtype=dtype)
         if entry.offset % dtype.itemsize:
             numbers = numbers.copy()
         return torch.from_numpy(np.asarray(numbers)).view(dtype).reshape(entry.shape)

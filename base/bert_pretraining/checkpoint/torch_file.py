@@ -12,7 +12,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from bert_pretraining.errors import UserError
 
 ARCHIVE_START = b"PK\x03\x04"
-READ_AT_A_TIME = 1 << 22  # bytes
+READ_AT_A_TIME = 1 << 20  # bytes
 
 
 def read_torch_file(path: Path) -> object:
@@ -36,15 +36,19 @@ def read_torch_file(path: Path) -> object:
             _verify_checksums(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except pickle.UnpicklingError as error:
+        called = _called_functions(path)
+        what = (
+            f"holds more than tensors: it would call {called}"
+            if called
+            else "not a checkpoint of PyTorch, or one with more than tensors in it"
+        )
         raise UserError(
-            f"{path}: not a checkpoint of PyTorch, or one with more than tensors in it"
-            f"{_named_globals(path)}, which is not safe to read; copy it again, or export its "
-            "tensors alone"
+            f"{path}: {what}, which is not safe to read; copy it again, or export its tensors alone"
         ) from error
     except Exception as error:  # what a torn file fails with depends on where it is torn
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: damaged or no checkpoint of PyTorch ({reason}); copy it again"
+            f"{path}: not a checkpoint of PyTorch, or a damaged one ({reason}); copy it again"
         ) from error
 
 
@@ -58,10 +62,9 @@ def _verify_checksums(path: Path) -> None:
                         pass
 
 
-def _named_globals(path: Path) -> str:
-    """ " (builtins.eval)": the functions that the file would call, where that can be told."""
+def _called_functions(path: Path) -> str:
+    """Names of functions that an archive's pickle would call; empty where that is not to tell."""
     try:
-        names = get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no archive; the caller reports the file anyway
+        return ", ".join(sorted(get_unsafe_globals_in_checkpoint(path))[:3])
+    except Exception:  # no archive, or a torn one, which the caller reports anyway
         return ""
-    return f" ({', '.join(sorted(names)[:3])})" if names else ""
