@@ -109,14 +109,18 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def _figures(value: Tensor) -> TensorFigures:
-    squares, non_finite = 0.0, 0
     # A transposed matrix has the norm of the one that lies in the file.
     flat = (value.mT if value.dim() == 2 and not value.is_contiguous() else value).reshape(-1)
-    for piece in flat.split(NUMBERS_AT_A_TIME):
-        squares += piece.double().square().sum().item()
-        non_finite += int((~torch.isfinite(piece)).sum())
+    pieces = flat.split(NUMBERS_AT_A_TIME)
+    if not value.dtype.is_floating_point:
+        pieces = [piece.double() for piece in pieces]
+    norm = math.hypot(
+        *(torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces)
+    )
+    non_finite = 0
+    if not math.isfinite(norm):
+        non_finite = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
     dtype = str(value.dtype).removeprefix("torch.")
-    norm = math.sqrt(squares) if squares == squares else math.nan
     return TensorFigures(tuple(value.shape), dtype, norm, non_finite)
 
 
