@@ -73,8 +73,10 @@ def checkpoint_kind(path: Path, mend: str = OTHER_CHECKPOINT) -> str:
     if stat.S_ISDIR(status.st_mode):
         if any((path / name).is_file() for name in HUGGING_FACE_WEIGHTS):
             return "hugging_face"
-        inside = [*sorted(path.glob("*.pt")), *sorted(path.glob("*.index"))]
-        more = f"pass --init_checkpoint {inside[-1]}" if inside else mend
+        indices = [file.with_suffix("") for file in sorted(path.glob("*.index"))]
+        inside = [*sorted(path.glob("*.pt")), *indices]
+        flag = "--init_checkpoint " if mend == OTHER_CHECKPOINT else ""
+        more = f"pass {flag}{inside[-1]}" if inside else mend
         raise UserError(f"{path}: a directory, not a checkpoint; {more}")
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: no regular file, so no checkpoint; {mend}")

@@ -71,7 +71,10 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path} ({reason}); copy it again") from error
+    except SafetensorError as error:
         raise UserError(
             f"{path}: damaged or no file of safetensors ({error}); copy it again"
         ) from error
