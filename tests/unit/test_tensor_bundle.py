@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bert_pretraining.checkpoint import read_weights
 from bert_pretraining.checkpoint.crc32c import PIECE_POWER, crc32c, masked_crc32c
 from bert_pretraining.checkpoint.tensor_bundle import TABLE_MAGIC, TensorBundle
 from bert_pretraining.errors import UserError
@@ -179,6 +180,17 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(UserError, match=words) as caught:
         TensorBundle(tmp_path / "ckpt").tensor("a")
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_tensorflow_2_is_named(tmp_path: Path) -> None:
+    data = b"graphdata"
+    variables = {
+        "_CHECKPOINTABLE_OBJECT_GRAPH": entry(7, (), 0, 0, data),
+        "model/kernel/.ATTRIBUTES/VARIABLE_VALUE": entry(1, (1,), 0, 0, data[:4]),
+    }
+    write_bundle(tmp_path / "ckpt-1", variables, [data])
+    with pytest.raises(UserError, match=r"ckpt-1\.index: a checkpoint of TensorFlow 2's objects"):
+        read_weights(tmp_path / "ckpt-1")
 
 
 @pytest.fixture

@@ -198,6 +198,11 @@ def _without_doubles(path: Path, pairs: Iterable[tuple[str, Tensor]]) -> dict[st
 def _read_tensorflow(path: Path, mend: str) -> Checkpoint:
     bundle = TensorBundle(path.with_suffix("") if path.suffix == ".index" else path)
     variables = set(bundle.entries)
+    if names.TENSORFLOW_2_GRAPH in variables:
+        raise UserError(
+            f"{bundle.index}: a checkpoint of TensorFlow 2's objects, which names no weights; save "
+            f"the model with tf.compat.v1.train.Saver, or {mend}"
+        )
     pairs, slots, left_out = [], [], {}
     for name in bundle.entries:
         if names.tensorflow_slot_of(name, variables):

@@ -47,6 +47,7 @@ TENSORFLOW_ENDINGS = {
     "position_embeddings": "position_embeddings.weight",
     "token_type_embeddings": "token_type_embeddings.weight",
 }
+TENSORFLOW_2_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # Variables of the training loop, not of the model.
 TENSORFLOW_COUNTERS = {
     "global_step": "step counter",
