@@ -1,7 +1,7 @@
 # Sourced by run_training.sh and run_tests.sh: finds a Python 3.10 to 3.13, and makes .venv.
 # Needs $root. Sets $PYTHON.
 
-modules_needed="torch numpy h5py mlperf_logging tqdm tokenizers"
+modules_needed="torch numpy h5py mlperf_logging tqdm tokenizers safetensors"
 
 fail() {
     echo "Error: $*" >&2

@@ -79,6 +79,25 @@ def make_model(
     return BertForPreTraining(config, kernels, seed=1).to(dtype)
 
 
+def distinct_weights(config: BertConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights for a model of this config under the apex names, no two tensors alike but for
+    the tied decoder; also in the vocabulary's padding."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in make_model(config).state_dict().items()
+    }
+    embedding = weights["bert.embeddings.word_embeddings.weight"]
+    return {**weights, "cls.predictions.decoder.weight": embedding}
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, and the same numbers under each."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m bert_pretraining ...` as a user would."""
     return subprocess.run(

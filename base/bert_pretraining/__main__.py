@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bert_pretraining import (
     __version__,
+    checkpoint_commands,
     config,
     data_commands,
     inputs,
@@ -38,6 +39,9 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data download         the files of DeepSparkHub's mini data set, resumable
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
+  checkpoint inspect    what a checkpoint of any known kind holds
+  checkpoint convert    its weights as a start checkpoint, for Hugging Face, or to resume from
+  checkpoint diff       whether two hold the same weights: exit code 0 if so, else 1
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
@@ -52,7 +56,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 2 bad input, 1 crash.
 """
-GROUPS = ("config", "data", "bench", "submission")  # commands of two words
+GROUPS = ("config", "data", "checkpoint", "bench", "submission")  # commands of two words
 
 
 def main() -> int:
@@ -106,6 +110,7 @@ def _dispatch(arguments: list[str]) -> int:
         "config list": _config_list,
         **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
         **{f"submission {name}": run for name, run in submission_commands.COMMANDS.items()},
+        **{f"checkpoint {name}": run for name, run in checkpoint_commands.COMMANDS.items()},
         "bench step": lambda rest: _bench("step", rest),
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),

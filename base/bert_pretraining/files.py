@@ -16,6 +16,14 @@ UNFINISHED = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
     "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
 )
+CHECKPOINT_KINDS = ("torch", "safetensors", "hugging_face", "tensorflow")
+# In the order in which Hugging Face looks for them.
+HUGGING_FACE_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def require_directory(path: Path, what: str, mend: str) -> None:
@@ -50,19 +58,40 @@ def shard_files(directory: Path, mend: str) -> list[Path]:
     return [directory / name for name in names]
 
 
-def require_checkpoint(path: Path) -> None:
-    """UserError unless `path` is a file with something in it."""
-    status = _status(path, OTHER_CHECKPOINT)
+def checkpoint_kind(path: Path, mend: str = OTHER_CHECKPOINT) -> str:
+    """What a start checkpoint is, told without opening it: one of CHECKPOINT_KINDS.
+
+    A TensorFlow checkpoint is named by its `.index` file, or by that without `.index`.
+    Raises UserError where nothing, an empty file or another directory lies at `path`;
+    `mend` says what to pass instead.
+    """
+    status = _status(path, mend)
     if status is None:
-        raise UserError(f"no checkpoint at {path}; {OTHER_CHECKPOINT}")
+        if _status(with_ending(path, ".index"), mend) is None:
+            raise UserError(f"no checkpoint at {path}; {mend}")
+        return "tensorflow"
     if stat.S_ISDIR(status.st_mode):
-        inside = sorted(path.glob("*.pt"))
-        mend = f"pass --init_checkpoint {inside[-1]}" if inside else OTHER_CHECKPOINT
-        raise UserError(f"{path}: a directory, not a checkpoint; {mend}")
+        if any((path / name).is_file() for name in HUGGING_FACE_WEIGHTS):
+            return "hugging_face"
+        indices = [file.with_suffix("") for file in sorted(path.glob("*.index"))]
+        inside = [*sorted(path.glob("*.pt")), *indices]
+        flag = "--init_checkpoint " if mend == OTHER_CHECKPOINT else ""
+        more = f"pass {flag}{inside[-1]}" if inside else mend
+        raise UserError(f"{path}: a directory, not a checkpoint; {more}")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: no regular file, so no checkpoint; {mend}")
     if status.st_size == 0:
-        raise UserError(
-            f"{path}: an empty file, not a checkpoint; copy it again, or {OTHER_CHECKPOINT}"
-        )
+        raise UserError(f"{path}: an empty file, not a checkpoint; copy it again, or {mend}")
+    if ".data-" in path.name and path.name.split(".data-")[1][:5].isdigit():
+        prefix = path.with_name(path.name.split(".data-")[0])
+        raise UserError(f"{path}: one part of a TensorFlow checkpoint; pass {prefix}")
+    endings = {".index": "tensorflow", ".safetensors": "safetensors"}
+    return endings.get(path.suffix, "torch")
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """`path` with `ending` behind its name, after the dots that are in it."""
+    return path.with_name(path.name + ending)
 
 
 def _status(path: Path, mend: str) -> os.stat_result | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import require_checkpoint, require_directory, shard_files
+from bert_pretraining.files import checkpoint_kind, require_directory, shard_files
 from bert_pretraining.model.bert_config import BertConfig
 
 DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
@@ -91,7 +91,7 @@ def _choose(config: Config) -> DataPaths:
 def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
     """Calls that raise UserError where something cannot be read, each for one thing."""
     if paths.init_checkpoint is not None:
-        yield partial(require_checkpoint, paths.init_checkpoint)
+        yield partial(checkpoint_kind, paths.init_checkpoint)
     yield partial(BertConfig.load, paths.bert_config)
     for directory, flag, given, name in (
         (paths.train_dir, "--train_dir", config.train_dir, TRAIN_NAME),

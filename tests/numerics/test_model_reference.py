@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bert_pretraining import checkpoint_commands
 from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.data.examples import (
     ExampleSettings,
@@ -23,6 +25,7 @@ from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from helpers import REFERENCE, make_model, needs_reference, packed, padded_arrays, tiny_config
 
+TF1 = REFERENCE / "checkpoint/tf1/model.ckpt-28252"
 PROVIDERS = ("reference", "torch")
 
 
@@ -92,11 +95,36 @@ def test_loss_and_accuracy_of_all_1000(
 def test_every_gradient_norm(
     reference_model: BertForPreTraining, eval_1k: dict, numerics: dict
 ) -> None:
+    assert_recorded_gradients(reference_model, eval_1k, numerics)
+
+
+@needs_reference
+@pytest.mark.parametrize("form", ["TensorFlow 1", "Hugging Face"])
+def test_the_same_from_every_form_of_the_checkpoint(
+    tmp_path: Path, eval_1k: dict, numerics: dict, form: str
+) -> None:
+    config, source = REFERENCE / "checkpoint/bert_config.json", TF1
+    if form == "Hugging Face":
+        source = tmp_path / "exported"
+        flags = ["--to", "hf", "--bert_config", str(config)]
+        checkpoint_commands.convert([str(TF1), str(source), *flags])
+    model = make_model(BertConfig.load(config), "torch")
+    assert load_weights(model, source).format.startswith(form)
+    model.eval()
+    for recorded in numerics["eval_batches_of_20"][:3]:
+        with torch.no_grad():
+            loss, accuracy = loss_of(model, eval_1k, slice(*recorded["rows"]))
+        assert loss.item() == pytest.approx(recorded["loss"], rel=1e-4)
+        assert accuracy == pytest.approx(recorded["mlm_accuracy"], rel=1e-4)
+    assert_recorded_gradients(model, eval_1k, numerics)
+
+
+def assert_recorded_gradients(model: BertForPreTraining, eval_1k: dict, numerics: dict) -> None:
     recorded = numerics["train_batch_rows_0_8_no_dropout"]
-    loss, _ = loss_of(reference_model, eval_1k, slice(0, 8))
+    loss, _ = loss_of(model, eval_1k, slice(0, 8))
     loss.backward()
     assert loss.item() == pytest.approx(recorded["loss"], rel=1e-4)
-    norms = {name: p.grad.norm().item() for name, p in reference_model.named_parameters()}
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
     assert set(norms) <= set(recorded["grad_l2"])
     for name, norm in norms.items():
         # A key's bias shifts all scores of a query alike: its true gradient is 0.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -25,32 +24,14 @@ def model() -> BertForPreTraining:
     return make_model(tiny_config())
 
 
-@pytest.mark.parametrize("form", ["model key", "bare", "module prefix", "without decoder"])
-def test_accepted_layouts(
-    tmp_path: Path, model: BertForPreTraining, weights: dict, form: str
-) -> None:
-    content: dict = {"model": weights}
-    if form == "bare":
-        content = weights
-    elif form == "module prefix":
-        content = {"model": {f"module.{name}": value for name, value in weights.items()}}
-    elif form == "without decoder":
-        weights.pop("cls.predictions.decoder.weight")
-    torch.save(content, tmp_path / "start.pt")
-    load_weights(model, tmp_path / "start.pt")
-    for name, value in model.state_dict().items():
-        if name != "cls.predictions.decoder.weight":
-            assert torch.equal(value, weights[name]), name
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda w: w.pop("bert.pooler.dense.bias"), "missing: bert.pooler.dense.bias;"),
-        (lambda w: w.update(extra=torch.ones(1)), "unexpected: extra;"),
+        (lambda w: w.pop("bert.pooler.dense.bias"), r"\n  missing: bert.pooler.dense.bias \(32,\)"),
+        (lambda w: w.update(extra=torch.ones(1)), r"\n  unexpected: extra \(1,\)"),
         (
             lambda w: w.update({"bert.pooler.dense.bias": torch.ones(3)}),
-            r"wrong shape: bert.pooler.dense.bias is \(3,\), the model's is \(32,\)",
+            r"\n  wrong shape: bert.pooler.dense.bias is \(3,\), the model's is \(32,\)",
         ),
         (
             lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(104, 32)}),
@@ -68,33 +49,6 @@ def test_unfit_weights_are_named_and_nothing_is_loaded(
         load_weights(model, tmp_path / "start.pt")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-class Hostile:
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("hostile-code-ran"),))
-
-
-def test_a_pickle_that_runs_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"a": Hostile()}}, tmp_path / "hostile.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Hostile()}))
-    for name in ("hostile.pt", "plain.pt"):
-        with pytest.raises(UserError, match=r"not safe to read"):
-            read_weights(tmp_path / name)
-    assert not (tmp_path / "hostile-code-ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", None])
-def test_damaged_files_are_one_line(tmp_path: Path, weights: dict, content: bytes | None) -> None:
-    path = tmp_path / "start.pt"
-    write_weights(path, weights)
-    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(UserError, match=r"start\.pt: ") as caught:
-        read_weights(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_other_contents(tmp_path: Path) -> None:

@@ -37,11 +37,14 @@ ALLOWED = {
         "inputs state data optim checkpoint model evaluate logs step reduction update".split()
     ),
     "__init__": set(),
+    "checkpoint_commands": {"checkpoint", "inputs", "model"},
     "data_commands": {"data", "start_checkpoint", "train"},
     "submission": {"logs", "state"},
     "submission_commands": {"submission", "launch"},
     "report": {"logs", "submission"},
-    "__main__": set("inputs launch train data_commands bench report submission_commands".split()),
+    "__main__": set(
+        "inputs launch train data_commands checkpoint_commands bench report submission_commands".split()
+    ),
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

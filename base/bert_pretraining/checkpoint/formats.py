@@ -1,83 +1,226 @@
-"""Weights from a file, strictly: every tensor there, none too many, every shape right."""
+"""Weights from a checkpoint of any known kind, under the apex layout's names, strictly."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.checkpoint import hugging_face, names
+from bert_pretraining.checkpoint.structure import fit, tie_output_bias
+from bert_pretraining.checkpoint.tensor_bundle import TensorBundle
+from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import OTHER_CHECKPOINT, require_checkpoint
+from bert_pretraining.files import OTHER_CHECKPOINT, checkpoint_kind
 
-DECODER = "cls.predictions.decoder.weight"
-WORD_EMBEDDING = "bert.embeddings.word_embeddings.weight"
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that hold the weights
+OPTIMIZER_STATE = "optimizer state"
+POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, 2, ...: Hugging Face used to store them
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    weights: tensors under the apex layout's names, mapped where the format allows it.
+    left_out: what is there besides the weights and is not read: what it is -> its names.
+    optimizer, state: of a training checkpoint; both are None for weights alone.
+    step: updates done, None where the checkpoint does not tell.
+    """
+
+    path: Path
+    format: str
+    weights: dict[str, Tensor]
+    left_out: dict[str, tuple[str, ...]]
+    step: int | None = None
+    optimizer: dict | None = None
+    state: dict | None = None
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """Whether moments or the like are in the checkpoint, read or left out."""
+        return bool(self.optimizer) or OPTIMIZER_STATE in self.left_out
+
+    def summary(self) -> str:
+        """One line: the format, the step, what was left out."""
+        parts = [self.format]
+        if self.step is not None:
+            parts.append(f"step {self.step}")
+        parts += [f"left out: {what} ({len(those)})" for what, those in self.left_out.items()]
+        return "; ".join(parts)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in the apex layout, bare or under a `model` key.
+    """The weights of any checkpoint that `read_checkpoint` reads, under the apex names."""
+    return read_checkpoint(path).weights
 
-    Only tensors and plain containers are unpickled (`weights_only=True`).
-    Raises UserError for a missing, damaged or foreign file.
+
+def read_checkpoint(path: Path, mend: str = OTHER_CHECKPOINT) -> Checkpoint:
+    """Read a PyTorch file, a Hugging Face directory or a TensorFlow 1 checkpoint.
+
+    `mend` tells the user what to pass instead of a path that holds no checkpoint.
+    Raises UserError, in one line, for a missing, damaged, unsafe or foreign file.
     """
-    require_checkpoint(path)
-    try:
-        # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
-        in_place = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: not a checkpoint of PyTorch, or one with more than tensors in it, which is "
-            "not safe to read; copy it again, or export its tensors alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged or no checkpoint of PyTorch; copy it again") from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
+    readers = {
+        "torch": _read_torch,
+        "safetensors": _read_safetensors,
+        "hugging_face": _read_hugging_face,
+        "tensorflow": _read_tensorflow,
+    }
+    return readers[checkpoint_kind(path, mend)](path, mend)
+
+
+def load_weights(model: nn.Module, path: Path) -> Checkpoint:
+    """Copy a checkpoint's weights into `model`, a BertForPreTraining on any device.
+
+    Rows of the vocabulary's padding that the checkpoint lacks become 0. Nothing is copied
+    unless everything fits. Returns what was read, for its `summary()`.
+    Raises UserError that lists every missing, unexpected and misshapen tensor.
+    """
+    checkpoint = read_checkpoint(path)
+    own = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    weights = fit(path, checkpoint.weights, shapes, model.config.vocab_size)
+    with torch.no_grad():
+        for name, value in weights.items():
+            if name == names.DECODER:
+                continue  # the model's word embedding
+            own[name][: len(value)].copy_(value)
+            own[name][len(value) :] = 0.0
+    return checkpoint
+
+
+def _read_torch(path: Path, mend: str) -> Checkpoint:
+    content = read_torch_file(path)
+    keys = content if isinstance(content, dict) else {}
+    wrapper = next((key for key in WRAPPERS if isinstance(keys.get(key), dict)), None)
+    found = keys[wrapper] if wrapper else keys
+    if not found or not _are_named_tensors(found):
         raise UserError(
             f"{path}: holds no named tensors, bare or under a 'model' key; export the model's "
-            f"state_dict() alone, or {OTHER_CHECKPOINT}"
+            f"state_dict() alone, or {mend}"
         )
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+    weights, unusual, left_out = _renamed(path, found)
+    what = f"'{wrapper}' key" if wrapper else "bare"
+    optimizer, state = keys.get("optimizer"), keys.get("state")
+    if not wrapper or not isinstance(optimizer, dict):
+        optimizer = None
+    if not wrapper or not isinstance(state, dict):
+        state = None
+    weights |= _wider_masters(weights, optimizer)
+    return Checkpoint(
+        path,
+        f"PyTorch file ({', '.join([what, *sorted(unusual)])})",
+        weights,
+        left_out,
+        _step(state or {}, keys if wrapper else {}),
+        optimizer,
+        state,
+    )
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy a checkpoint's weights into `model`.
+def _wider_masters(weights: Mapping[str, Tensor], optimizer: dict | None) -> dict[str, Tensor]:
+    """The float32 weights that our optimizer keeps where the model's own are their rounding."""
+    masters = (optimizer or {}).get("master")
+    if not isinstance(masters, dict) or not _are_named_tensors(masters):
+        return {}
+    wider = {
+        name: master
+        for name, master in masters.items()
+        if name in weights
+        and master.shape == weights[name].shape
+        and master.element_size() > weights[name].element_size()
+    }
+    if names.WORD_EMBEDDING in wider and names.DECODER in weights:
+        wider[names.DECODER] = wider[names.WORD_EMBEDDING]
+    return wider
 
-    Raises UserError that names the first missing, unexpected or misshapen tensor and how
-    many there are of each.
-    """
-    weights = read_weights(path)
-    if WORD_EMBEDDING in weights:
-        weights.setdefault(DECODER, weights[WORD_EMBEDDING])
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    misshapen = [
-        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    faults = []
-    for what, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            faults.append(f"{what}: {names[0]}{more}")
-    if misshapen:
-        more = f", and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
-        faults.append(f"wrong shape: {misshapen[0]}{more}")
-    if faults:
+
+def _step(*places: Mapping[str, object]) -> int | None:
+    for place in places:
+        for key in ("global_steps", "global_step", "step"):
+            value = place.get(key)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _read_safetensors(path: Path, mend: str) -> Checkpoint:
+    weights, unusual, left_out = _renamed(path, hugging_face.read_weight_file(path))
+    described = ", ".join(["safetensors file", *sorted(unusual)])
+    return Checkpoint(path, described, weights, left_out)
+
+
+def _read_hugging_face(path: Path, mend: str) -> Checkpoint:
+    name, found = hugging_face.read_directory(path)
+    if not _are_named_tensors(found):
+        raise UserError(f"{path / name}: holds more than named tensors; {mend}")
+    weights, unusual, left_out = _renamed(path, found)
+    described = ", ".join([name, *sorted(unusual)])
+    return Checkpoint(path, f"Hugging Face directory ({described})", weights, left_out)
+
+
+def _are_named_tensors(found: Mapping) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+
+
+def _renamed(
+    path: Path, found: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str], dict[str, tuple[str, ...]]]:
+    """(weights under the apex names, what was unusual about the names, what is left out)."""
+    pairs = []
+    unusual: set[str] = set()
+    left_out: dict[str, tuple[str, ...]] = {}
+    for name, value in found.items():
+        ours, words = names.from_pytorch(name)
+        if ours == POSITION_IDS:
+            left_out["position numbers"] = (name,)
+            continue
+        pairs.append((ours, value))
+        unusual |= words
+    weights = _without_doubles(path, pairs)
+    tie_output_bias(path, weights)
+    return weights, unusual, left_out
+
+
+def _without_doubles(path: Path, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, value in pairs:
+        if name in weights:
+            raise UserError(f"{path}: holds {name} twice, under two names; export one model alone")
+        weights[name] = value
+    return weights
+
+
+def _read_tensorflow(path: Path, mend: str) -> Checkpoint:
+    bundle = TensorBundle(path.with_suffix("") if path.suffix == ".index" else path)
+    variables = set(bundle.entries)
+    if names.TENSORFLOW_2_GRAPH in variables:
         raise UserError(
-            f"{path} does not fit the model of bert_config.json: {'; '.join(faults)}; "
-            "pass the checkpoint and bert_config.json of one model"
+            f"{bundle.index}: a checkpoint of TensorFlow 2's objects, which names no weights; save "
+            f"the model with tf.compat.v1.train.Saver, or {mend}"
         )
-    if not torch.equal(weights[DECODER], weights[WORD_EMBEDDING]):
-        raise UserError(
-            f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor; "
-            "export the checkpoint again, with the two tied"
-        )
-    model.load_state_dict(weights)
+    pairs, slots, left_out = [], [], {}
+    for name in bundle.entries:
+        if names.tensorflow_slot_of(name, variables):
+            slots.append(name)
+        elif name in names.TENSORFLOW_COUNTERS:
+            left_out.setdefault(names.TENSORFLOW_COUNTERS[name], []).append(name)
+        else:
+            ours, transposed = names.from_tensorflow(name)
+            value = bundle.tensor(name)
+            pairs.append((ours, value.mT if transposed and value.dim() == 2 else value))
+    if slots:
+        left_out.setdefault(OPTIMIZER_STATE, []).extend(slots)
+    step = bundle.tensor("global_step") if "global_step" in variables else None
+    left_out.pop("step counter", None)
+    return Checkpoint(
+        path,
+        "TensorFlow 1 checkpoint",
+        _without_doubles(path, pairs),
+        {what: tuple(those) for what, those in left_out.items()},
+        int(step) if step is not None and step.numel() == 1 else None,
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from bert_pretraining.errors import UserError
 
 MEND = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
+GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # Hugging Face's for the tanh form
 VOCAB_MULTIPLE = 8  # the decoder's matrix product wants rows in multiples of 8
 
 
@@ -52,6 +53,8 @@ class BertConfig:
             raise UserError(f"{path}: not valid JSON ({error}); {MEND}") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}; {MEND}")
+        if "layer_norm_eps" in values:  # Hugging Face's config.json
+            values.setdefault("layer_norm_epsilon", values["layer_norm_eps"])
         # Other tools keep further keys in this file; they do not change the model.
         kept = {}
         for field in fields(cls):
@@ -68,7 +71,7 @@ class BertConfig:
                 f"{path}: hidden_size {config.hidden_size} does not divide by "
                 f"num_attention_heads {config.num_attention_heads}; correct one of them, or {MEND}"
             )
-        if config.hidden_act != "gelu":
+        if config.hidden_act not in GELU_NAMES:
             raise UserError(
                 f"{path}: hidden_act '{config.hidden_act}' is not supported; only 'gelu' is: "
                 "pass the --bert_config_path of a model with it"

@@ -1,0 +1,70 @@
+"""PyTorch's files, read without running anything in them."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from bert_pretraining.errors import UserError
+
+ARCHIVE_START = b"PK\x03\x04"
+READ_AT_A_TIME = 1 << 20  # bytes
+
+
+def read_torch_file(path: Path) -> object:
+    """What torch.save wrote: tensors, mapped where the file allows it, in plain containers.
+
+    Only tensors and plain containers are unpickled (`weights_only=True`), and the checksums
+    that files of PyTorch 1.6 and later carry are verified.
+    Raises UserError for a damaged or foreign file, and for one that would run code.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_archive = file.read(len(ARCHIVE_START)) == ARCHIVE_START
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); copy it again") from error
+    # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
+    in_place = zipfile.is_zipfile(path)
+    if is_archive and not in_place:
+        raise UserError(f"{path}: damaged, its end is missing; copy it again")
+    try:
+        if in_place:
+            _verify_checksums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+    except pickle.UnpicklingError as error:
+        called = _called_functions(path)
+        what = (
+            f"holds more than tensors: it would call {called}"
+            if called
+            else "not a checkpoint of PyTorch, or one with more than tensors in it"
+        )
+        raise UserError(
+            f"{path}: {what}, which is not safe to read; copy it again, or export its tensors alone"
+        ) from error
+    except Exception as error:  # what a torn file fails with depends on where it is torn
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: not a checkpoint of PyTorch, or a damaged one ({reason}); copy it again"
+        ) from error
+
+
+def _verify_checksums(path: Path) -> None:
+    """zipfile.BadZipFile if a record is damaged. torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # 0: written with torch.serialization.set_crc32_options(False)
+                with archive.open(record) as file:
+                    while file.read(READ_AT_A_TIME):
+                        pass
+
+
+def _called_functions(path: Path) -> str:
+    """Names of functions that an archive's pickle would call; empty where that is not to tell."""
+    try:
+        return ", ".join(sorted(get_unsafe_globals_in_checkpoint(path))[:3])
+    except Exception:  # no archive, or a torn one, which the caller reports anyway
+        return ""
