@@ -93,6 +93,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; the same answer on every rank."""
+    if not dist.is_initialized():
+        return flag
+    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
 def gather(item: Made) -> list[Made]:
     """Every rank's object, in the order of ranks, on every rank."""
     if not dist.is_initialized():

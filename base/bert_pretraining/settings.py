@@ -216,7 +216,26 @@ class Config:
     log_freq: int = setting(
         1, "logging", "updates between STEP_END lines; 0 for evaluated steps only", minimum=0
     )
-    save_checkpoint: bool = setting(False, "logging", "write model.ckpt-<step>.pt at the end")
+    save_checkpoint: bool = setting(
+        False, "logging", "write model.ckpt-<step>.pt: on the way, and at the end"
+    )
+    num_samples_per_checkpoint: int = setting(
+        500_000, "logging", "sequences between checkpoints; 0 for one at the end only", minimum=0
+    )
+    min_samples_to_start_checkpoints: int = setting(
+        3_000_000, "logging", "sequences before the first of them", minimum=0
+    )
+    keep_n_most_recent_checkpoints: int = setting(
+        20, "logging", "checkpoints of a run to keep; 0 for all", minimum=0
+    )
+    resume: str | None = setting(
+        None,
+        "logging",
+        "go on from the latest whole checkpoint in output_dir where there is one (auto), or else "
+        "refuse (required); by default only from an --init_checkpoint that is a training "
+        "checkpoint, and with never not even then",
+        choices=("auto", "never", "required"),
+    )
 
     submission_org: str = setting("unknown", "submission", "organisation in the MLPerf log")
     submission_platform: str = setting("", "submission", "platform; by default the host's name")

@@ -6,7 +6,7 @@ alike without asking each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from bert_pretraining.errors import UserError
 
@@ -21,7 +21,17 @@ class RunState:
     skipped_steps: int = 0
     eval_loss: float = float("nan")
     eval_mlm_accuracy: float = 0.0
+    eval_sequences: int = 0
     converged: bool = False
+
+    def after(self, updates: int, samples_per_step: int) -> tuple[int, int]:
+        """Steps and trained sequences once so many more updates have been made."""
+        return self.global_steps + updates, self.num_trained_samples + updates * samples_per_step
+
+    def take_over(self, other: RunState) -> None:
+        """Go on where another run was."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(other, field.name))
 
 
 def check_update(samples_per_step: int, num_sequences: int) -> None:
@@ -46,26 +56,12 @@ def evaluation_interval(global_batch_size: int) -> int:
     return int(0.05 * (230.23 * global_batch_size + 3_000_000) / 25_000) * 25_000
 
 
-def evaluation_due(
-    global_step: int, samples_per_step: int, eval_steps: int, interval_samples: int
-) -> bool:
-    """Whether to evaluate after step `global_step` (1, 2, ...).
-
-    Every `eval_steps` steps if that is positive; else at the first step at which another
-    multiple of `interval_samples` has been reached: step ceil(k * interval / samples).
-    """
-    if eval_steps > 0:
-        return global_step % eval_steps == 0
-    done = global_step * samples_per_step
-    return done // interval_samples > (done - samples_per_step) // interval_samples
-
-
 @dataclass(frozen=True)
 class Calendar:
     """What is due after which step: 1, 2, ... A step is an update that was made.
 
     samples_per_step: sequences of an update, over all ranks. The others are settings of the same
-    names; eval_interval_samples is positive.
+    names; eval_interval_samples is positive. `samples` below are those trained by then.
     """
 
     samples_per_step: int
@@ -75,16 +71,27 @@ class Calendar:
     eval_steps: int
     eval_interval_samples: int
     check_replicas_every: int
+    num_samples_per_checkpoint: int
+    min_samples_to_start_checkpoints: int
 
-    def end_due(self, step: int) -> bool:
+    def end_due(self, step: int, samples: int) -> bool:
         """Whether a limit ends the run."""
-        return step >= self.max_steps or step * self.samples_per_step >= self.max_samples
+        return step >= self.max_steps or samples >= self.max_samples
 
-    def evaluation_due(self, step: int) -> bool:
-        """See `evaluation_due`."""
-        return evaluation_due(
-            step, self.samples_per_step, self.eval_steps, self.eval_interval_samples
-        )
+    def evaluation_due(self, step: int, samples: int) -> bool:
+        """Every `eval_steps` steps if that is positive, else at MLPerf's samples.
+
+        That is at the first step by which another multiple of the interval has been trained:
+        with equal steps, step ceil(k * interval / samples_per_step).
+        """
+        if self.eval_steps > 0:
+            return step % self.eval_steps == 0
+        return self._passes(samples, self.eval_interval_samples)
+
+    def checkpoint_due(self, samples: int) -> bool:
+        """Whether a checkpoint is written: at multiples, once the least number is reached."""
+        started = samples >= self.min_samples_to_start_checkpoints
+        return started and self._passes(samples, self.num_samples_per_checkpoint)
 
     def replica_check_due(self, step: int) -> bool:
         """Whether the ranks' weights are compared; never where check_replicas_every is 0."""
@@ -94,14 +101,20 @@ class Calendar:
         """Whether the step is logged: the first, and every log_freq-th."""
         return step == 1 or (self.log_freq > 0 and step % self.log_freq == 0)
 
-    def anything_due(self, step: int) -> bool:
+    def anything_due(self, step: int, samples: int) -> bool:
         """Whether the host has anything to do, for which it must know all earlier steps."""
         return (
-            self.end_due(step)
-            or self.evaluation_due(step)
+            self.end_due(step, samples)
+            or self.evaluation_due(step, samples)
+            or self.checkpoint_due(samples)
             or self.replica_check_due(step)
             or self.logging_due(step)
         )
+
+    def _passes(self, samples: int, interval: int) -> bool:
+        """Whether this step reached another multiple of the interval; never of 0."""
+        before = samples - self.samples_per_step
+        return interval > 0 and samples // interval > before // interval
 
 
 def stop_reason(

@@ -23,7 +23,9 @@ from bert_pretraining.optim.loss_scale import MAX_SKIPPED_IN_A_ROW
 from bert_pretraining.reduction import Reduction
 from bert_pretraining.step import MicroStep
 
-MAX_UNREAD = 25  # fewer than MAX_SKIPPED_IN_A_ROW, so that a run of skipped steps is seen
+# Fewer than MAX_SKIPPED_IN_A_ROW, so that a run of skipped steps is seen; few, for a signal to stop
+# is answered only then.
+MAX_UNREAD = 10
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Update:
     def num_unread(self) -> int:
         """Steps of which nobody knows yet whether they were finite."""
         return len(self._unread)
+
+    @property
+    def must_read(self) -> bool:
+        """Whether there are enough of them. On a CPU to know costs nothing."""
+        return self.num_unread >= (1 if self._ranks.device.type == "cpu" else MAX_UNREAD)
 
     def __call__(self, micro_batches: list[PackedBatch]) -> Tensor:
         """Returns (3,) float32 sums over this rank's micro-batches, as `forward_backward`."""

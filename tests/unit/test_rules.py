@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -19,7 +19,6 @@ from bert_pretraining.state import (
     Calendar,
     RunState,
     check_update,
-    evaluation_due,
     evaluation_interval,
     stop_reason,
 )
@@ -63,15 +62,37 @@ def test_evaluation_interval_of_the_rules(global_batch_size: int, samples: int) 
     assert evaluation_interval(global_batch_size) == samples
 
 
+def calendar(**changes: int) -> Calendar:
+    values = {
+        "samples_per_step": 10,
+        "max_steps": 20,
+        "max_samples": 150,
+        "log_freq": 3,
+        "eval_steps": 0,
+        "eval_interval_samples": 40,
+        "check_replicas_every": 5,
+        "num_samples_per_checkpoint": 0,
+        "min_samples_to_start_checkpoints": 0,
+    }
+    return Calendar(**{**values, **changes})
+
+
 @pytest.mark.parametrize(("per_step", "interval"), [(448, 150000), (7, 10), (64, 64), (100, 30)])
 def test_evaluation_is_due_at_the_first_step_past_each_interval(
     per_step: int, interval: int
 ) -> None:
-    due = {step for step in range(1, 2000) if evaluation_due(step, per_step, 0, interval)}
+    days = calendar(samples_per_step=per_step, eval_interval_samples=interval)
+    due = {step for step in range(1, 2000) if days.evaluation_due(step, step * per_step)}
     expected = {
         math.ceil(k * interval / per_step) for k in range(1, 2000 * per_step // interval + 2)
     }
     assert due == {step for step in expected if step < 2000}
+
+
+def test_samples_count_and_not_steps_where_a_run_resumed_with_another_batch() -> None:
+    days = calendar(samples_per_step=25)
+    samples = [100, 125, 150, 175, 200]  # 10 steps of 10 had been made before
+    assert [count for count in samples if days.evaluation_due(0, count)] == [125, 175, 200]
 
 
 def test_an_update_of_more_than_the_training_set_is_refused() -> None:
@@ -81,7 +102,8 @@ def test_an_update_of_more_than_the_training_set_is_refused() -> None:
 
 
 def test_eval_steps_takes_the_place_of_the_schedule() -> None:
-    assert [step for step in range(1, 8) if evaluation_due(step, 10**6, 3, 1)] == [3, 6]
+    days = calendar(eval_steps=3, eval_interval_samples=1)
+    assert [step for step in range(1, 8) if days.evaluation_due(step, step * 10)] == [3, 6]
 
 
 def test_stop_reasons() -> None:
@@ -97,29 +119,27 @@ def test_stop_reasons() -> None:
 
 
 def test_the_calendar() -> None:
-    calendar = Calendar(
-        samples_per_step=10,
-        max_steps=20,
-        max_samples=150,
-        log_freq=3,
-        eval_steps=0,
-        eval_interval_samples=40,
-        check_replicas_every=5,
-    )
-    steps = range(1, 18)
+    days, steps = calendar(), range(1, 18)
 
-    def due(what: str) -> list[int]:
-        return [step for step in steps if getattr(calendar, what)(step)]
+    def due(days: Calendar, what: str) -> list[int]:
+        method = getattr(days, what)
+        names = [name for name in inspect.signature(method).parameters]
+        arguments = {"step": lambda step: step, "samples": lambda step: 10 * step}
+        return [step for step in steps if method(*(arguments[name](step) for name in names))]
 
-    assert due("logging_due") == [1, 3, 6, 9, 12, 15]
-    assert due("evaluation_due") == [4, 8, 12, 16]
-    assert due("replica_check_due") == [5, 10, 15]
-    assert due("end_due") == [15, 16, 17]
-    assert due("anything_due") == [1, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 17]
-    seldom = replace(calendar, log_freq=0, check_replicas_every=0, max_samples=10**6)
-    assert [step for step in steps if seldom.logging_due(step)] == [1]
-    assert not any(seldom.replica_check_due(step) for step in steps)
-    assert [step for step in range(1, 25) if seldom.end_due(step)] == [20, 21, 22, 23, 24]
+    assert due(days, "logging_due") == [1, 3, 6, 9, 12, 15]
+    assert due(days, "evaluation_due") == [4, 8, 12, 16]
+    assert due(days, "replica_check_due") == [5, 10, 15]
+    assert due(days, "end_due") == [15, 16, 17]
+    assert due(days, "anything_due") == [1, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 17]
+    assert due(days, "checkpoint_due") == []
+    saving = calendar(num_samples_per_checkpoint=35, min_samples_to_start_checkpoints=80)
+    assert due(saving, "checkpoint_due") == [11, 14]
+    assert 11 in due(saving, "anything_due")
+    seldom = calendar(log_freq=0, check_replicas_every=0, max_samples=10**6, max_steps=16)
+    assert due(seldom, "logging_due") == [1]
+    assert due(seldom, "replica_check_due") == []
+    assert due(seldom, "end_due") == [16, 17]
 
 
 def convergence_points() -> list[tuple[float, int, int, int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
+from bert_pretraining.lock import FolderLock
 from bert_pretraining.logs.console import Console, LineFile, results_table
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
 from bert_pretraining.logs.perflog import PerfLog
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "numpy", "h5py", "mlperf-logging", "tokenizers", "tqdm")
 
 
 class RunLog:
-    """The three outputs of one run. Raises UserError if the folder cannot be made."""
+    """The three outputs of one run. UserError if its folder cannot be made or is in use."""
 
     def __init__(self, resolved: Resolved, rank: int, device_name: str, world_size: int) -> None:
         self.config, self._sources = resolved.config, resolved.sources
@@ -33,12 +34,14 @@ class RunLog:
         self._device_name, self._world_size = device_name, world_size
         self._init_started = self._train_started = self._window_started = self.started
         self._init_time = self._train_time = 0.0
-        self._window_samples = 0
+        self._window_samples = self._resumed_samples = 0
         self.folder: Path | None = None
         self._files: list[LineFile] = []
         self.console = Console(rank == 0, self.config.max_steps)
         sinks: list[list] = [[], []]
+        self._lock: FolderLock | None = None
         if rank == 0:
+            self._lock = FolderLock(Path(self.config.resolved_output_dir))
             self.folder = make_run_folder(Path(self.config.resolved_output_dir))
             for name, content in (
                 ("config.json", dataclasses.asdict(self.config)),
@@ -132,6 +135,24 @@ class RunLog:
         self.perf.log("TRAIN_BEGIN")
         self._train_started = self._window_started = time.time()
 
+    def resumed(self, path: Path, state: RunState, differences: list[str]) -> None:
+        """The run goes on from a checkpoint; training begins after this.
+
+        differences: what is not as it was; with none, the run goes on bit for bit.
+        """
+        self.say(
+            f"Resumed: {path}, step {state.global_steps}, {state.num_trained_samples:,} sequences"
+        )
+        if differences:
+            self.say(
+                f"Notice: not bit-identical to the run without a stop: {', '.join(differences)}"
+            )
+        self.perf.log("INIT_END", {"other": "Finish initialization"})
+        self._init_time = time.time() - self._init_started
+        self.perf.log("TRAIN_BEGIN")
+        self._train_started = self._window_started = time.time()
+        self._resumed_samples = state.num_trained_samples
+
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
         """So many of the latest updates were skipped."""
         self.say(
@@ -193,7 +214,9 @@ class RunLog:
     def finished(self, state: RunState, reason: str) -> None:
         """The figures of the whole run, for tooling and as a table."""
         e2e_time = time.time() - self.started
-        speed = state.num_trained_samples / self._train_time
+        # Of a resumed run, the part that was trained here.
+        trained_here = state.num_trained_samples - self._resumed_samples
+        speed = trained_here / max(self._train_time, 1e-9)
         self.perf.log(
             "FINISHED",
             {
@@ -232,6 +255,8 @@ class RunLog:
         self.console.close()
         for file in self._files:
             file.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def make_run_folder(output_dir: Path) -> Path:

@@ -16,6 +16,8 @@ MAXIMUM_INITIAL_SCALE = 2.0**24
 GROWTH_INTERVAL = 2000
 MAX_SKIPPED_IN_A_ROW = 30  # at most 24 halvings lead to the least scale
 
+_STATE = ("scale", "good_steps", "skipped_in_a_row")
+
 
 class LossScale:
     """Dynamic loss scale: halved after an overflow, doubled after enough good steps.
@@ -75,3 +77,12 @@ class LossScale:
         halved = torch.clamp(self.scale / 2.0, min=MINIMUM_SCALE)
         self.scale = torch.where(finite, grown, halved)
         self.good_steps = torch.where(grows, 0, self.good_steps)
+
+    def state_dict(self) -> dict[str, float]:
+        """The scale and both counts, as numbers: waits for the device."""
+        return {name: getattr(self, name).item() for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over what `state_dict` returned. A scale that is not dynamic stays its own."""
+        for name in _STATE if self.dynamic else ():
+            getattr(self, name).fill_(state[name])
