@@ -91,7 +91,7 @@ def test_evaluation_is_due_at_the_first_step_past_each_interval(
 
 def test_samples_count_and_not_steps_where_a_run_resumed_with_another_batch() -> None:
     days = calendar(samples_per_step=25)
-    samples = [100, 125, 150, 175, 200]  # 10 steps of 10 had been made before
+    samples = [125, 150, 175, 200]  # after 10 steps of 10
     assert [count for count in samples if days.evaluation_due(0, count)] == [125, 175, 200]
 
 
@@ -123,7 +123,7 @@ def test_the_calendar() -> None:
 
     def due(days: Calendar, what: str) -> list[int]:
         method = getattr(days, what)
-        names = [name for name in inspect.signature(method).parameters]
+        names = list(inspect.signature(method).parameters)
         arguments = {"step": lambda step: step, "samples": lambda step: 10 * step}
         return [step for step in steps if method(*(arguments[name](step) for name in names))]
 
