@@ -55,13 +55,17 @@ def diff(arguments: list[str]) -> int:
     )
     parser.add_argument("first", type=Path, metavar="A")
     parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("--training_state", action="store_true",
+        help="compare the optimizer's and the training's state too")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="every difference as JSON")
     values = parser.parse(arguments)
 
     from bert_pretraining.checkpoint import comparison, formats
 
     found = comparison.compare(
-        formats.read_checkpoint(values.first, MEND), formats.read_checkpoint(values.second, MEND)
+        formats.read_checkpoint(values.first, MEND),
+        formats.read_checkpoint(values.second, MEND),
+        values.training_state,
     )
     print(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
     return EXIT_EQUAL if found.equal else EXIT_DIFFERENT
