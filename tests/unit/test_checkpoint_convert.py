@@ -173,10 +173,14 @@ def test_a_hugging_face_config_gives_the_sizes(
 ) -> None:
     assert run_checkpoint("convert", source, tmp_path / "hf", "--to", "hf")[0] == 0
     path = tmp_path / "hf" / "config.json"
-    path.write_text(path.read_text().replace("gelu_pytorch_tanh", "gelu"))
+    text = path.read_text().replace("gelu_pytorch_tanh", "gelu")
+    path.write_text(text.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-07'))
     code, out, _ = run_checkpoint("convert", tmp_path / "hf", tmp_path / "a.pt", "--to", "apex")
     assert code == 0
     assert f"Sizes from {path}\nNote: its hidden_act 'gelu' means the erf form" in out
+    assert run_checkpoint("convert", tmp_path / "hf", tmp_path / "again", "--to", "hf")[0] == 0
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (again["layer_norm_eps"], again["hidden_act"]) == (1e-7, "gelu_pytorch_tanh")
 
 
 def test_a_source_may_be_its_own_destination(

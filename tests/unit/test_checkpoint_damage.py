@@ -160,6 +160,23 @@ def test_a_foreign_archive(tmp_path: Path) -> None:
         read_weights(tmp_path / "a.pt")
 
 
+def test_an_archive_with_a_damaged_end(tmp_path: Path, weights: dict) -> None:
+    """One byte of the archive's directory, which says that it goes on on another disk."""
+    path = tmp_path / "start.pt"
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 4] = 77
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"start\.pt: damaged at its end \(.*disk.*copy it again"):
+        read_weights(path)
+
+
+def test_tensors_that_no_weights_are(tmp_path: Path) -> None:
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(UserError, match="holds no named tensors"):
+        read_weights(tmp_path / "sparse.pt")
+
+
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="a directory, not a checkpoint; pass --init_checkpoint"):
