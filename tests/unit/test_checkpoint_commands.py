@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from bert_pretraining import checkpoint_commands
 from bert_pretraining.checkpoint import save_checkpoint, write_weights
 from bert_pretraining.errors import UserError
-from helpers import REFERENCE, command, needs_reference
+from helpers import REFERENCE, ROOT, command, needs_reference
 
 CHECKPOINT = REFERENCE / "checkpoint"
 APEX = CHECKPOINT / "model.ckpt-28252.apex.pt"
@@ -90,6 +93,19 @@ def test_inspect_of_a_tensorflow_checkpoint(run_checkpoint: object) -> None:
     theirs = json.loads(apex)["tensors"]
     for name, figures in found["tensors"].items():
         assert figures["norm"] == pytest.approx(theirs[name]["norm"], rel=1e-12), name
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, source: Path) -> None:
+    program = f"{sys.executable} -m bert_pretraining checkpoint inspect {source.name} | true"
+    done = subprocess.run(
+        ["bash", "-c", f"{program}; exit ${{PIPESTATUS[0]}}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- diff

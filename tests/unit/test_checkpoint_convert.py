@@ -134,11 +134,12 @@ def test_what_does_not_fit_is_reported_and_not_written(
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**sizes, "intermediate_size": 64}))
     code, _, err = run_checkpoint(
-        "convert", source, tmp_path / "x.pt", "--to", "apex", "--bert_config", other
+        "convert", source, tmp_path / "x.pt", "--to", "apex", "--bert-config-path", other
     )
     assert code == 2
     assert "  wrong shape: bert.encoder.layer.1.output.dense.weight is (32, 48), the" in err
     (tmp_path / "bert_config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")  # a run's settings, beside its checkpoints
     code, _, err = run_checkpoint("convert", source, tmp_path / "x.pt", "--to", "hf")
     assert code == 2
     assert "no bert_config.json beside the source: " in err
