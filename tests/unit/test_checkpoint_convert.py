@@ -96,6 +96,15 @@ def test_convert_without_padding(run_checkpoint: object, tmp_path: Path, source:
     assert "Vocabulary: 101 rows, without padding; losses differ a little" in out
     assert json.loads((tmp_path / "hf/config.json").read_text())["vocab_size"] == 101
     assert read_weights(tmp_path / "hf")[EMBEDDING].shape == (101, 32)
+    code, out, _ = run_checkpoint(
+        "convert", tmp_path / "hf", tmp_path / "again", "--to", "hf", "--trim_vocab",
+        "--bert_config", tmp_path / "bert_config.json",
+    )  # fmt: skip
+    assert (code, "Vocabulary: 101 rows, without padding" in out) == (0, True)
+    sizes = json.loads((tmp_path / "bert_config.json").read_text())
+    (tmp_path / "bert_config.json").write_text(json.dumps({**sizes, "vocab_size": 104}))
+    code, out, _ = run_checkpoint("convert", source, tmp_path / "all", "--to", "hf", "--trim_vocab")
+    assert (code, "104 rows; by bert_config.json none of them is padding" in out) == (0, True)
     code, _, err = run_checkpoint("convert", source, tmp_path / "x", "--to", "apex", "--trim_vocab")
     assert (code, "--trim_vocab is for --to hf" in err) == (2, True)
 
