@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def test_hostile_files_do_not_run(
     # The payload works: the careless way has run it.
     assert (tmp_path / "hostile-code-ran").exists()
     (tmp_path / "hostile-code-ran").rmdir()
-    with pytest.raises(UserError, match="not safe to read") as caught:
+    with warnings.catch_warnings(), pytest.raises(UserError, match="not safe to read") as caught:
+        warnings.simplefilter("error")
         read_weights(tmp_path if place == "directory" else path)
     assert not (tmp_path / "hostile-code-ran").exists()
     assert "\n" not in str(caught.value)

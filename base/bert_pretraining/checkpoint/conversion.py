@@ -14,8 +14,9 @@ from bert_pretraining.checkpoint import hugging_face
 from bert_pretraining.checkpoint.formats import Checkpoint
 from bert_pretraining.checkpoint.names import DECODER, OUTPUT_BIAS, WORD_EMBEDDING
 from bert_pretraining.checkpoint.save import save_checkpoint, write_weights
-from bert_pretraining.checkpoint.structure import Sizes, expected_shapes, fit, padded
+from bert_pretraining.checkpoint.structure import Sizes, expected_shapes, fit
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.bert_config import padded_rows
 
 NOT_IN_SOURCE = "optimizer moments, loss scale, random states and data position"
 
@@ -73,7 +74,7 @@ def convert(
 
 def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
     """Every tensor of the trainer's model, padded, each in memory of its own size."""
-    rows = padded(sizes.vocab_size)
+    rows = padded_rows(sizes.vocab_size)
     shapes = expected_shapes(replace(sizes, vocab_size=rows))
     fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size)
     weights = {}
@@ -89,7 +90,7 @@ def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _vocabulary_note(checkpoint: Checkpoint, sizes: Sizes) -> str:
-    found, rows = len(checkpoint.weights[WORD_EMBEDDING]), padded(sizes.vocab_size)
+    found, rows = len(checkpoint.weights[WORD_EMBEDDING]), padded_rows(sizes.vocab_size)
     if found == rows:
         return f"Vocabulary: {rows} rows, as in the source"
     return f"Vocabulary: {found} rows, padded to {rows} with rows of 0"

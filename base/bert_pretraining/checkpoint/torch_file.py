@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def read_torch_file(path: Path) -> object:
     try:
         if in_place:
             _verify_checksums(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+        with warnings.catch_warnings():
+            # Of a foreign pickle's protocol: the error that follows says it better.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except pickle.UnpicklingError as error:
         called = _called_functions(path)
         what = (
