@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ FORMS = (
 )
 MEND = "name a checkpoint (see checkpoint inspect --help)"
 HUGGING_FACE_CONFIG = "config.json"
+HUGGING_FACE_ENDINGS = (".safetensors", ".bin")
 
 
 def _parser(command: str, text: str) -> config.FlagParser:
@@ -30,6 +33,14 @@ def _parser(command: str, text: str) -> config.FlagParser:
         prog=f"python -m bert_pretraining checkpoint {command}", allow_abbrev=False,
         description=text,
     )  # fmt: skip
+
+
+def _show(text: str) -> None:
+    """Print, to a reader that may have seen enough before the end, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def inspect(arguments: list[str]) -> None:
@@ -42,7 +53,7 @@ def inspect(arguments: list[str]) -> None:
     from bert_pretraining.checkpoint import formats, inspection
 
     found = inspection.inspect(formats.read_checkpoint(values.file, MEND))
-    print(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
 
 
 def diff(arguments: list[str]) -> int:
@@ -55,15 +66,19 @@ def diff(arguments: list[str]) -> int:
     )
     parser.add_argument("first", type=Path, metavar="A")
     parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("--training_state", action="store_true",
+        help="compare the optimizer's and the training's state too")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="every difference as JSON")
     values = parser.parse(arguments)
 
     from bert_pretraining.checkpoint import comparison, formats
 
     found = comparison.compare(
-        formats.read_checkpoint(values.first, MEND), formats.read_checkpoint(values.second, MEND)
+        formats.read_checkpoint(values.first, MEND),
+        formats.read_checkpoint(values.second, MEND),
+        values.training_state,
     )
-    print(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
     return EXIT_EQUAL if found.equal else EXIT_DIFFERENT
 
 
@@ -80,9 +95,9 @@ def convert(arguments: list[str]) -> None:
     add("source", type=Path, metavar="SRC")
     add("destination", type=Path, metavar="DST")
     add("--to", required=True, choices=("apex", "hf", "resume"), help="the layout of DST")
-    add("--bert_config", type=Path, metavar="FILE",
-        help=f"the model's sizes; by default {BERT_CONFIG_NAME} or config.json beside SRC. Only "
-        "hf cannot do without")  # fmt: skip
+    add("--bert_config", "--bert_config_path", type=Path, metavar="FILE",
+        help=f"the model's sizes; by default {BERT_CONFIG_NAME} beside SRC, or Hugging Face's "
+        f"{HUGGING_FACE_CONFIG} beside its weights. Only hf cannot do without")  # fmt: skip
     add("--trim_vocab", action="store_true",
         help="hf: leave out the rows that pad the vocabulary to a multiple of 8")  # fmt: skip
     add("--overwrite", action="store_true", help="replace DST if it is there")
@@ -117,7 +132,9 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
     from bert_pretraining.checkpoint.structure import Sizes, sizes_of
 
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    beside = [folder / BERT_CONFIG_NAME, folder / HUGGING_FACE_CONFIG]
+    beside = [folder / BERT_CONFIG_NAME]
+    if checkpoint.path.is_dir() or checkpoint.path.suffix in HUGGING_FACE_ENDINGS:
+        beside.append(folder / HUGGING_FACE_CONFIG)  # elsewhere, a run's settings are called so
     path = given or next((path for path in beside if path.is_file()), None)
     if path is None:
         sizes = sizes_of(checkpoint.weights)

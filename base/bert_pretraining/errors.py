@@ -16,7 +16,8 @@ EXIT_INTERRUPTED = 130
 class UserError(Exception):
     """Bad usage, configuration, data or checkpoint: exit code 2.
 
-    The message is one line that says what is wrong, where, and how to mend it.
+    The message is one line that says what is wrong, where, and how to mend it. Where many
+    tensors are at fault, further lines list them.
     """
 
 

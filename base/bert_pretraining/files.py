@@ -16,7 +16,6 @@ UNFINISHED = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
     "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
 )
-CHECKPOINT_KINDS = ("torch", "safetensors", "hugging_face", "tensorflow")
 # In the order in which Hugging Face looks for them.
 HUGGING_FACE_WEIGHTS = (
     "model.safetensors",
@@ -59,8 +58,9 @@ def shard_files(directory: Path, mend: str) -> list[Path]:
 
 
 def checkpoint_kind(path: Path, mend: str = OTHER_CHECKPOINT) -> str:
-    """What a start checkpoint is, told without opening it: one of CHECKPOINT_KINDS.
+    """What a checkpoint is: "torch", "safetensors", "hugging_face" or "tensorflow".
 
+    Told by what lies at `path`, which is not opened.
     A TensorFlow checkpoint is named by its `.index` file, or by that without `.index`.
     Raises UserError where nothing, an empty file or another directory lies at `path`;
     `mend` says what to pass instead.

@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def test_hostile_files_do_not_run(
     # The payload works: the careless way has run it.
     assert (tmp_path / "hostile-code-ran").exists()
     (tmp_path / "hostile-code-ran").rmdir()
-    with pytest.raises(UserError, match="not safe to read") as caught:
+    with warnings.catch_warnings(), pytest.raises(UserError, match="not safe to read") as caught:
+        warnings.simplefilter("error")
         read_weights(tmp_path if place == "directory" else path)
     assert not (tmp_path / "hostile-code-ran").exists()
     assert "\n" not in str(caught.value)
@@ -158,6 +160,23 @@ def test_a_foreign_archive(tmp_path: Path) -> None:
         archive.writestr("word/document.xml", "<text/>")
     with pytest.raises(UserError, match=r"a\.pt: not a checkpoint of PyTorch"):
         read_weights(tmp_path / "a.pt")
+
+
+def test_an_archive_with_a_damaged_end(tmp_path: Path, weights: dict) -> None:
+    """One byte of the archive's directory, which says that it goes on on another disk."""
+    path = tmp_path / "start.pt"
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 4] = 77
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"start\.pt: damaged at its end \(.*disk.*copy it again"):
+        read_weights(path)
+
+
+def test_tensors_that_no_weights_are(tmp_path: Path) -> None:
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(UserError, match="holds no named tensors"):
+        read_weights(tmp_path / "sparse.pt")
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:

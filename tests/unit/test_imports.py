@@ -23,7 +23,7 @@ ALLOWED = {
     "state": set(),
     "data": set(),
     "optim": set(),
-    "checkpoint": set(),
+    "checkpoint": {"model"},
     "model": {"data"},
     "evaluate": {"data"},
     "logs": {"state"},

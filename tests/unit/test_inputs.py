@@ -109,6 +109,21 @@ def test_checkpoints_that_are_none(data_dir: Path, tmp_path: Path) -> None:
     )
 
 
+def test_checkpoints_of_every_kind_are_let_through(data_dir: Path, tmp_path: Path) -> None:
+    """A directory or a name without a file of its own may be a checkpoint too."""
+    (tmp_path / "hugging_face").mkdir()
+    (tmp_path / "hugging_face" / "model.safetensors.index.json").write_text("{}")
+    for name in ("model.ckpt-1.index", "model.ckpt-1.data-00000-of-00001", "a.safetensors"):
+        (tmp_path / name).write_text("not opened here")
+    for name in ("hugging_face", "model.ckpt-1", "model.ckpt-1.index", "a.safetensors"):
+        path = tmp_path / name
+        assert data_paths(settings(data_dir, init_checkpoint=path)).init_checkpoint == path
+    with pytest.raises(UserError, match=r"one part of a TensorFlow checkpoint; pass .*ckpt-1$"):
+        data_paths(
+            settings(data_dir, init_checkpoint=tmp_path / "model.ckpt-1.data-00000-of-00001")
+        )
+
+
 def test_bert_config_is_read(data_dir: Path) -> None:
     (data_dir / "bert_config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

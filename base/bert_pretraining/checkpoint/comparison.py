@@ -1,8 +1,9 @@
-"""What differs between the weights of two checkpoints."""
+"""What differs between two checkpoints."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from bert_pretraining.checkpoint.names import VOCABULARY_ROWS
 from bert_pretraining.checkpoint.structure import untied
 
 SHOWN = 20  # tensors in a description
+EXACT_IN_DOUBLE = 2**53
 ROWS_AT_A_TIME = 1024
 
 
@@ -41,7 +43,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether all weights are the same numbers."""
+        """Whether everything that was compared is there in both, with the same numbers."""
         return not (self.only_in_first or self.only_in_second or self.shapes or self.values)
 
     def to_json(self) -> dict:
@@ -68,7 +70,7 @@ class Comparison:
         """The verdict, then the largest differences first."""
         both = f"{self.first.path} and {self.second.path}"
         if self.equal:
-            lines = [f"Equal: {both} hold the same weights, {self.compared} tensors"]
+            lines = [f"Equal: {both} hold the same numbers, {self.compared} tensors"]
         else:
             counts = (
                 (len(self.values), "tensors differ in value"),
@@ -98,32 +100,27 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(first: Checkpoint, second: Checkpoint) -> Comparison:
-    """Compare all weights as numbers: neither the type nor padding rows of 0 make a difference."""
-    ones, others = untied(first.weights), untied(second.weights)
-    shapes, values, notes = {}, {}, []
+def compare(first: Checkpoint, second: Checkpoint, training_state: bool = False) -> Comparison:
+    """Compare all weights as numbers: neither the type nor padding rows of 0 make a difference.
+
+    With `training_state`, the optimizer's and the training's state too, as `optimizer...`
+    and `state...`.
+    """
+    ones, others = (_compared(checkpoint, training_state) for checkpoint in (first, second))
     common = [name for name in ones if name in others]
+    shapes, values, notes = {}, {}, []
     for name in common:
         one, other = ones[name], others[name]
-        if name in VOCABULARY_ROWS and one.shape[1:] == other.shape[1:]:
-            rows = min(len(one), len(other))
-            longer = one if len(one) > rows else other
-            if len(longer) > rows and not longer[rows:].any():
-                whose = first.path if longer is one else second.path
-                notes.append(f"{name}: {whose} has {len(longer) - rows} more rows, all 0: padding")
+        rows = min(len(one), len(other)) if name in VOCABULARY_ROWS else None
+        for checkpoint, value in ((first, one), (second, other)):
+            if rows is not None and len(value) > rows and not value[rows:].any():
+                more = len(value) - rows
+                notes.append(f"{name}: {checkpoint.path} has {more} more rows, all 0: padding")
                 one, other = one[:rows], other[:rows]
         if one.shape != other.shape:
             shapes[name] = (tuple(one.shape), tuple(other.shape))
         elif difference := _difference(one, other):
             values[name] = difference
-    types = [{str(value.dtype) for value in weights.values()} for weights in (ones, others)]
-    if types[0] != types[1]:
-        told = " against ".join("/".join(sorted(kinds)).replace("torch.", "") for kinds in types)
-        notes.append(f"types: {told}; compared as numbers")
-    if first.step != second.step and None not in (first.step, second.step):
-        notes.append(f"steps: {first.step} against {second.step}")
-    if first.optimizer or second.optimizer:
-        notes.append("weights alone were compared, not the optimizer's and the training's state")
     return Comparison(
         first,
         second,
@@ -132,8 +129,44 @@ def compare(first: Checkpoint, second: Checkpoint) -> Comparison:
         tuple(name for name in others if name not in ones),
         shapes,
         values,
-        tuple(notes),
+        (*notes, *_notes(first, second, training_state)),
     )
+
+
+def _notes(first: Checkpoint, second: Checkpoint, training_state: bool) -> Iterator[str]:
+    """What a reader of the verdict should know besides."""
+    types = [
+        sorted({str(value.dtype).removeprefix("torch.") for value in checkpoint.weights.values()})
+        for checkpoint in (first, second)
+    ]
+    if types[0] != types[1]:
+        yield f"types: {'/'.join(types[0])} against {'/'.join(types[1])}; compared as numbers"
+    if first.step != second.step and None not in (first.step, second.step):
+        yield f"steps: {first.step} against {second.step}"
+    if not training_state and any((first.optimizer, second.optimizer, first.state, second.state)):
+        yield "the weights alone were compared; --training_state compares the rest too"
+
+
+def _compared(checkpoint: Checkpoint, training_state: bool) -> dict[str, Tensor]:
+    tensors = untied(checkpoint.weights)
+    if training_state:
+        tensors |= _flattened(checkpoint.optimizer or {}, "optimizer")
+        tensors |= _flattened(checkpoint.state or {}, "state")
+    return tensors
+
+
+def _flattened(content: object, name: str) -> dict[str, Tensor]:
+    """Every tensor and value in nested containers; numbers as float64, others as text's bytes."""
+    if isinstance(content, Tensor):
+        return {name: content}
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    if isinstance(content, Mapping):
+        parts = [_flattened(value, f"{name}.{key}") for key, value in content.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    if isinstance(content, float) or (isinstance(content, int) and abs(content) <= EXACT_IN_DOUBLE):
+        return {name: torch.tensor(float(content), dtype=torch.float64)}
+    return {name: torch.tensor(list(repr(content).encode()), dtype=torch.uint8)}
 
 
 def _difference(one: Tensor, other: Tensor) -> TensorDifference | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint import hugging_face
 from bert_pretraining.checkpoint.formats import Checkpoint
-from bert_pretraining.checkpoint.names import DECODER, VOCABULARY_ROWS, WORD_EMBEDDING
+from bert_pretraining.checkpoint.names import DECODER, OUTPUT_BIAS, WORD_EMBEDDING
 from bert_pretraining.checkpoint.save import save_checkpoint, write_weights
-from bert_pretraining.checkpoint.structure import Sizes, expected_shapes, fit, padded
+from bert_pretraining.checkpoint.structure import Sizes, expected_shapes, fit
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.bert_config import padded_rows
 
-TARGETS = ("apex", "hf", "resume")
 NOT_IN_SOURCE = "optimizer moments, loss scale, random states and data position"
 
 
@@ -40,7 +40,7 @@ def convert(
     model: Model,
     trim_vocabulary: bool = False,
 ) -> list[str]:
-    """Write the checkpoint's weights as one of TARGETS; returns what was done, in lines.
+    """Write the checkpoint's weights as "apex", "hf" or "resume"; returns what was done, in lines.
 
     All three hold the trainer's model, its vocabulary padded to a multiple of 8 with rows of
     0; `trim_vocabulary` leaves the padding out, for "hf" alone.
@@ -48,33 +48,34 @@ def convert(
     written; nothing is left of it then.
     """
     weights = _complete(checkpoint, model.sizes)
-    lines = [_vocabulary_line(checkpoint, model.sizes)]
+    notes = [_vocabulary_note(checkpoint, model.sizes)]
     if target == "hf":
-        write = _hugging_face_writer(destination, weights, model, trim_vocabulary, lines)
+        config = _hugging_face_config(model, weights)
+        if trim_vocabulary:
+            notes = _trim(weights, config, model.sizes.vocab_size)
+        write = partial(hugging_face.write_directory, destination, weights, config)
     elif target == "resume":
-        state = _training_state(checkpoint, lines)
-
-        def write() -> None:
-            save_checkpoint(destination, weights, {}, state)
+        state, told = _training_state(checkpoint)
+        notes += told
+        write = partial(save_checkpoint, destination, weights, {}, state)
     else:
-
-        def write() -> None:
-            write_weights(destination, weights)
-
+        write = partial(write_weights, destination, weights)
     try:
         write()
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {destination} ({reason}); nothing was left there") from error
-    for what, names in checkpoint.left_out.items():
-        lines.append(f"Left out: {what}, {len(names)} entries of the source")
-    return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *lines]
+    notes += [
+        f"Left out: {what}, {len(names)} entries of the source"
+        for what, names in checkpoint.left_out.items()
+    ]
+    return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *notes]
 
 
 def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
     """Every tensor of the trainer's model, padded, each in memory of its own size."""
-    rows = padded(sizes.vocab_size)
-    shapes = expected_shapes(Sizes(**{**vars(sizes), "vocab_size": rows}))
+    rows = padded_rows(sizes.vocab_size)
+    shapes = expected_shapes(replace(sizes, vocab_size=rows))
     fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size)
     weights = {}
     for name, value in fitting.items():
@@ -83,58 +84,62 @@ def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
         elif len(value) < shapes[name][0]:
             value = torch.cat([value, value.new_zeros(rows - len(value), *value.shape[1:])])
         elif not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
-            value = value.contiguous().clone()
+            value = value.clone(memory_format=torch.contiguous_format)
         weights[name] = value
     return weights
 
 
-def _vocabulary_line(checkpoint: Checkpoint, sizes: Sizes) -> str:
-    found, rows = len(checkpoint.weights[WORD_EMBEDDING]), padded(sizes.vocab_size)
+def _vocabulary_note(checkpoint: Checkpoint, sizes: Sizes) -> str:
+    found, rows = len(checkpoint.weights[WORD_EMBEDDING]), padded_rows(sizes.vocab_size)
     if found == rows:
         return f"Vocabulary: {rows} rows, as in the source"
     return f"Vocabulary: {found} rows, padded to {rows} with rows of 0"
 
 
-def _hugging_face_writer(
-    destination: Path, weights: dict[str, Tensor], model: Model, trim: bool, lines: list[str]
-) -> Callable[[], None]:
+def _hugging_face_config(model: Model, weights: dict[str, Tensor]) -> dict:
+    """config.json for these weights, from which the decoder is taken out: it is tied there."""
     if model.hugging_face is None:
         raise UserError(
-            f"no bert_config.json beside the source: the weights do not tell the number of "
+            "no bert_config.json beside the source: the weights do not tell the number of "
             f"attention heads that {hugging_face.CONFIG_NAME} needs; pass --bert_config FILE"
         )
-    rows = model.sizes.vocab_size
-    if trim and rows < padded(rows):
-        for name in VOCABULARY_ROWS:
-            weights[name] = weights[name][:rows].clone()
-        lines[:] = [
-            f"Vocabulary: {rows} rows, without padding; losses differ a little from the "
-            f"trainer's, whose softmax has {padded(rows)} entries"
-        ]
-    del weights[DECODER]  # tied: Hugging Face takes the word embedding
-    config = {
-        **model.hugging_face,
-        "vocab_size": len(weights[WORD_EMBEDDING]),
-        "dtype": str(weights[WORD_EMBEDDING].dtype).removeprefix("torch."),
-    }
-    return lambda: hugging_face.write_directory(destination, weights, config)
+    del weights[DECODER]
+    embedding = weights[WORD_EMBEDDING]
+    dtype = str(embedding.dtype).removeprefix("torch.")
+    return {**model.hugging_face, "vocab_size": len(embedding), "dtype": dtype}
 
 
-def _training_state(checkpoint: Checkpoint, lines: list[str]) -> dict:
-    """What the training goes on from; says what is there and what starts fresh."""
+def _trim(weights: dict[str, Tensor], config: dict, vocab_size: int) -> list[str]:
+    """Cut the padding off the weights and out of the config; says what that changes."""
+    rows = len(weights[WORD_EMBEDDING])
+    if rows == vocab_size:
+        return [f"Vocabulary: {rows} rows; by bert_config.json none of them is padding"]
+    config["vocab_size"] = vocab_size
+    for name in (WORD_EMBEDDING, OUTPUT_BIAS):
+        weights[name] = weights[name][:vocab_size].clone()
+    return [
+        f"Vocabulary: {vocab_size} rows, without padding; losses differ a little from the "
+        f"trainer's, whose softmax has {rows} entries"
+    ]
+
+
+def _training_state(checkpoint: Checkpoint) -> tuple[dict, list[str]]:
+    """(what the training goes on from, what is there and what starts fresh, in lines)."""
     if "master" in (checkpoint.optimizer or {}):
         raise UserError(f"{checkpoint.path}: is a resume file of this package already; copy it")
     if checkpoint.state is None:
         told = f" (the source's step, {checkpoint.step}, is not taken over)"
-        lines.append(f"In it: the weights alone{told if checkpoint.step else ''}")
-        lines.append(f"Starts fresh: step 0, {NOT_IN_SOURCE}")
-        return {"global_steps": 0}
+        return {"global_steps": 0}, [
+            f"In it: the weights alone{'' if checkpoint.step is None else told}",
+            f"Starts fresh: step 0, {NOT_IN_SOURCE}",
+        ]
     state = {
         key: value
         for key, value in checkpoint.state.items()
         if isinstance(value, bool | int | float | str)
     }
-    lines.append(f"In it: the weights and {', '.join(f'{k} {v}' for k, v in state.items())}")
     why = " (another program's optimizer state cannot be taken over)"
-    lines.append(f"Starts fresh: {NOT_IN_SOURCE}{why if checkpoint.optimizer else ''}")
-    return state
+    return state, [
+        f"In it: the weights and {', '.join(f'{key} {value}' for key, value in state.items())}",
+        f"Starts fresh: {NOT_IN_SOURCE}{why if checkpoint.optimizer else ''}",
+    ]

@@ -164,7 +164,10 @@ def _read_hugging_face(path: Path, mend: str) -> Checkpoint:
 
 
 def _are_named_tensors(found: Mapping) -> bool:
-    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+    return all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in found.items()
+    )
 
 
 def _renamed(

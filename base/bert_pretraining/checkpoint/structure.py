@@ -20,7 +20,6 @@ from bert_pretraining.checkpoint.names import (
 from bert_pretraining.errors import UserError
 
 LISTED_AT_MOST = 40  # tensors of one kind in a report
-VOCAB_MULTIPLE = 8  # rows of the word embedding come in multiples of it
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Sizes:
             f"intermediate {self.intermediate_size}, vocabulary {self.vocab_size}, "
             f"positions {self.max_position_embeddings}"
         )
-
-
-def padded(rows: int) -> int:
-    """Vocabulary rows of the trained model: 30522 -> 30528."""
-    return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> Sizes | None:

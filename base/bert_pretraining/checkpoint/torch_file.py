@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -22,19 +23,15 @@ def read_torch_file(path: Path) -> object:
     that files of PyTorch 1.6 and later carry are verified.
     Raises UserError for a damaged or foreign file, and for one that would run code.
     """
-    try:
-        with open(path, "rb") as file:
-            is_archive = file.read(len(ARCHIVE_START)) == ARCHIVE_START
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); copy it again") from error
     # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
-    in_place = zipfile.is_zipfile(path)
-    if is_archive and not in_place:
-        raise UserError(f"{path}: damaged, its end is missing; copy it again")
+    in_place = _is_archive(path)
     try:
         if in_place:
             _verify_checksums(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+        with warnings.catch_warnings():
+            # Of a foreign pickle's protocol: the error that follows says it better.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except pickle.UnpicklingError as error:
         called = _called_functions(path)
         what = (
@@ -50,6 +47,21 @@ def read_torch_file(path: Path) -> object:
         raise UserError(
             f"{path}: not a checkpoint of PyTorch, or a damaged one ({reason}); copy it again"
         ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is of PyTorch 1.6 or later; UserError for the torn half of one."""
+    try:
+        with open(path, "rb") as file:
+            starts = file.read(len(ARCHIVE_START)) == ARCHIVE_START
+            ends = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); copy it again") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: damaged at its end ({error}); copy it again") from error
+    if starts and not ends:
+        raise UserError(f"{path}: damaged, its end is missing; copy it again")
+    return ends
 
 
 def _verify_checksums(path: Path) -> None:

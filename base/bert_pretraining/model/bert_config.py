@@ -34,7 +34,7 @@ class BertConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the word embedding: 30522 -> 30528."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return padded_rows(self.vocab_size)
 
     @property
     def head_size(self) -> int:
@@ -77,6 +77,11 @@ class BertConfig:
                 "pass the --bert_config_path of a model with it"
             )
         return config
+
+
+def padded_rows(vocab_size: int) -> int:
+    """The least multiple of 8 that is not below `vocab_size`."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def _checked(name: str, kind: str, value: object, path: Path) -> object:
