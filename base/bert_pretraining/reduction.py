@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bert_pretraining.data.packing import smallest_batch
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.optim import Lamb, ShardedLamb, scale_down
 
@@ -46,13 +47,23 @@ class NoReduction:
 
 
 class DuringBackward:
-    """torch's DistributedDataParallel: all-reduce in buckets while backward goes on."""
+    """torch's DistributedDataParallel: all-reduce in buckets while backward goes on.
+
+    It cuts its buckets anew after the first backward, by the order in which gradients came. With
+    more than two ranks, in which order a gradient's parts are added depends on the buckets. So a
+    pass that nobody counts comes first, lest a resumed run's first step differ in the last bit.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         device_ids = [device.index] if device.type == "cuda" else None
         self.model = DistributedDataParallel(
             module, device_ids=device_ids, gradient_as_bucket_view=True
         )
+        with torch.random.fork_rng(devices=device_ids or []):
+            for _ in range(2):  # new buckets are made as the second pass begins
+                out = self.model(smallest_batch(device))
+                (out.mlm_loss + out.next_sentence_loss).backward()
+        module.zero_grad()
 
     def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""

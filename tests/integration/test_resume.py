@@ -17,13 +17,13 @@ from helpers import ROOT, command
 
 STEPS, HALF = 12, 6
 RUN = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
-       "--train_batch_size", 8, "--save_checkpoint", "--min_samples_to_start_checkpoints", 0)  # fmt: skip
+       "--train_batch_size", 8, "--save_checkpoint", "--min_samples_to_start_checkpoints",
+       0)  # fmt: skip
 
 
 def launch(data: Path, output_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    return command(
-        "launch", *RUN, "--data_dir", data, "--output_dir", output_dir, *flags, cwd=output_dir.parent
-    )  # fmt: skip
+    words = (*RUN, "--data_dir", data, "--output_dir", output_dir, *flags)
+    return command("launch", *words, cwd=output_dir.parent)
 
 
 def saved(output_dir: Path, step: int) -> dict:

@@ -31,7 +31,7 @@ ALLOWED = {
     "inputs": {"model"},
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
-    "reduction": {"optim"},
+    "reduction": {"data", "optim"},
     "update": {"data", "model", "optim", "reduction", "step"},
     "bench": {"data", "model", "optim", "logs", "step"},
     "training_state": {"checkpoint", "optim", "state"},

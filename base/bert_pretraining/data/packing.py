@@ -59,6 +59,24 @@ class PackedBatch:
         return PackedBatch(**moved, max_seqlen=self.max_seqlen)
 
 
+def smallest_batch(device: torch.device) -> PackedBatch:
+    """One sequence of two tokens, one of them masked: for a pass that nobody counts."""
+
+    def zeros(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
+
+    return PackedBatch(
+        input_ids=zeros(2),
+        segment_ids=zeros(2),
+        position_ids=torch.arange(2, dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device),
+        masked_positions=zeros(1),
+        masked_labels=zeros(1, torch.int64),
+        next_sentence_labels=zeros(1, torch.int64),
+        max_seqlen=2,
+    )
+
+
 def pack(
     shards: Sequence[FlatShard],
     shard_of: np.ndarray,
