@@ -171,6 +171,7 @@ def _train(arguments: list[str]) -> int:
 
     from bert_pretraining import train
 
+    outcome.show_stacks_on_request()
     earned = train.main(resolved)
     # Under the launcher, to have finished is no failure: it reads what was earned.
     return 0 if outcome.record_finish(int(os.environ.get("RANK", 0)), earned) else earned

@@ -9,6 +9,7 @@ EXIT_CONVERGED = 0
 EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_NOT_CONVERGED = 3
+EXIT_STOPPED = 4  # by a signal, after saving what is needed to resume
 EXIT_INTERRUPTED = 130
 
 
