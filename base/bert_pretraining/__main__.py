@@ -30,6 +30,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   data download         the files of DeepSparkHub's mini data set, resumable
   data verify           check a data set whole: exit code 0 if it is sound, else 1
   data create-examples, shard, pick-eval, to-varlength, checksum     its stages
+  doctor                what this machine can run, what is missing, and how to mend it
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
@@ -94,6 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
+        "doctor": _doctor,
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
@@ -193,6 +195,12 @@ def _config_list(arguments: list[str]) -> None:
 def _bench(what: str, arguments: list[str]) -> int:
     # Only now: a launch should not wait for what measuring needs.
     return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from bert_pretraining import doctor
+
+    return doctor.main(arguments)
 
 
 def _version(_: list[str]) -> None:

@@ -27,6 +27,7 @@ ALLOWED = {
     "evaluate": {"data"},
     "logs": {"state"},
     "launch": set(),
+    "doctor": {"launch", "inputs"},
     "inputs": {"model"},
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "train": set("inputs state data optim checkpoint model evaluate logs step".split()),
     "__init__": set(),
     "data_commands": {"data", "start_checkpoint", "train"},
-    "__main__": {"inputs", "launch", "train", "data_commands", "bench"},
+    "__main__": {"inputs", "launch", "train", "data_commands", "bench", "doctor"},
 }
 LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
