@@ -126,13 +126,18 @@ def _launch(arguments: list[str]) -> int:
     makes_data = without_flags and not Path(data_commands.MINI_DATA_DIR).exists()
     if makes_data and not flags.dry_run:
         data_commands.make_mini([])
+    placed = launch.placed_rank(os.environ)
+    if placed:
+        flags = launch.join(flags, resolved, placed)
     plan = launch.make_plan(resolved, flags, _trainer_flags(values))
+    if plan.notice and (placed is None or placed.local_rank == 0):
+        print(f"Notice: {plan.notice}", file=sys.stderr)
     if flags.dry_run:
         print(launch.describe(plan), flush=True)
         _note_what_lacks(resolved.config, makes_data)
         return 0
     inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
-    return launch.run(plan)
+    return launch.run_placed(plan, placed) if placed else launch.run(plan)
 
 
 def _note_what_lacks(settings: Config, makes_data: bool) -> None:

@@ -32,13 +32,12 @@ def fake_numactl(folder: Path, script: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_numactl_that_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numactl_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = "echo 'set_mempolicy: Operation not permitted' >&2; exit 1"
     monkeypatch.setenv("PATH", fake_numactl(tmp_path, refusal))
-    assert plan("mini", "CPUx1x2").binder == "affinity"
-    assert "Operation not permitted; binding by CPU affinity" in capsys.readouterr().err
+    refused = plan("mini", "CPUx1x2")
+    assert refused.binder == "affinity"
+    assert "Operation not permitted; binding by CPU affinity" in refused.notice
     assert plan("mini", "CPUx1x2", bind="none").binder == "none"
     with pytest.raises(UserError, match=r"--bind required: .*Operation not permitted"):
         plan("mini", "CPUx1x2", bind="required")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from bert_pretraining import config as configuration
 from bert_pretraining import topology
 from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
-from bert_pretraining.launch.rank import trainer_command
+from bert_pretraining.launch import surroundings
+from bert_pretraining.launch.rank import Place, trainer_command
+from bert_pretraining.launch.surroundings import LOCAL_ADDRESS
 
 DEFAULT_PORT = 29500
 HANG_TIMEOUT = 600.0
@@ -26,7 +27,7 @@ class LaunchFlags:
     """The flags that concern only the launcher. `hang_timeout` in seconds; 0 for none."""
 
     node_rank: int = 0
-    master_addr: str = "127.0.0.1"
+    master_addr: str = LOCAL_ADDRESS
     master_port: int | None = None
     bind: str = "auto"
     hyper_threads: bool = False
@@ -46,6 +47,7 @@ class Plan:
     binder: str  # numactl, affinity or none
     trainer_flags: list[str]
     environment: dict[str, str]
+    notice: str | None = None  # what the user should know before the launch
 
     @property
     def first_rank(self) -> int:
@@ -54,6 +56,15 @@ class Plan:
     def threads(self, local_rank: int) -> int | None:
         """Threads follow the binding; a number that the user exported stays (None)."""
         return None if "OMP_NUM_THREADS" in os.environ else self.bindings[local_rank].threads
+
+    def place(self, local_rank: int) -> Place:
+        """What that rank does before it becomes a trainer."""
+        binding = self.bindings[local_rank]
+        return {
+            "prefix": binding.numactl() if self.binder == "numactl" else [],
+            "cpus": list(binding.cpus) if self.binder == "affinity" else [],
+            "threads": self.threads(local_rank),
+        }
 
     def table(self) -> str:
         """The map of ranks to CPUs."""
@@ -64,8 +75,8 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
     """The flags of LaunchFlags."""
     group = parser.add_argument_group("launch")
     add = group.add_argument
-    add("--node_rank", type=int, default=0, help="this machine's number, from 0")
-    add("--master_addr", default="127.0.0.1", help="address of machine 0")
+    add("--node_rank", type=int, help="this machine's number, from 0 (Slurm's, or 0)")
+    add("--master_addr", help=f"address of machine 0 (Slurm's first, or {LOCAL_ADDRESS})")
     add("--master_port", type=int, help=f"port on machine 0 (a free one, or {DEFAULT_PORT})")
     add("--bind", choices=("auto", "none", "required"), default="auto",
         help="bind ranks to cores: where possible, never, or else fail")  # fmt: skip
@@ -94,7 +105,10 @@ def _seconds(text: str) -> float:
 def split_flags(values: dict[str, object]) -> tuple[LaunchFlags, dict[str, object]]:
     """All parsed flags -> the launcher's, and the configuration's."""
     names = [field.name for field in dataclasses.fields(LaunchFlags)]
-    flags = LaunchFlags(**{name: values[name] for name in names})
+    given = {name: values[name] for name in names if values[name] is not None}
+    node = surroundings.slurm_node(os.environ)
+    slurm = dataclasses.asdict(node) if node else {}
+    flags = LaunchFlags(**{**slurm, **given})
     return flags, {name: value for name, value in values.items() if name not in names}
 
 
@@ -117,7 +131,6 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
     if fault:
         if flags.bind == "required":
             raise UserError(f"--bind required: {fault}; install numactl, or pass --bind auto")
-        print(f"Notice: {fault}; binding by CPU affinity instead", file=sys.stderr)
         binder = "affinity"
     return Plan(
         resolved=resolved,
@@ -126,6 +139,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         binder=binder,
         trainer_flags=arguments,
         environment=_environment(settings.nnodes),
+        notice=f"{fault}; binding by CPU affinity instead" if fault else None,
     )
 
 
@@ -158,7 +172,7 @@ def describe(plan: Plan) -> str:
 
 def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
     settings = resolved.config
-    if settings.nnodes > 1 and flags.master_addr in ("127.0.0.1", "localhost"):
+    if settings.nnodes > 1 and flags.master_addr in (LOCAL_ADDRESS, "localhost"):
         asked = resolved.sources["nnodes"] == "flag"
         what = f"--nnodes {settings.nnodes}" if asked else f"--config {settings.config}"
         raise UserError(

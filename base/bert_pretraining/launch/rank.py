@@ -7,8 +7,18 @@ import json
 import os
 import signal
 import sys
+from typing import NoReturn, TypedDict
 
 from bert_pretraining import outcome
+
+
+class Place(TypedDict):
+    """How a rank is bound: numactl's words or CPUs to keep to; threads, None for the user's."""
+
+    prefix: list[str]
+    cpus: list[int]
+    threads: int | None
+
 
 PLACES_VARIABLE = "BERT_PRETRAINING_PLACES"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>; it survives exec
@@ -19,7 +29,7 @@ def trainer_command(command: str, flags: list[str]) -> list[str]:
     return [sys.executable, "-u", "-m", "bert_pretraining", command, *flags]
 
 
-def run_rank(arguments: list[str]) -> None:
+def run_rank(arguments: list[str]) -> NoReturn:
     """Become this local rank's bound trainer (torchrun starts one of these a rank)."""
     places = json.loads(os.environ[PLACES_VARIABLE])
     _end_with_the_launcher(places["launcher"])
@@ -30,7 +40,11 @@ def run_rank(arguments: list[str]) -> None:
     if stopped_by is not None:
         signal.signal(stopped_by, signal.SIG_DFL)
         os.kill(os.getpid(), stopped_by)
-    place = places["ranks"][int(os.environ["LOCAL_RANK"])]
+    become_trainer(places["ranks"][int(os.environ["LOCAL_RANK"])], arguments)
+
+
+def become_trainer(place: Place, arguments: list[str]) -> NoReturn:
+    """Bind this process, and exec the trainer in its place."""
     if place["threads"]:
         os.environ["OMP_NUM_THREADS"] = str(place["threads"])
     if place["cpus"]:

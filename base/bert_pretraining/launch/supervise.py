@@ -97,12 +97,7 @@ class _Attempt:
 
     def _variables(self) -> dict[str, str]:
         plan = self._plan
-        ranks = [
-            {"prefix": binding.numactl() if plan.binder == "numactl" else [],
-             "cpus": binding.cpus if plan.binder == "affinity" else [],
-             "threads": plan.threads(local_rank)}
-            for local_rank, binding in enumerate(plan.bindings)
-        ]  # fmt: skip
+        ranks = [plan.place(local_rank) for local_rank in range(len(plan.bindings))]
         places = {"launcher": os.getpid(), "one_stream": bool(self._log_paths), "ranks": ranks}
         return {
             **plan.environment,
