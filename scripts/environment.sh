@@ -1,5 +1,7 @@
-# Sourced by run_training.sh and run_tests.sh: finds a Python 3.10 to 3.13, and makes .venv.
-# Needs $root. Sets $PYTHON.
+# shellcheck shell=bash
+# Sourced by run_training.sh, run_tests.sh and examples/smoke_test.sh: finds a Python 3.10
+# to 3.13, and makes .venv. Needs $root. Sets $PYTHON.
+: "${root:?}"
 
 modules_needed="torch numpy h5py mlperf_logging tqdm tokenizers safetensors"
 
@@ -15,6 +17,7 @@ is_right_python() {
 
 # The required modules that Python $1 lacks, on one line. Looks them up; imports nothing.
 missing_modules() {
+    # shellcheck disable=SC2086  # a list of words
     "$1" - $modules_needed ${2:-} <<'END'
 import sys
 from importlib.util import find_spec

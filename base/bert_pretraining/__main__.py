@@ -42,6 +42,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   checkpoint inspect    what a checkpoint of any known kind holds
   checkpoint convert    its weights as a start checkpoint, for Hugging Face, or to resume from
   checkpoint diff       whether two hold the same weights: exit code 0 if so, else 1
+  doctor                what this machine can run, what is missing, and how to mend it
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
@@ -116,6 +117,7 @@ def _dispatch(arguments: list[str]) -> int:
         "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
         "report": _report,
+        "doctor": _doctor,
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
@@ -146,13 +148,18 @@ def _launch(arguments: list[str]) -> int:
     makes_data = without_flags and not Path(data_commands.MINI_DATA_DIR).exists()
     if makes_data and not flags.dry_run:
         data_commands.make_mini([])
+    placed = launch.placed_rank(os.environ)
+    if placed:
+        flags = launch.join(flags, resolved, placed)
     plan = launch.make_plan(resolved, flags, _trainer_flags(values))
+    if plan.notice and (placed is None or placed.local_rank == 0):
+        print(f"Notice: {plan.notice}", file=sys.stderr)
     if flags.dry_run:
         print(launch.describe(plan), flush=True)
         _note_what_lacks(resolved.config, makes_data)
         return 0
     inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
-    return launch.run(plan)
+    return launch.run_placed(plan, placed) if placed else launch.run(plan)
 
 
 def _note_what_lacks(settings: Config, makes_data: bool) -> None:
@@ -193,6 +200,7 @@ def _train(arguments: list[str]) -> int:
 
     from bert_pretraining import train
 
+    outcome.show_stacks_on_request()
     earned = train.main(resolved)
     # Under the launcher, to have finished is no failure: it reads what was earned.
     return 0 if outcome.record_finish(int(os.environ.get("RANK", 0)), earned) else earned
@@ -220,6 +228,12 @@ def _report(arguments: list[str]) -> None:
     from bert_pretraining.report import command
 
     command.main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from bert_pretraining import doctor
+
+    return doctor.main(arguments)
 
 
 def _version(_: list[str]) -> None:

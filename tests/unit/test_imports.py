@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluate": {"data"},
     "logs": {"state"},
     "launch": set(),
+    "doctor": {"launch", "inputs"},
     "inputs": {"model"},
     "start_checkpoint": {"checkpoint", "model"},
     "step": {"data"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "submission_commands": {"submission", "launch"},
     "report": {"logs", "submission"},
     "__main__": {
-        *{"inputs", "launch", "train", "bench", "report"},
+        *{"inputs", "launch", "train", "bench", "doctor", "report"},
         *{"checkpoint_commands", "data_commands", "submission_commands"},
     },
 }

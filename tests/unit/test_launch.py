@@ -4,53 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
-from bert_pretraining import config, launch, outcome, topology
+from bert_pretraining import config, launch, outcome
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import LaunchFlags
+from bert_pretraining.launch.port import port_holder
+from bert_pretraining.launch.report import explain
 
-FLAGS = LaunchFlags(0, "127.0.0.1", None, "auto", 0, None, False)
+FLAGS = LaunchFlags()
 
 
 def plan(name: str, stem: str, **changes: object) -> launch.Plan:
     resolved = config.resolve({"name": name, "config": stem})
     flags = LaunchFlags(**{**FLAGS.__dict__, **changes})
     return launch.make_plan(resolved, flags, ["--name", name, "--config", stem])
-
-
-def test_cpus_are_dealt_in_runs() -> None:
-    bindings = topology.split_cpus(list(range(10)), 4)
-    assert [binding.cpus for binding in bindings] == [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9)]
-    assert [binding.threads for binding in bindings] == [3, 3, 2, 2]
-
-
-def test_only_allowed_cpus_are_dealt() -> None:
-    bindings = topology.split_cpus([9, 3, 4, 12], 2)
-    assert [binding.cpu_list for binding in bindings] == ["3-4", "9,12"]
-
-
-@pytest.mark.parametrize(("cpus", "ranks"), [([0, 1], 8), ([5], 3), ([0, 1, 2], 3), ([0, 1, 2], 4)])
-def test_more_ranks_than_cpus_share_them_evenly(cpus: list[int], ranks: int) -> None:
-    bindings = topology.split_cpus(cpus, ranks)
-    used = [cpu for binding in bindings for cpu in binding.cpus]
-    assert set(used) == set(cpus)
-    counts = [used.count(cpu) for cpu in cpus]
-    assert max(counts) - min(counts) <= 1
-    assert all(binding.threads == 1 for binding in bindings)
-
-
-def test_no_cpus_is_an_error() -> None:
-    with pytest.raises(ValueError, match="0 CPUs for 2 ranks"):
-        topology.split_cpus([], 2)
-
-
-def test_numactl_command() -> None:
-    binding = topology.Binding((0, 1, 2, 8), 4)
-    assert binding.numactl() == ["numactl", "--physcpubind=0-2,8", "--localalloc"]
 
 
 def fake_numactl(folder: Path, script: str) -> str:
@@ -60,13 +32,12 @@ def fake_numactl(folder: Path, script: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_numactl_that_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numactl_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = "echo 'set_mempolicy: Operation not permitted' >&2; exit 1"
     monkeypatch.setenv("PATH", fake_numactl(tmp_path, refusal))
-    assert plan("mini", "CPUx1x2").binder == "affinity"
-    assert "Operation not permitted; binding by CPU affinity" in capsys.readouterr().err
+    refused = plan("mini", "CPUx1x2")
+    assert refused.binder == "affinity"
+    assert "Operation not permitted; binding by CPU affinity" in refused.notice
     assert plan("mini", "CPUx1x2", bind="none").binder == "none"
     with pytest.raises(UserError, match=r"--bind required: .*Operation not permitted"):
         plan("mini", "CPUx1x2", bind="required")
@@ -109,15 +80,25 @@ def test_many_machines_need_an_address_and_a_rank() -> None:
         plan("iluvatar", "V100x2x8", master_addr="10.0.0.1", node_rank=2)
 
 
-def test_a_busy_port_is_a_user_error() -> None:
+def test_a_busy_port_is_a_user_error_that_names_the_holder() -> None:
     with socket.socket() as holder:
         holder.bind(("", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(UserError, match=f"--master_port {port} cannot be used"):
+        name = Path("/proc/self/comm").read_text().strip()
+        held = rf"in use: {re.escape(name)} \(process {os.getpid()}\) holds it"
+        with pytest.raises(UserError, match=f"--master_port {port} cannot be used .*{held}"):
             launch.run(plan("mini", "CPUx1x2", master_port=port))
+    assert port_holder(port) is None
     with pytest.raises(UserError, match="--master_port 99999 cannot be used"):
         launch.run(plan("mini", "CPUx1x2", master_port=99999))
+
+
+def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    words = "this machine has 4: pass --nproc_per_node 4, with --gradient_accumulation_steps 2 "
+    with pytest.raises(UserError, match=f"^--config V100x1x8 wants 8 GPUs, and {words}"):
+        launch.run(plan("default", "V100x1x8"))
 
 
 def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,26 +109,36 @@ def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.record_finish(10, 0)
     assert outcome.record_finish(2, 3)
     assert outcome.read_finish(tmp_path) == 3
+    assert outcome.finished_ranks(tmp_path) == {2, 10}
     outcome.record_failure(3, 2, "first")
     outcome.record_failure(0, 1, "second", "trace")
     assert [failure.message for failure in outcome.read_failures(tmp_path)] == ["first", "second"]
 
 
-def test_explaining_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.explain(tmp_path, {1: -9, 0: -15}) == 1
-    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
-    assert launch.explain(tmp_path, {1: 7}) == 1
-    assert "rank 1 ended with exit code 7" in capsys.readouterr().err
-    failure = {
-        "rank": 1,
-        "attempt": 0,
-        "time": 1.0,
-        "exit_code": 2,
-        "message": "no data",
-        "detail": "",
-    }
+def test_a_rank_that_starts_late_learns_of_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(outcome.FOLDER_VARIABLE, str(tmp_path))
+    assert outcome.register(1) is None
+    outcome.ask_to_stop(tmp_path, 15)
+    assert outcome.register(0) == 15
+    assert outcome.read_processes(tmp_path) == {0: os.getpid(), 1: os.getpid()}
+
+
+def test_explaining_ends(tmp_path: Path) -> None:
+    killed = explain(tmp_path, {1: -9, 0: -15})
+    assert (killed.exit_code, killed.may_restart) == (1, True)
+    assert "rank 1 was killed by SIGKILL" in killed.message
+    assert "rank 1 ended with exit code 7" in explain(tmp_path, {1: 7}).message
+    assert (
+        "rank 1 ended with exit code 7" in explain(tmp_path, {0: -9, 1: 7}, frozenset({0})).message
+    )
+    failure = {"rank": 1, "time": 1.0, "exit_code": 2, "message": "no data", "detail": ""}
     (tmp_path / "failure-1.json").write_text(json.dumps(failure))
-    assert launch.explain(tmp_path, {1: 2, 0: -15}) == 2
-    assert capsys.readouterr().err == "Error: no data\n"
-    assert launch.explain(tmp_path, {0: -6, 1: 2}) == 2, "an abort on the way out is no cause"
-    assert launch.explain(tmp_path, {0: -9, 1: 2}) == 1
+    refused = explain(tmp_path, {1: 2, 0: -15})
+    assert (refused.exit_code, refused.may_restart) == (2, False)
+    assert refused.text({}) == "Error: no data"
+    assert refused.text({1: Path("/logs/1")}) == "Error: no data (log of rank 1: /logs/1)"
+    assert explain(tmp_path, {0: -6, 1: 2}).exit_code == 2, "an abort on the way out is no cause"
+    assert explain(tmp_path, {0: -9, 1: 2}).exit_code == 1
+    assert explain(tmp_path, {0: -9, 1: 2}, frozenset({0})).exit_code == 2, "killed by the launcher"

@@ -1,0 +1,80 @@
+"""Python, the packages, and whose apex is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator
+
+from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
+
+# What training imports, and the oldest version that pyproject.toml allows (a test compares).
+REQUIRED = {
+    "torch": "2.11",
+    "numpy": "2.2",
+    "h5py": "3.12",
+    "tokenizers": "0.21",
+    "mlperf-logging": "4.1.68",
+    "tqdm": "4.66",
+}
+INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
+
+
+def findings() -> Iterator[Finding]:
+    """Python and each package."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+        yield Finding("Python", OK, f"{version} ({sys.executable})")
+    else:
+        yield Finding("Python", PROBLEM, version, "use Python 3.10 to 3.13; PYTHON=... names it")
+    for package, minimum in REQUIRED.items():
+        yield _package(package, minimum)
+    yield _triton()
+    yield _apex()
+
+
+def _package(package: str, minimum: str) -> Finding:
+    installed = _version(package)
+    if installed is None:
+        return Finding(package, PROBLEM, "not installed", INSTALL)
+    if _release(installed) < _release(minimum):
+        return Finding(package, PROBLEM, f"{installed} is older than {minimum}", INSTALL)
+    return Finding(package, OK, installed)
+
+
+def _triton() -> Finding:
+    installed = _version("triton")
+    if installed is None:
+        return Finding("triton", NOTE, "not installed: no Triton kernels, no --compile on a GPU",
+                       f"{sys.executable} -m pip install triton, if there is a GPU")  # fmt: skip
+    return Finding("triton", OK, installed)
+
+
+def _apex() -> Finding:
+    """NVIDIA's apex is optional; another project of that name does harm."""
+    try:
+        from bert_pretraining.kernels import apex_provider
+    except ImportError as error:
+        return Finding("apex", NOTE, f"not looked for ({error})")
+    faults = {apex_provider.missing(operator) for operator in apex_provider.NEEDS}
+    lacking = sorted(fault for fault in faults if fault)
+    if not lacking:
+        return Finding("apex", OK, f"NVIDIA's, {_version('apex') or 'version unknown'}")
+    if "NVIDIA apex is not installed" in lacking:
+        return Finding("apex", OK, "not installed; nothing needs it")
+    text, _, mend = "; ".join(lacking).partition("; ")
+    return Finding("apex", NOTE, text, mend or "--kernels torch or triton do without it")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """ "2.13.0+cpu" -> (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()

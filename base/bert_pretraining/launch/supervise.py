@@ -1,0 +1,245 @@
+"""Run a plan: start the ranks, pass signals on, notice failures and hangs, restart.
+
+The launcher's main thread only watches; torchrun's agent starts the ranks in a thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bert_pretraining import outcome
+from bert_pretraining.errors import UserError
+from bert_pretraining.launch import hang
+from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
+from bert_pretraining.launch.port import free_port
+from bert_pretraining.launch.processes import Ranks
+from bert_pretraining.launch.rank import PLACES_VARIABLE
+from bert_pretraining.launch.report import Ending, explain
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+LOOK_EVERY = 0.1  # seconds between two looks at the ranks
+# How long the others may take to end after one has failed, before they are killed. A rank
+# that waits in a collective operation never comes to handle the SIGTERM that torchrun sends.
+SECONDS_TO_END = 5.0
+# `timeout` and srun signal a process and its group: the same signal within this time is one.
+SECONDS_OF_ONE_SIGNAL = 1.0
+
+
+def run(plan: Plan) -> int:
+    """Start the ranks, wait for them, and return what they earned.
+
+    Returns 128 + the signal's number where a signal ended them.
+    """
+    _check_gpus(plan)
+    with _collected_signals() as received:
+        for attempt in range(plan.flags.max_restarts + 1):
+            port = _master_port(plan)
+            log_paths = _log_paths(plan)
+            if attempt == 0:
+                print(plan.table(), flush=True)
+            with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
+                ending = _Attempt(plan, Path(folder), log_paths, received).run(port)
+            if ending.message:
+                print(ending.text(log_paths), file=sys.stderr, flush=True)
+            if not ending.may_restart or attempt == plan.flags.max_restarts:
+                break
+            print(f"Restart {attempt + 1} of {plan.flags.max_restarts}", file=sys.stderr)
+    return ending.exit_code
+
+
+class _Attempt:
+    """One start of all ranks of this machine, and the watch over them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        log_paths: dict[int, Path],
+        received: collections.deque[tuple[int, float]],
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._log_paths = log_paths
+        self._received = received
+        self._ranks = Ranks(folder)
+        self._watch = hang.Watch(self._ranks, plan.flags.hang_timeout)
+        self._stopped_by: int | None = None  # the signal that was passed on
+        self._signalled_at = 0.0
+        self._failed_at: float | None = None
+        self._killed: frozenset[int] = frozenset()
+        self._hang: Ending | None = None
+
+    def run(self, port: int) -> Ending:
+        """Until all ranks have ended. port: where they meet, on machine 0."""
+        from bert_pretraining.launch.agent import Agent
+
+        agent = Agent(self._plan, port, self._folder, self._log_paths)
+        with _environment(self._variables()):
+            agent.start()
+            while agent.is_alive():
+                agent.join(LOOK_EVERY)
+                self._pass_signals_on()
+                self._end_what_is_left()
+                self._look_for_a_hang()
+        if agent.exit_codes:
+            self._ranks.kill()  # what a failed rank had started
+        return self._ending(agent.exit_codes, agent.error)
+
+    def _variables(self) -> dict[str, str]:
+        plan = self._plan
+        ranks = [plan.place(local_rank) for local_rank in range(len(plan.bindings))]
+        places = {"launcher": os.getpid(), "one_stream": bool(self._log_paths), "ranks": ranks}
+        return {
+            **plan.environment,
+            outcome.FOLDER_VARIABLE: str(self._folder),
+            PLACES_VARIABLE: json.dumps(places),
+        }
+
+    def _pass_signals_on(self) -> None:
+        while self._received:
+            signum, at = self._received.popleft()
+            if self._stopped_by is None:
+                self._stopped_by, self._signalled_at = signum, at
+                # SIGHUP, the terminal is gone, is no signal that trainers know.
+                passed = signal.SIGTERM if signum == signal.SIGHUP else signum
+                outcome.ask_to_stop(self._folder, passed)
+                self._ranks.send(passed)
+                if not self._ranks.living():
+                    self._leave(signum)
+            elif signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL:
+                self._kill()
+                self._leave(signum)
+
+    def _leave(self, signum: int) -> None:
+        """End this process, whose thread may wait for other machines for minutes.
+
+        Ranks that are just being started end with it, see `rank`.
+        """
+        print(_ended_by(signum), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(128 + signum)
+
+    def _end_what_is_left(self) -> None:
+        """Kill the ranks that outlive a failed one for too long."""
+        now = time.monotonic()
+        if self._failed_at is None and self._ranks.one_has_failed():
+            self._failed_at = now
+        if self._failed_at is not None and now - self._failed_at > SECONDS_TO_END:
+            self._kill()
+
+    def _look_for_a_hang(self) -> None:
+        if self._hang is None and self._failed_at is None:
+            self._hang = self._watch.look(time.monotonic())
+            if self._hang is not None:
+                self._kill()
+
+    def _kill(self) -> None:
+        self._killed |= self._ranks.living().keys()
+        self._ranks.kill()
+
+    def _ending(self, exit_codes: dict[int, int], error: Exception | None) -> Ending:
+        if error is not None:
+            raise error
+        if self._hang is not None:
+            return self._hang
+        if exit_codes and self._stopped_by is not None:
+            # Ranks that do not handle the signal end by it, each in its own way.
+            failures = [end for end in outcome.read_failures(self._folder) if end.exit_code < 128]
+            if not failures:
+                print(_ended_by(self._stopped_by), file=sys.stderr, flush=True)
+                return Ending(128 + self._stopped_by, by_signal=True)
+        if exit_codes:
+            return explain(self._folder, exit_codes, self._killed)
+        earned = outcome.read_finish(self._folder)
+        if earned is None:
+            raise RuntimeError("the ranks ended without saying how")
+        return Ending(earned)
+
+
+def _ended_by(signum: int) -> str:
+    return f"Ended by {signal.Signals(signum).name}"
+
+
+@contextlib.contextmanager
+def _collected_signals() -> Iterator[collections.deque[tuple[int, float]]]:
+    """The signals that this process gets meanwhile, each with its time (monotonic, s).
+
+    One that is ignored (as nohup has SIGHUP ignored) stays so.
+    """
+    received: collections.deque[tuple[int, float]] = collections.deque()
+    before = {}
+    for signum in PASSED_ON:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(
+                signum, lambda number, _: received.append((number, time.monotonic()))
+            )
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for the ranks; this process is none, its errors go to the terminal."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        del os.environ[outcome.FOLDER_VARIABLE], os.environ[PLACES_VARIABLE]
+
+
+def _check_gpus(plan: Plan) -> None:
+    """UserError if there are GPUs to train on, but fewer than ranks."""
+    import torch
+
+    settings = plan.resolved.config
+    wanted = settings.nproc_per_node
+    found = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    if 0 < found < wanted:
+        raise UserError(
+            f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}: pass "
+            f"--nproc_per_node {found}, with --gradient_accumulation_steps "
+            f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the update's "
+            "size, or --device cpu"
+        )
+
+
+def _log_paths(plan: Plan) -> dict[int, Path]:
+    """Rank -> a file in --log_dir that does not exist yet; nothing without --log_dir."""
+    if not plan.flags.log_dir:
+        return {}
+    directory = Path(plan.flags.log_dir).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --log_dir {directory} ({error.strerror})") from error
+    ranks = range(plan.first_rank, plan.first_rank + len(plan.bindings))
+    # Logs of an earlier run or attempt stay: rank_0.log, rank_0.1.log, rank_0.2.log, ...
+    number = 0
+    while True:
+        middle = f".{number}" if number else ""
+        paths = {rank: directory / f"rank_{rank}{middle}.log" for rank in ranks}
+        if not any(path.exists() for path in paths.values()):
+            return paths
+        number += 1
+
+
+def _master_port(plan: Plan) -> int:
+    """A port that is free here, or on machine 0 if that is another one."""
+    flags = plan.flags
+    if flags.node_rank > 0:
+        return flags.master_port or DEFAULT_PORT
+    return free_port(flags.master_port or (DEFAULT_PORT if plan.resolved.config.nnodes > 1 else 0))

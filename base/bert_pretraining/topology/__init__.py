@@ -1,0 +1,28 @@
+"""Which CPUs and which memory each rank of this machine gets.
+
+`machine` reads what there is, `placement` decides (pure functions), `numactl` carries it out.
+"""
+
+from bert_pretraining.topology.machine import (
+    Core,
+    Gpu,
+    Machine,
+    Node,
+    query_nvidia_smi,
+    read_machine,
+)
+from bert_pretraining.topology.numactl import numactl_fault
+from bert_pretraining.topology.placement import Binding, place_ranks, table
+
+__all__ = [
+    "Binding",
+    "Core",
+    "Gpu",
+    "Machine",
+    "Node",
+    "numactl_fault",
+    "place_ranks",
+    "query_nvidia_smi",
+    "read_machine",
+    "table",
+]
