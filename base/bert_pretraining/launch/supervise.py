@@ -48,7 +48,7 @@ def run(plan: Plan) -> int:
             if attempt == 0:
                 print(plan.table(), flush=True)
             with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
-                ending = _Attempt(plan, Path(folder), log_paths, received).run(port)
+                ending = _Attempt(plan, Path(folder), log_paths, received, attempt).run(port)
             if ending.message:
                 print(ending.text(log_paths), file=sys.stderr, flush=True)
             if not ending.may_restart or attempt == plan.flags.max_restarts:
@@ -66,8 +66,10 @@ class _Attempt:
         folder: Path,
         log_paths: dict[int, Path],
         received: collections.deque[tuple[int, float]],
+        attempt: int,
     ) -> None:
         self._plan = plan
+        self._attempt = attempt
         self._folder = folder
         self._log_paths = log_paths
         self._received = received
@@ -102,6 +104,7 @@ class _Attempt:
         return {
             **plan.environment,
             outcome.FOLDER_VARIABLE: str(self._folder),
+            outcome.ATTEMPT_VARIABLE: str(self._attempt),
             PLACES_VARIABLE: json.dumps(places),
         }
 
@@ -198,7 +201,8 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[outcome.FOLDER_VARIABLE], os.environ[PLACES_VARIABLE]
+        for name in (outcome.FOLDER_VARIABLE, outcome.ATTEMPT_VARIABLE, PLACES_VARIABLE):
+            del os.environ[name]
 
 
 def _check_gpus(plan: Plan) -> None:
