@@ -221,7 +221,8 @@ def _train(
             log.perf.log("EPOCH_END", {"epoch": epoch})
         distributed.barrier(ranks.device)
         log.trained(run, run.eval_sequences)
-        if config.save_checkpoint or reason == "signal":
+        # A run that had finished before has nothing new to save.
+        if epoch >= 0 and (config.save_checkpoint or reason == "signal"):
             save()
             writer.report(log.say, wait=True)
     log.finished(run, reason if reason != "signal" else f"signal {stop.received or 'to a rank'}")
