@@ -63,7 +63,9 @@ def main() -> None:
                 raise SystemExit(f"{run}: exit code {done.returncode}")
             (folder,) = output_dir.glob("run-*")
             curves[run] = losses_of(folder / "perflog.txt")
-            folders.append(folder.rename(Path(name) / run.replace(", ", "-") / "run"))
+            named = Path(name) / "runs" / run.replace(", ", "-")
+            named.parent.mkdir(exist_ok=True)
+            folders.append(folder.rename(named))
         report = module("report", *folders, "--output_dir", Path(name) / "report",
                         "--title", "Optimizers")  # fmt: skip
         subprocess.run(report, check=True)
