@@ -61,8 +61,9 @@ class Neighbours(threading.Thread):
             return  # the silence that follows is what `fault` reports
 
     def close(self) -> None:
-        """End the thread after its present round, and with it this side of the store."""
+        """End the thread, if it does not block, and with it this side of the store."""
         self._closed = True
+        self.join(2 * EVERY)
 
     def fault(self, now: float) -> str | None:
         """Why the ranks here should end: another machine's report, or its silence.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -48,7 +49,7 @@ def run(plan: Plan) -> int:
     _check_gpus(plan)
     with _collected_signals() as received:
         for attempt in range(plan.flags.max_restarts + 1):
-            port = _master_port(plan)
+            port = _master_port(plan, attempt)
             log_paths = _log_paths(plan)
             if attempt == 0:
                 print(plan.table(), flush=True)
@@ -107,8 +108,11 @@ class _Attempt:
                 self._judge(time.monotonic())
         if agent.exit_codes:
             self._ranks.kill()  # what a failed rank had started
-        ending = self._ending(agent.exit_codes, agent.error)
-        return self._tell_neighbours(ending)
+        ending = self._tell_neighbours(self._ending(agent.exit_codes, agent.error))
+        # torchrun's store listens at the master port until it is collected.
+        del agent
+        gc.collect()
+        return ending
 
     def _variables(self) -> dict[str, str]:
         plan = self._plan
@@ -175,11 +179,9 @@ class _Attempt:
         if self._neighbours is None:
             return ending
         if ending.message and not ending.by_signal:
-            node = self._plan.flags.node_rank
             # A traceback may be of a connection that another machine's end has cut.
-            follows = bool(ending.detail) or self._neighbours.fault(time.monotonic()) is not None
-            first = self._neighbours.conclude(follows, ending.message)
-            if first.node != node:
+            first = self._neighbours.conclude(bool(ending.detail), ending.message)
+            if first.node != self._plan.flags.node_rank and ending is not self._verdict:
                 ending = dataclasses.replace(
                     ending,
                     message=f"machine {first.node} ended: {first.text}",
@@ -282,9 +284,14 @@ def _log_paths(plan: Plan) -> dict[int, Path]:
         number += 1
 
 
-def _master_port(plan: Plan) -> int:
-    """A port that is free here, or on machine 0 if that is another one."""
+def _master_port(plan: Plan, attempt: int) -> int:
+    """A port that is free here, or on machine 0 if that is another one.
+
+    Of several machines each restart takes the next port: at the last one's, a machine that
+    is quick would still meet the attempt that has failed.
+    """
     flags = plan.flags
-    if flags.node_rank > 0:
-        return flags.master_port or DEFAULT_PORT
-    return free_port(flags.master_port or (DEFAULT_PORT if plan.resolved.config.nnodes > 1 else 0))
+    if plan.resolved.config.nnodes == 1:
+        return free_port(flags.master_port or 0)
+    wanted = (flags.master_port or DEFAULT_PORT) + attempt
+    return free_port(wanted) if flags.node_rank == 0 else wanted
