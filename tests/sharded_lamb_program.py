@@ -12,6 +12,7 @@ from torch import Tensor
 from bert_pretraining import distributed
 from bert_pretraining.optim import Lamb, ShardedLamb, create_optimizer
 from bert_pretraining.optim.flat_torch import TorchKernels
+from bert_pretraining.optim.sharded_lamb import AT_A_TIME
 from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
 
 # One element, less and more than a block, more than a bucket; tied to no number of ranks.
@@ -88,6 +89,7 @@ def compare(ranks: distributed.Ranks, dtype: torch.dtype, bucket: int) -> None:
             with sharded.during(last):
                 backward(parameters, gradients)
                 sent = sharded._under_way.begun
+                assert len(sharded._under_way._waiting) <= AT_A_TIME
             # A bucket leaves while backward goes on, unless it waits for a missing gradient.
             assert (sent > 0) == (last and (step % 2 == 0 or bucket == SMALL_BUCKET))
         sharded.finish()

@@ -199,12 +199,15 @@ def _train(arguments: list[str]) -> int:
     config.add_config_flags(parser)
     resolved = config.resolve(vars(parser.parse(arguments)))
 
-    from bert_pretraining import train
+    from bert_pretraining import distributed, train
 
     outcome.show_stacks_on_request()
     earned = train.main(resolved)
-    # Under the launcher, to have finished is no failure: it reads what was earned.
-    return 0 if outcome.record_finish(int(os.environ.get("RANK", 0)), earned) else earned
+    # Under the launcher, to have finished is no failure: it reads what was earned. It is told
+    # before the ranks part, which can no longer take it back.
+    launched = outcome.record_finish(int(os.environ.get("RANK", 0)), earned)
+    distributed.stop()
+    return 0 if launched else earned
 
 
 def _config_show(arguments: list[str]) -> None:

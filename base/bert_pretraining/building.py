@@ -55,6 +55,10 @@ def build(
     start: weights to start from, a run to go on with, or None for random weights.
     """
     precision = _precision(config, ranks, log)
+    if ranks.world_size == 1:
+        on = {"distributed_lamb": config.distributed_lamb, "clip_gradients": _clips_first(config)}
+        for name in (name for name, is_on in on.items() if is_on):
+            log.say(f"Notice: {name} has no effect: there is one rank")
     for why, names in config.without_effect.items():
         log.say(f"Notice: {', '.join(names)}: {why}")
     kernels = select(
@@ -75,10 +79,12 @@ def build(
     elif start is None:
         log.say(f"Start weights: random (seed {seed})")
     module.to(ranks.device)
-    # The optimizer works on the weights as they were loaded, not on their rounding.
-    masters = {name: value.detach().clone() for name, value in module.named_parameters()}
-    module.to(DTYPES[precision])
-    check_replicas(masters, updates=0)
+    masters = None
+    if DTYPES[precision].itemsize < 4:
+        # The optimizer works on the weights as they were loaded, not on their rounding.
+        masters = {name: value.detach().clone() for name, value in module.named_parameters()}
+        module.to(DTYPES[precision])
+    check_replicas(masters or dict(module.named_parameters()), updates=0)
     optimizer = _optimizer(config, module, masters, ranks)
     del masters
     log.say(f"Optimizer: {optimizer.choice}")
@@ -88,8 +94,8 @@ def build(
         start.restore(optimizer, loss_scale)
         check_replicas(dict(module.named_parameters()), optimizer.updates)
     log.perf.log("MODEL_TO_FP16", {"fp16": precision == "fp16", "precision": precision})
-    clip_first = config.max_gradient_norm if config.clip_gradients == "before_reduction" else None
-    reduction = make_reduction(module, optimizer, ranks, clip_first)
+    limit = config.max_gradient_norm if _clips_first(config) else None
+    reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=type(reduction).__name__)
     micro_step = choose_step(
         config, reduction.model, bert_config.max_position_embeddings, ranks, log.say
@@ -119,8 +125,14 @@ def check_replicas(weights: dict[str, Tensor], updates: int) -> None:
         )
 
 
+def _clips_first(config: Config) -> bool:
+    return config.clip_gradients == "before_reduction"
+
+
 def _precision(config: Config, ranks: Ranks, log: RunLog) -> str:
     precision = config.resolved_precision
+    if config.loss_scale and precision != "fp16":
+        log.say(f"Notice: loss_scale has no effect: precision is {precision}")
     if precision == "fp16" and ranks.device.type == "cpu":
         log.say("Notice: fp16 needs a GPU; training in fp32 on this CPU")
         return "fp32"
@@ -128,7 +140,7 @@ def _precision(config: Config, ranks: Ranks, log: RunLog) -> str:
 
 
 def _optimizer(
-    config: Config, module: BertForPreTraining, masters: dict[str, Tensor], ranks: Ranks
+    config: Config, module: BertForPreTraining, masters: dict[str, Tensor] | None, ranks: Ranks
 ) -> Lamb:
     settings = LambSettings(
         config.opt_lamb_beta_1,
@@ -138,6 +150,6 @@ def _optimizer(
         config.max_gradient_norm,
     )
     sharing: Sharing = "sharded" if config.distributed_lamb else "replicated"
-    if ranks.world_size == 1:
-        sharing = "alone"
+    if ranks.world_size == 1 or (sharing == "replicated" and _clips_first(config)):
+        sharing = "alone"  # nobody but the optimizer holds gradients
     return create_optimizer(config.optimizer, module.named_parameters(), settings, masters, sharing)

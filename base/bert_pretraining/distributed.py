@@ -73,8 +73,9 @@ def start(device: str, dist_backend: str) -> Ranks:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, once every rank is about to."""
     if dist.is_initialized():
+        dist.barrier()  # nobody closes a connection that another still reads from
         dist.destroy_process_group()
 
 
@@ -115,6 +116,8 @@ def differing_replica(tensors: dict[str, Tensor]) -> str | None:
     tensors: the same names and shapes on every rank; floating-point. Compares two checksums
     of a tensor's bits, one of which depends on where they stand. None if all are equal.
     """
+    if not dist.is_initialized():
+        return None
     digests = torch.stack([_digest(tensor) for tensor in tensors.values()]).cpu()
     for rank, other in enumerate(gather(digests)):
         if rank == 0:
@@ -128,9 +131,13 @@ def differing_replica(tensors: dict[str, Tensor]) -> str | None:
 def _digest(tensor: Tensor) -> Tensor:
     """(2,) int64 of a tensor's bits: their sum, and their sum weighted by position."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()]).long()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
-    return torch.stack([bits.sum(), (bits * places).sum()])
+    bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
+    total = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), 2**20):  # in pieces, to need little memory
+        piece = bits[start : start + 2**20].long()
+        places = torch.arange(start + 1, start + 1 + piece.numel(), device=bits.device) % 65521
+        total += torch.stack([piece.sum(), (piece * places).sum()])
+    return total
 
 
 def from_main(make: Callable[[], Made]) -> Made:

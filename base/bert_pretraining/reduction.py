@@ -79,8 +79,9 @@ class AfterClipping:
     limit: the norm. The mean's norm is not above it, so that the optimizer clips no more.
     """
 
-    def __init__(self, module: nn.Module, limit: float) -> None:
+    def __init__(self, module: nn.Module, optimizer: Lamb, limit: float) -> None:
         self.model = module
+        self._optimizer = optimizer
         self._limit = limit
 
     def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -89,11 +90,7 @@ class AfterClipping:
 
     def finish(self, loss_scale: Tensor) -> None:
         """See `Reduction`."""
-        parameters = list(self.model.parameters())
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = self._optimizer.gradients()
         scale_down(gradients, self._limit * loss_scale)
         torch._foreach_mul_(gradients, 1.0 / dist.get_world_size())
         works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
@@ -135,5 +132,5 @@ def make_reduction(
     if isinstance(optimizer, ShardedLamb):
         return Sharded(module, optimizer, clip_first)
     if clip_first is not None:
-        return AfterClipping(module, clip_first)
+        return AfterClipping(module, optimizer, clip_first)
     return DuringBackward(module, ranks.device)

@@ -142,7 +142,11 @@ class Config:
     )
     fp16: bool = setting(False, "training", "the same as --precision fp16; fp32 on a CPU")
     loss_scale: float = setting(
-        0.0, "training", "fixed loss scale for fp16; 0 for a dynamic one", minimum=0.0
+        0.0,
+        "training",
+        "fixed loss scale for fp16; 0 for a dynamic one",
+        minimum=0.0,
+        maximum=2.0**24,
     )
     checkpoint_activations: bool = setting(
         False, "training", "keep only each layer's input for the backward pass; less memory"
@@ -181,7 +185,7 @@ class Config:
     opt_lamb_beta_2: float = setting(
         0.999, "optimizer", "LAMB's beta 2", minimum=0.0, maximum=0.999999
     )
-    opt_lamb_epsilon: float = setting(1e-6, "optimizer", "LAMB's epsilon", minimum=0.0)
+    opt_lamb_epsilon: float = setting(1e-6, "optimizer", "LAMB's epsilon", minimum=1e-12)
     max_gradient_norm: float = setting(
         1.0, "optimizer", "gradients of a greater norm are scaled down to it", minimum=1e-12
     )
@@ -272,7 +276,7 @@ class Config:
     dwu_num_ar_pg: int = ignored(4, _REDUCTION)
     dwu_num_ag_pg: int = ignored(2, _REDUCTION)
     dwu_overlap_reductions: bool = ignored(False, _REDUCTION)
-    dwu_e5m2_allgather: bool = ignored(False, _REDUCTION)
+    dwu_e5m2_allgather: bool = ignored(False, "no effect: weights travel in their own precision")
     do_train: bool = ignored(True, "no effect: a run always trains")
     bypass_amp: bool = ignored(False, "no effect: there is no AMP")
     opt_level: str = ignored("O2", "no effect: --precision decides")

@@ -24,6 +24,18 @@ class RunState:
     eval_sequences: int = 0
     converged: bool = False
 
+    def account(
+        self, updates: int, skipped: int, last_finite: bool, samples_per_step: int
+    ) -> int | None:
+        """Count the latest steps; returns the step after which something may be due, or None.
+
+        Skipped updates count neither as steps nor as trained sequences. What is due after an
+        update is done right after it, and not once more after a skipped one.
+        """
+        self.global_steps, self.num_trained_samples = self.after(updates, samples_per_step)
+        self.skipped_steps += skipped
+        return self.global_steps if last_finite else None
+
     def after(self, updates: int, samples_per_step: int) -> tuple[int, int]:
         """Steps and trained sequences once so many more updates have been made."""
         return self.global_steps + updates, self.num_trained_samples + updates * samples_per_step

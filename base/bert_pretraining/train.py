@@ -26,7 +26,7 @@ from bert_pretraining.training_state import DataOrder, Saved
 
 
 def main(resolved: Resolved) -> int:
-    """Train as configured.
+    """Train as configured; the process group is left for the caller to stop.
 
     Returns EXIT_CONVERGED, EXIT_NOT_CONVERGED or EXIT_STOPPED, on every rank.
     """
@@ -46,7 +46,6 @@ def main(resolved: Resolved) -> int:
             raise
         finally:
             log.close()
-        distributed.stop()
     if reason == "signal":
         return EXIT_STOPPED
     return EXIT_CONVERGED if run.converged else EXIT_NOT_CONVERGED
@@ -170,13 +169,10 @@ def _train(
             if not update.must_read and not calendar.anything_due(*expected):
                 continue
             latest = update.read(run.global_steps)
-            run.global_steps, run.num_trained_samples = run.after(latest.updates, samples_per_step)
-            run.skipped_steps += latest.skipped
+            step = run.account(latest.updates, latest.skipped, latest.last_finite, samples_per_step)
             if latest.skipped:
                 log.skipped(run, latest.skipped, latest.loss_scale)
             stopping = distributed.any_rank(stop.received is not None, ranks.device)
-            # What is due after an update was done right after it, not again after a skipped one.
-            step = run.global_steps if latest.last_finite else None
             if step and calendar.replica_check_due(step):
                 check_replicas(dict(module.named_parameters()), run.global_steps)
 

@@ -108,10 +108,12 @@ class Update:
         *finite, in_a_row, value = torch.stack([one.double() for one in figures]).tolist()
         made = int(sum(finite))
         if not scale.dynamic and made < len(flags):
+            mend = "--learning_rate or --precision fp32"
+            if scale.initial != 1.0:
+                mend = "--loss_scale, or 0 for a dynamic one"
             raise TrainingError(
                 f"a gradient is not finite after {updates_before + made} updates: "
-                f"{self._diagnose(batches[made], 1.0)}; "
-                "try a lower --learning_rate or --precision fp32"
+                f"{self._diagnose(batches[made], scale.initial)}; try a lower {mend}"
             )
         if in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
@@ -124,7 +126,5 @@ class Update:
     def _diagnose(self, micro_batches: list[PackedBatch], loss_scale: float) -> str:
         """What was not finite first, on the rank that can tell best; the same on every rank."""
         found = distributed.gather(first_non_finite(self._module, micro_batches, loss_scale))
-        telling = [rank for rank, what in enumerate(found) if "activations" not in what]
-        telling += [rank for rank, what in enumerate(found) if "gradient of" in what]
-        rank = (telling or [0])[0]
-        return found[rank] if len(found) == 1 else f"rank {rank}: {found[rank]}"
+        rank = min(range(len(found)), key=lambda rank: found[rank].place)
+        return found[rank].text if len(found) == 1 else f"rank {rank}: {found[rank].text}"

@@ -232,6 +232,8 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     assert f"stopped by signal {signal.Signals(number).name}" in output
     (log,) = (tmp_path / "out").glob("run-*/mllog.txt")
     assert '"status": "aborted"' in log.read_text()
+    if number != signal.SIGTERM:
+        return
     step = torch.load(path, weights_only=True)["state"]["global_steps"]
     again = launch(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", step + 2,
                    "--resume", "required")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import (
     OPTIMIZERS,
@@ -18,7 +20,9 @@ from bert_pretraining.optim import (
     create_optimizer,
     flat_torch,
     has_weight_decay,
+    scale_down,
 )
+from bert_pretraining.optim.lamb import norm_of
 from lamb_cases import (
     DECAYED,
     NAMES,
@@ -268,6 +272,55 @@ def test_a_state_of_another_model_is_refused(name: str) -> None:
         with pytest.raises(UserError, match=message):
             optimizer.load_state_dict(state)
         assert_same_bits(before, snapshot(optimizer))
+    state = optimizer.state_dict()
+    del state["updates"]
+    with pytest.raises(UserError, match="without its number of updates"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_long_tensors_lose_nothing(dtype: torch.dtype) -> None:
+    """A CPU's own norm of 2^25 numbers in float32 is short by a thousandth and more."""
+    long = torch.randn(2**25, generator=torch.Generator().manual_seed(0)).view(-1, 1024).to(dtype)
+    exact = sum(row.double().square().sum() for row in long.split(1024)).sqrt().item()
+    assert norm_of(long).item() == pytest.approx(exact, rel=1e-6)
+    assert abs(long.flatten().norm().item() / exact - 1) > 1e-4 or dtype != torch.float32
+    for shape in ((), (1,), (7,), (2, 3, 5), (0, 4)):
+        values = torch.randn(shape).to(dtype)
+        assert norm_of(values).item() == pytest.approx(values.double().norm().item(), rel=1e-6)
+
+
+def test_scaling_down_to_a_norm() -> None:
+    def scaled(values: list[float], limit: float) -> list[float]:
+        gradients = [torch.tensor(values[:1]), torch.tensor(values[1:])]
+        scale_down(gradients, torch.tensor(limit))
+        return torch.cat(gradients).tolist()
+
+    assert scaled([3.0, 0.0, 4.0], 10.0) == [3.0, 0.0, 4.0]
+    assert scaled([3.0, 0.0, 4.0], 1.0) == pytest.approx([0.6, 0.0, 0.8])
+    assert scaled([0.0, 0.0], 1.0) == [0.0, 0.0]
+    # Not zeros: the update of all ranks must be skipped.
+    assert np.isnan(scaled([np.inf, 1.0], 1.0)).all()
+    assert np.isnan(scaled([1.0, 1e20, 1e20], 1.0)).all()
+
+
+@each_provider
+def test_without_weight_decay_a_gradient_of_zeros_moves_nothing(name: str) -> None:
+    """The update's norm is 0 then, and the trust ratio 1."""
+    settings = LambSettings(weight_decay=0.0)
+    parameters = parameters_of(case(1, 1.0)[0], torch.float64)
+    before = {key: value.detach().clone() for key, value in parameters.items()}
+    optimizer = create_optimizer(name, parameters.items(), settings)
+    for _ in range(3):
+        optimizer.zero_grad()
+        assert optimizer.step(0.1)
+    for key, value in parameters.items():
+        assert torch.equal(value, before[key])
+
+
+def test_the_settings_offer_every_optimizer() -> None:
+    (setting,) = (one for one in dataclasses.fields(Config) if one.name == "optimizer")
+    assert setting.metadata["choices"] == ("auto", *OPTIMIZERS)
 
 
 def test_which_parameters_decay() -> None:

@@ -198,7 +198,7 @@ def test_the_kernels_compile_for_a_gpu_and_use_no_atomics(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-@pytest.mark.parametrize("name", ["reference", "foreach", "triton"])
+@pytest.mark.parametrize("name", ["reference", "foreach", "flat", "triton"])
 def test_no_step_waits_for_the_gpu(name: str) -> None:
     weights, gradients, rates = case(seed=8, scale=0.1, steps=3, shapes=SHAPES)
     parameters = parameters_of(weights, torch.float32, DEVICE)

@@ -106,6 +106,26 @@ def test_without_a_dynamic_scale_the_weights_stay_and_the_cause_is_named(
         update.read(7)
 
 
+def test_the_batch_that_broke_is_the_one_looked_at() -> None:
+    """A token that only one batch has, with an embedding that is too large."""
+    model, _, update = make(torch.float32, LossScale(1.0, dynamic=False))
+    tokens = {int(token) for batch in BATCHES[1:] for token in batch.input_ids}
+    token = next(int(one) for one in BATCHES[0].input_ids if int(one) not in tokens)
+    update(BATCHES[1:2])
+    model.bert.embeddings.word_embeddings.weight.data[token] = 3e38
+    update(BATCHES[:1])
+    update(BATCHES[2:3])
+    with pytest.raises(TrainingError, match=r"after 1 updates: the output of bert\.embeddings"):
+        update.read(0)
+
+
+def test_a_fixed_loss_scale_that_overflows_is_the_scale_s_fault() -> None:
+    _, _, update = make(torch.float16, LossScale(2.0**24, dynamic=False))
+    update(BATCHES[:2])
+    with pytest.raises(TrainingError, match=r"the gradient of .*; try a lower --loss_scale, or 0"):
+        update.read(0)
+
+
 def test_endless_overflow_ends_the_run() -> None:
     model, _, update = make(torch.float32, LossScale(2.0**20, dynamic=True))
     model.bert.embeddings.LayerNorm.bias.data[3] = torch.inf

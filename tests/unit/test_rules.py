@@ -142,6 +142,16 @@ def test_the_calendar() -> None:
     assert due(seldom, "end_due") == [16, 17]
 
 
+def test_skipped_updates_count_neither_as_steps_nor_as_samples() -> None:
+    run = RunState(global_steps=5, num_trained_samples=50)
+    assert run.account(updates=3, skipped=0, last_finite=True, samples_per_step=10) == 8
+    assert (run.global_steps, run.num_trained_samples, run.skipped_steps) == (8, 80, 0)
+    assert run.account(updates=1, skipped=2, last_finite=False, samples_per_step=10) is None
+    assert (run.global_steps, run.num_trained_samples, run.skipped_steps) == (9, 90, 2)
+    assert run.account(updates=2, skipped=1, last_finite=True, samples_per_step=10) == 11
+    assert (run.global_steps, run.num_trained_samples, run.skipped_steps) == (11, 110, 3)
+
+
 def convergence_points() -> list[tuple[float, int, int, int]]:
     """The reference convergence points' learning rate, steps, warm-up and its start."""
     file = files("mlperf_logging") / "rcp_checker" / "training_4.1.0" / "rcps_bert.json"

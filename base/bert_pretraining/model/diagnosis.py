@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from bert_pretraining.data.packing import PackedBatch
 
 
-def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> str:
+class Finding(NamedTuple):
+    """What was not finite, and how early in a step: 0 a weight or an activation, 1 a gradient,
+    2 nothing any more."""
+
+    place: int
+    text: str
+
+
+def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> Finding:
     """Name what is not finite first: a parameter, an activation of these batches, a gradient.
 
     Runs the batches once more, with other dropout masks: forward, and if that is finite,
@@ -16,11 +26,11 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float 
     """
     for name, parameter in model.named_parameters():
         if (what := _fault(parameter)) is not None:
-            return f"parameter {name} holds {what}"
+            return Finding(0, f"parameter {name} holds {what}")
     for batch in batches:
         found = _first_activation(model, batch)
         if found is not None:
-            return found
+            return Finding(0, found)
     model.zero_grad()
     for batch in batches:
         out = model(batch)
@@ -29,8 +39,9 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float 
     # Backward goes from the last parameter to the first.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
-            return f"parameters and activations are finite; the gradient of {name} holds {what}"
-    return "parameters, activations and gradients were finite when tried again"
+            text = f"parameters and activations are finite; the gradient of {name} holds {what}"
+            return Finding(1, text)
+    return Finding(2, "parameters, activations and gradients were finite when tried again")
 
 
 def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:

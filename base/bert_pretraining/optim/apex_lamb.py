@@ -77,6 +77,11 @@ class ApexLamb(Lamb):
 
     def _create_state(self, masters: list[Tensor]) -> None:
         super()._create_state(masters)
+        if self.settings.weight_decay == 0.0:
+            raise UserError(
+                "--optimizer apex: with --weight_decay_rate 0 apex leaves out the trust ratio; use "
+                "another optimizer"
+            )
         try:
             classes = find_classes()
         except ImportError as error:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.optim.flat import FlatKernels, FlatLayout, Share, Step
+from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Share, Step
 from bert_pretraining.optim.lamb import Lamb, LambSettings
+
+BLOCKS_AT_A_TIME = 2**13  # that `gradients` gives in a piece
 
 
 class FlatLamb(Lamb):
@@ -95,6 +97,13 @@ class FlatLamb(Lamb):
         self._gradient.zero_()
         for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
             parameter.grad = view
+
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient in pieces, (blocks, BLOCK) each, with what lay elsewhere."""
+        self._collect_gradient()
+        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+            parameter.grad = view
+        return list(self._gradient.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
 
     def _collect_gradient(self) -> None:
         """Bring into `share.gradient` what this rank updates with."""

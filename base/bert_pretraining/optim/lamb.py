@@ -100,6 +100,13 @@ class Lamb:
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
+    def gradients(self) -> list[Tensor]:
+        """All gradients, where they lie; zeros in place of None."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters]
+
     def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
         """One update with the gradients in the parameters' `grad`; None counts as zeros.
 
@@ -108,7 +115,8 @@ class Lamb:
 
         Returns `finite`, a 0-d bool tensor on the parameters' device. Where a gradient is
         not finite it is False, and masters, moments, parameters and `updates` are what they
-        were, bit for bit. Nothing here waits for a GPU; whoever reads `finite` does.
+        were. Nothing here waits for a GPU; whoever reads `finite` does. The gradients may be
+        overwritten.
         """
         raise NotImplementedError
 
@@ -146,6 +154,8 @@ class Lamb:
         The parameters become the loaded masters, or their rounding. UserError, with nothing
         changed, if the names or shapes are not those of this optimizer's parameters.
         """
+        if not isinstance(state.get("updates"), int):
+            raise UserError("optimizer state without its number of updates; it was cut or edited")
         for key in ("master", "first_moment", "second_moment"):
             saved = state.get(key, {})
             if set(saved) != set(self.names):
@@ -175,11 +185,27 @@ class Lamb:
                 tensor.copy_(state[key][name])
 
 
+def norm_of(tensor: Tensor) -> Tensor:
+    """The Euclidean norm, 0-d float64.
+
+    By rows first: over a long tensor, a CPU adds up in the tensor's own precision, and of 100
+    million squares in float32 a hundredth is lost.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    rows = tensor.unsqueeze(0) if tensor.dim() < 2 else tensor.flatten(0, -2)
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double().norm()
+
+
 def scale_down(gradients: list[Tensor], limit: Tensor) -> None:
-    """Scale gradients, in place, so that their common norm is at most `limit` (0-d)."""
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    norm = torch.stack(torch._foreach_norm(gradients, 2, wide)).norm()
-    torch._foreach_mul_(gradients, torch.clamp(limit / norm, max=1.0).to(wide))
+    """Scale gradients, in place, so that their common norm is at most `limit` (0-d).
+
+    They become NaN where their norm is not finite, so that the step is skipped.
+    """
+    norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
+    factor = torch.where(torch.isfinite(norm), torch.clamp(limit / norm, max=1.0), torch.nan)
+    torch._foreach_mul_(
+        gradients, factor.to(torch.promote_types(gradients[0].dtype, torch.float32))
+    )
 
 
 class TensorListLamb(Lamb):
@@ -193,8 +219,9 @@ class TensorListLamb(Lamb):
             else parameter.grad.to(master.dtype) * inverse_scale
             for parameter, master in zip(self.parameters, self.masters, strict=True)
         ]
-        self.gradient_norm = norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        finite = torch.isfinite(norm)
+        norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
+        self.gradient_norm = norm.to(gradients[0].dtype)
+        finite = torch.isfinite(self.gradient_norm)
         if self._may_read and not finite:
             return finite
         state = [*self.masters, *self.first_moments, *self.second_moments]
@@ -203,7 +230,7 @@ class TensorListLamb(Lamb):
         before = [] if self._may_read else [tensor.clone() for tensor in state]
         self.num_updates += finite
         clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
-        self._update(gradients, clip, learning_rate)
+        self._update(gradients, clip.to(gradients[0].dtype), learning_rate)
         if before:
             for tensor, old in zip(state, before, strict=True):
                 tensor.copy_(torch.where(finite, tensor, old))
@@ -237,9 +264,9 @@ class ReferenceLamb(TensorListLamb):
             ratio = 1.0
             if decays:
                 update = update + settings.weight_decay * master
-                weight_norm, update_norm = master.norm(), update.norm()
+                weight_norm, update_norm = norm_of(master), norm_of(update)
                 both = (weight_norm > 0) & (update_norm > 0)
-                ratio = torch.where(both, weight_norm / update_norm, 1.0)
+                ratio = torch.where(both, weight_norm / update_norm, 1.0).to(master.dtype)
             master.sub_(learning_rate * ratio * update)
 
 
@@ -264,10 +291,10 @@ class ForeachLamb(TensorListLamb):
             weights = [self.masters[index] for index in decayed]
             steps = [updates[index] for index in decayed]
             torch._foreach_add_(steps, weights, alpha=settings.weight_decay)
-            weight_norms = torch.stack(torch._foreach_norm(weights))
-            update_norms = torch.stack(torch._foreach_norm(steps))
+            weight_norms = torch.stack([norm_of(weight) for weight in weights])
+            update_norms = torch.stack([norm_of(step) for step in steps])
             both = (weight_norms > 0) & (update_norms > 0)
-            ratios = torch.where(both, weight_norms / update_norms, 1.0)
+            ratios = torch.where(both, weight_norms / update_norms, 1.0).to(steps[0].dtype)
             for step, ratio in zip(steps, ratios.unbind(), strict=True):
                 step.mul_(ratio)
         if isinstance(learning_rate, Tensor):

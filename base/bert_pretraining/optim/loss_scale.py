@@ -25,8 +25,9 @@ class LossScale:
     A scale that is not dynamic becomes NaN after a step that was not finite, so that every later
     step is not finite either: the weights stay as that step found them until somebody looks.
 
-    Attributes, all 0-d tensors on the device:
-        scale: float32. good_steps, skipped_in_a_row: int64.
+    Attributes:
+        initial: the scale at the start.
+        scale: 0-d float32 on the device. good_steps, skipped_in_a_row: 0-d int64 there.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class LossScale:
         device: torch.device | None = None,
     ) -> None:
         """growth_interval: good steps in a row before the scale doubles."""
-        self.dynamic = dynamic
+        self.initial, self.dynamic = initial, dynamic
         self.growth_interval = growth_interval
         self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
         self.good_steps = torch.tensor(0, device=device)

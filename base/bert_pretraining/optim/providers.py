@@ -17,8 +17,8 @@ from bert_pretraining.optim.sharded_lamb import ShardedLamb
 OPTIMIZERS = ("reference", "foreach", "flat", "triton", "apex")
 FLAT = ("flat", "triton")
 
-# How ranks hold gradients and state: there is one rank; each holds all, and somebody else makes
-# one gradient of theirs; the optimizer does, and each holds a part.
+# How ranks hold gradients and state: nobody but the optimizer holds a rank's gradients; somebody
+# else does, and makes one of the ranks'; the optimizer makes it, and each rank holds a part.
 Sharing = Literal["alone", "replicated", "sharded"]
 
 
@@ -45,14 +45,14 @@ def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
         raise UserError(
             f"--optimizer {name}: no such provider; one of auto, {', '.join(OPTIMIZERS)}"
         )
-    problem = _problem(name, device)
-    if problem is not None:
-        raise UserError(f"--optimizer {name}: {problem}; use auto, or foreach, which runs anywhere")
     if sharded and name not in FLAT:
         raise UserError(
             f"--optimizer {name}: with distributed_lamb it must be auto, {' or '.join(FLAT)}, "
             "which can share their state between ranks; or pass --distributed_lamb false"
         )
+    problem = _problem(name, device)
+    if problem is not None:
+        raise UserError(f"--optimizer {name}: {problem}; use auto, or flat, which runs anywhere")
     return Choice(name, "as asked")
 
 

@@ -56,7 +56,8 @@ class ShardedLamb(FlatLamb):
     """`FlatLamb` over the default process group; all ranks must make every call.
 
     Reduces the gradients itself: around each micro-batch's backward stands `during`, after the
-    last one `finish`.
+    last one `finish`. It has no `masters`, `first_moments` and `second_moments`, but a share of
+    them. `state_dict` gives rank 0 the whole state; `load_state_dict` wants it whole on each.
 
     Args:
         bucket: elements of a bucket, at most; more only where a rank's piece needs them.
@@ -106,13 +107,18 @@ class ShardedLamb(FlatLamb):
         """Count for each bucket the parameters whose gradients it waits for."""
         length = self.layout.length // self._buckets
         self._waits_for = [0] * self._buckets
-        for offset, parameter in zip(self.layout.offsets, self.parameters, strict=True):
+        for offset, parameter, view in zip(
+            self.layout.offsets, self.parameters, self._gradient_views, strict=True
+        ):
             last = offset + max(parameter.numel(), 1) - 1
             buckets = range(offset // length, last // length + 1)
             for bucket in buckets:
                 self._waits_for[bucket] += 1
 
-            def arrived(_: Tensor, buckets: range = buckets) -> None:
+            def arrived(one: Tensor, buckets: range = buckets, view: Tensor = view) -> None:
+                if one.grad.data_ptr() != view.data_ptr():
+                    # Somebody has dropped the gradients since `zero_grad`.
+                    one.grad = view.copy_(one.grad)
                 if self._overlapping:
                     for bucket in buckets:
                         self._missing[bucket] -= 1
@@ -152,7 +158,7 @@ class ShardedLamb(FlatLamb):
         # A parameter that got no gradient has left its buckets to this.
         super()._collect_gradient()
         if limit is not None:
-            scale_down([self._gradient], limit)
+            scale_down([self._gradient.view(-1, BLOCK)], limit)
         while self._under_way.begun < self._buckets:
             self._reduce(self._under_way.begun)
         self._under_way.wait()
