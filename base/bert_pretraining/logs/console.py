@@ -10,7 +10,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 BOLD, NORMAL = "\033[1m", "\033[0m"
-BAR = "{n_fmt}/{total_fmt} {bar} {postfix}"
+BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
 
 
 class Console:
@@ -59,7 +59,7 @@ class Console:
         """Advance the bar; `figures`, if any, replace what stands beside it."""
         if self._bar is not None:
             if figures:
-                self._bar.set_postfix_str(figures, refresh=False)
+                self._bar.set_description_str(figures, refresh=False)
             self._bar.update(steps)
 
     def close(self) -> None:
@@ -90,6 +90,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def clock(seconds: float) -> str:
+    """ "00:08", "03:20" or "2:05:00"."""
+    return tqdm.format_interval(max(0, round(seconds)))
 
 
 def results_table(rows: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bert_pretraining.config import Resolved
 from bert_pretraining.lock import FolderLock
-from bert_pretraining.logs.console import Console, LineFile, duration, results_table
+from bert_pretraining.logs.console import Console, LineFile, clock, duration, results_table
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
 from bert_pretraining.logs.perflog import PerfLog
 from bert_pretraining.logs.run_folder import make_run_folder
@@ -206,10 +206,13 @@ class RunLog:
         self.perf.log("STEP_END", {**figures, **counters}, depth=3)
         loss, accuracy, rate = (figures[name] for name in ("loss", "mlm_acc", "learning_rate"))
         seconds = self._seconds_to_evaluation(state)
-        ahead = "" if seconds is None else f", evaluation in {duration(seconds)}"
+        short, ahead = "", ""
+        if seconds is not None:
+            short, ahead = f", eval in {clock(seconds)}", f", evaluation in {duration(seconds)}"
+        # Of a terminal's 80 columns, some are left for the bar itself.
         self.console.advance(
             count,
-            f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s{ahead}",
+            f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s{short}",
         )
         if self.console.wants_step_lines:
             self.say(
