@@ -44,7 +44,10 @@ for size in 96 192; do
 done
 step extra 120 "$python" benchmarks/gpu_extra.py --batch_size 48 --repeats 10 \
   --output "$out/extra.json"
-step optimizer 60 "$python" -m bert_pretraining bench optimizer --output "$out/optimizer.json"
+for precision in fp32 bf16; do
+  step "optimizer_$precision" 60 "$python" -m bert_pretraining bench optimizer \
+    --precision "$precision" --output "$out/optimizer_$precision.json"
+done
 step transformers 90 "$python" benchmarks/compare_transformers.py --batch_size 48 \
   --precision bf16 --compile --repeats 10 --output "$out/compare_transformers.json"
 echo "Figures: $out; failed steps: $failed"

@@ -25,6 +25,17 @@ if sys.orig_argv[2:5] == ["-m", "bert_pretraining", "train"]:
 """
 
 
+_started: list[Launch] = []
+
+
+def end_all() -> None:
+    """Leave nothing behind, also where a test has failed: ranks end with their launcher."""
+    while _started:
+        launch = _started.pop()
+        launch.process.kill()
+        launch.process.wait()
+
+
 class Launch:
     """A running launcher whose ranks run `program`; it knows `rank` and the folder `here`."""
 
@@ -53,6 +64,8 @@ class Launch:
                 },
                 stdout=output, stderr=errors, cwd=here, start_new_session=True,
             )  # fmt: skip
+
+        _started.append(self)
 
     def wait_for(self, *names: str) -> list[str]:
         """What the programs told under these names, once they have."""

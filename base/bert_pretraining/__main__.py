@@ -55,7 +55,8 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   version           the package's version
 
 COMMAND --help lists the flags of a command.
-Exit codes: 0 target reached, 3 finished without reaching it, 2 bad input, 1 crash.
+Exit codes: 0 target reached, 3 finished without reaching it, 4 stopped by a signal after saving,
+2 bad input, 1 crash.
 """
 GROUPS = ("config", "data", "checkpoint", "bench", "submission")  # commands of two words
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from bert_pretraining import outcome
 from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.distributed import Ranks, sum_over_ranks
 
@@ -45,6 +46,7 @@ def evaluate(
         rows[number, 2] = sums.next_sentence_loss
         rows[number, 3] = batch.num_masked
         rows[number, 4] = batch.num_sequences
+        outcome.heartbeat()
     mlm_loss, correct, next_sentence_loss, masked, sequences = (
         sum_over_ranks(rows).cpu().sum(dim=0).tolist()
     )

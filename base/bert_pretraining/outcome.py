@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER_VARIABLE = "BERT_PRETRAINING_OUTCOME"
+ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
 STACK_SIGNAL = signal.SIGUSR2
 _STOP = "stop"
 _UNFINISHED = ".partial"

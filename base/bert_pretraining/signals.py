@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A launcher passes on what a terminal may have sent to the whole group already.
+SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class StopRequest:
@@ -24,6 +27,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         self._deferred = False
+        self._received_at = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,11 +49,14 @@ class StopRequest:
             self._deferred = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if name == self.received and now - self._received_at < SECONDS_OF_ONE_SIGNAL:
+            return
         if self.received is not None:
             # Without clean-up, which may be what takes too long.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received = signal.Signals(number).name
+        self.received, self._received_at = name, now
         if not self._deferred:
             raise KeyboardInterrupt(self.received)

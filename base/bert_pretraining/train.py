@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from bert_pretraining import distributed, seeds, state, training_state
+from bert_pretraining import distributed, outcome, seeds, state, training_state
 from bert_pretraining.building import build, check_replicas
 from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint
 from bert_pretraining.config import Config, Resolved
@@ -66,10 +66,10 @@ def _train(
 ) -> str:
     """Train, and return why it ended: "target", "max_steps", ... or "signal"."""
     # ---- everything that needs no data: untimed by the MLPerf rules
-    found = distributed.from_main(
+    resumed = distributed.from_main(
         lambda: training_state.find(config, paths.init_checkpoint, log.say)
     )
-    saved = None if found is None else Saved(read_checkpoint(found))
+    saved = None if resumed is None else Saved(read_checkpoint(resumed))
     seed = distributed.from_main(lambda: _seed(config, saved))
     torch.manual_seed(seeds.worker_seed(seed, ranks.rank))
     accumulation = config.gradient_accumulation_steps
@@ -125,7 +125,7 @@ def _train(
     else:
         settings = training_state.influential(config, ranks.world_size)
         run.take_over(saved.run)
-        log.resumed(found, run, saved.differences(settings, data_order))
+        log.resumed(resumed, run, saved.differences(settings, data_order))
         reason = stop_reason()
         saved.restore_generators(ranks)
     feed = Feed(
@@ -167,19 +167,20 @@ def _train(
 
             micro_batches = [next(batches) for _ in range(accumulation)]
             sums = update(micro_batches)
+            outcome.heartbeat()
             run.samples_seen += samples_per_step
             # The host does not wait for the device until something may be due.
             expected = run.after(update.num_unread, samples_per_step)
             if not update.must_read and not calendar.anything_due(*expected):
                 continue
-            outcome = update.read(run.global_steps)
-            run.global_steps, run.num_trained_samples = run.after(outcome.updates, samples_per_step)
-            run.skipped_steps += outcome.skipped
-            if outcome.skipped:
-                log.skipped(run, outcome.skipped, outcome.loss_scale)
+            latest = update.read(run.global_steps)
+            run.global_steps, run.num_trained_samples = run.after(latest.updates, samples_per_step)
+            run.skipped_steps += latest.skipped
+            if latest.skipped:
+                log.skipped(run, latest.skipped, latest.loss_scale)
             stopping = distributed.any_rank(stop.received is not None, ranks.device)
             # What is due after an update was done right after it, not again after a skipped one.
-            step = run.global_steps if outcome.last_finite else None
+            step = run.global_steps if latest.last_finite else None
             if step and calendar.replica_check_due(step):
                 check_replicas(dict(module.named_parameters()), run.global_steps)
 
@@ -212,7 +213,7 @@ def _train(
                     "learning_rate": schedule(step),
                 }
             log.steps(
-                run, outcome.updates, samples_per_step, figures, evaluation and evaluation.seconds
+                run, latest.updates, samples_per_step, figures, evaluation and evaluation.seconds
             )
             saving = step and config.save_checkpoint and reason is None
             if saving and calendar.checkpoint_due(run.num_trained_samples):
@@ -224,7 +225,8 @@ def _train(
             log.perf.log("EPOCH_END", {"epoch": epoch})
         distributed.barrier(ranks.device)
         log.trained(run, run.eval_sequences)
-        if config.save_checkpoint or reason == "signal":
+        # A run that had finished before has nothing new to save.
+        if epoch >= 0 and (config.save_checkpoint or reason == "signal"):
             save()
             writer.report(log.say, wait=True)
     log.finished(run, reason if reason != "signal" else f"signal {stop.received or 'to a rank'}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining import distributed
+from bert_pretraining import distributed, outcome
 from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
 from bert_pretraining.config import Config
 from bert_pretraining.distributed import Ranks
@@ -220,4 +220,4 @@ def job() -> str | None:
 
 def restarted() -> bool:
     """Whether a launcher has started these ranks again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return int(os.environ.get(outcome.ATTEMPT_VARIABLE, 0)) > 0

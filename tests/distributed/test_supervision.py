@@ -6,12 +6,21 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_STOPPED
-from launching import Launch, assert_gone
+from bert_pretraining.launch.port import free_port
+from launching import Launch, assert_gone, end_all
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind() -> Iterator[None]:
+    yield
+    end_all()
+
 
 # Until the test has ended it, a rank that a SIGTERM does not end; its child is in its session.
 STUBBORN = """
@@ -188,7 +197,17 @@ def test_restarts(mini_data: Path, tmp_path: Path) -> None:
         "while attempts < 2:\n    time.sleep(0.01)\n"
         "outcome.record_finish(rank, 0)\n"
     )
-    launch = Launch(tmp_path, mini_data, program, "--max_restarts", 2, "--log_dir", "logs")
+    launch = Launch(
+        tmp_path,
+        mini_data,
+        program,
+        "--max_restarts",
+        2,
+        "--log_dir",
+        "logs",
+        "--master_port",
+        free_port(0),
+    )
     code, errors = launch.end()
     assert code == EXIT_CONVERGED, errors
     assert errors.count("Error: rank 1: OSError: gone") == 2

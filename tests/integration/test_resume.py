@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,29 +276,48 @@ def test_a_full_disk_ends_no_run_and_no_file(mini_data: Path, tmp_path: Path) ->
     assert list(output_dir.glob("run-*/*.pt*")) == []
 
 
-@pytest.mark.parametrize("which", ["one rank", "all"])
-def test_a_killed_run_goes_on_from_what_it_had_saved(
-    mini_data: Path, tmp_path: Path, which: str
-) -> None:
-    flags = ("--nproc_per_node", 2, "--num_samples_per_checkpoint", 16)
-    process = start(mini_data, tmp_path / "out", *flags, "--max_steps", 100000)
+@pytest.fixture
+def saving_run(mini_data: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of 2 ranks, restarted once if need be, that has written a checkpoint."""
+    process = start(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", 100000,
+                    "--num_samples_per_checkpoint", 160, "--max_restarts", 1)  # fmt: skip
     while not list((tmp_path / "out").glob("run-*/model.ckpt-*.pt")):
         time.sleep(0.05)
-    kill(process, which)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    again = launch(mini_data, tmp_path / "out", *flags, "--max_steps", 1, "--resume", "required")
+    yield process
+    for pid in [*processes_below(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_from_what_it_had_saved(
+    mini_data: Path, tmp_path: Path, saving_run: subprocess.Popen[str]
+) -> None:
+    for pid in [*processes_below(saving_run.pid), saving_run.pid]:
+        os.kill(pid, signal.SIGKILL)
+    saving_run.communicate(timeout=60)
+    again = launch(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", 1,
+                   "--resume", "required")  # fmt: skip
     # More steps than that were made before: nothing is left to do.
     assert again.returncode == 3, again.stderr
     assert "Resumed: " in again.stdout
 
 
-def kill(process: subprocess.Popen[str], which: str) -> None:
-    """kill -9 of one rank, or of the launcher and everything below it."""
-    everything = processes_below(process.pid)
-    ranks = [pid for pid in everything if b"RANK=1" in environment_of(pid).split(b"\0")]
-    for pid in [*everything, process.pid] if which == "all" else ranks[:1]:
-        os.kill(pid, signal.SIGKILL)
+def test_a_restart_resumes(tmp_path: Path, saving_run: subprocess.Popen[str]) -> None:
+    (victim,) = (
+        pid
+        for pid in processes_below(saving_run.pid)
+        if b"RANK=1" in environment_of(pid).split(b"\0")
+    )
+    os.kill(victim, signal.SIGKILL)
+    for line in saving_run.stdout:
+        if line.startswith("Resumed: "):
+            break
+    else:
+        raise AssertionError(saving_run.stderr.read())
+    saving_run.send_signal(signal.SIGTERM)
+    _, errors = saving_run.communicate(timeout=60)
+    assert saving_run.returncode in (4, 143), errors  # 143: before the first step
+    assert "Restart 1 of 1\n" in errors
 
 
 def environment_of(pid: int) -> bytes:

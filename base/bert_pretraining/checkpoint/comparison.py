@@ -17,6 +17,8 @@ SHOWN = 20  # tensors in a description
 EXACT_IN_DOUBLE = 2**53
 ROWS_AT_A_TIME = 1024
 
+LAUNCH = "job"  # in a training state: which launch wrote it, not what it had come to
+
 
 @dataclass(frozen=True)
 class TensorDifference:
@@ -151,7 +153,8 @@ def _compared(checkpoint: Checkpoint, training_state: bool) -> dict[str, Tensor]
     tensors = untied(checkpoint.weights)
     if training_state:
         tensors |= _flattened(checkpoint.optimizer or {}, "optimizer")
-        tensors |= _flattened(checkpoint.state or {}, "state")
+        state = {key: value for key, value in (checkpoint.state or {}).items() if key != LAUNCH}
+        tensors |= _flattened(state, "state")
     return tensors
 
 

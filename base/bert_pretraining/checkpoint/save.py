@@ -111,8 +111,17 @@ class CheckpointWriter:
                 for old in saved_in(self._folder)[: -self._keep]:
                     old.unlink()
         except (OSError, RuntimeError) as error:
-            # RuntimeError: how torch.save wraps what goes wrong below it.
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            self._messages.append(f"Warning: no checkpoint was written: {path}: {reason}")
+            # RuntimeError: what torch.save makes of a file's OSError.
+            self._messages.append(f"Warning: no checkpoint was written: {path}: {_reason(error)}")
         else:
             self._messages.append(f"Checkpoint: {path}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, if it is what an error came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -16,15 +18,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bert_pretraining import outcome
-from bert_pretraining.errors import UserError
+from bert_pretraining.errors import EXIT_CRASH, UserError
 from bert_pretraining.launch import hang
 from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
 from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import Ranks
 from bert_pretraining.launch.rank import PLACES_VARIABLE
 from bert_pretraining.launch.report import Ending, explain
+
+if TYPE_CHECKING:
+    from bert_pretraining.launch.neighbours import Neighbours
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK_EVERY = 0.1  # seconds between two looks at the ranks
@@ -43,12 +49,12 @@ def run(plan: Plan) -> int:
     _check_gpus(plan)
     with _collected_signals() as received:
         for attempt in range(plan.flags.max_restarts + 1):
-            port = _master_port(plan)
+            port = _master_port(plan, attempt)
             log_paths = _log_paths(plan)
             if attempt == 0:
                 print(plan.table(), flush=True)
             with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
-                ending = _Attempt(plan, Path(folder), log_paths, received).run(port)
+                ending = _Attempt(plan, Path(folder), log_paths, received, attempt).run(port)
             if ending.message:
                 print(ending.text(log_paths), file=sys.stderr, flush=True)
             if not ending.may_restart or attempt == plan.flags.max_restarts:
@@ -66,8 +72,10 @@ class _Attempt:
         folder: Path,
         log_paths: dict[int, Path],
         received: collections.deque[tuple[int, float]],
+        attempt: int,
     ) -> None:
         self._plan = plan
+        self._attempt = attempt
         self._folder = folder
         self._log_paths = log_paths
         self._received = received
@@ -77,23 +85,36 @@ class _Attempt:
         self._signalled_at = 0.0
         self._failed_at: float | None = None
         self._killed: frozenset[int] = frozenset()
-        self._hang: Ending | None = None
+        self._verdict: Ending | None = None  # what this launcher ended the ranks for
+        self._neighbours: Neighbours | None = None
+        self._killed_at: float | None = None
 
     def run(self, port: int) -> Ending:
         """Until all ranks have ended. port: where they meet, on machine 0."""
         from bert_pretraining.launch.agent import Agent
+        from bert_pretraining.launch.neighbours import Neighbours
 
+        flags, num_nodes = self._plan.flags, self._plan.resolved.config.nnodes
+        if num_nodes > 1:
+            self._neighbours = Neighbours(
+                flags.master_addr, port, flags.node_rank, num_nodes, self._attempt
+            )
+            self._neighbours.start()
         agent = Agent(self._plan, port, self._folder, self._log_paths)
         with _environment(self._variables()):
             agent.start()
-            while agent.is_alive():
+            while agent.is_alive() and not self._gave_up():
                 agent.join(LOOK_EVERY)
                 self._pass_signals_on()
                 self._end_what_is_left()
-                self._look_for_a_hang()
+                self._judge(time.monotonic())
         if agent.exit_codes:
             self._ranks.kill()  # what a failed rank had started
-        return self._ending(agent.exit_codes, agent.error)
+        ending = self._tell_neighbours(self._ending(agent.exit_codes, agent.error))
+        # torchrun's store listens at the master port until it is collected.
+        del agent
+        gc.collect()
+        return ending
 
     def _variables(self) -> dict[str, str]:
         plan = self._plan
@@ -102,6 +123,7 @@ class _Attempt:
         return {
             **plan.environment,
             outcome.FOLDER_VARIABLE: str(self._folder),
+            outcome.ATTEMPT_VARIABLE: str(self._attempt),
             PLACES_VARIABLE: json.dumps(places),
         }
 
@@ -114,7 +136,7 @@ class _Attempt:
                 passed = signal.SIGTERM if signum == signal.SIGHUP else signum
                 outcome.ask_to_stop(self._folder, passed)
                 self._ranks.send(passed)
-                if not self._ranks.living():
+                if not outcome.read_processes(self._folder):
                     self._leave(signum)
             elif signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL:
                 self._kill()
@@ -138,25 +160,53 @@ class _Attempt:
         if self._failed_at is not None and now - self._failed_at > SECONDS_TO_END:
             self._kill()
 
-    def _look_for_a_hang(self) -> None:
-        if self._hang is None and self._failed_at is None:
-            self._hang = self._watch.look(time.monotonic())
-            if self._hang is not None:
-                self._kill()
+    def _judge(self, now: float) -> None:
+        """End ranks that hang, and those of a job that has ended on another machine."""
+        if self._verdict is not None or self._failed_at is not None:
+            return
+        self._verdict = self._watch.look(now)
+        if self._verdict is None and self._neighbours is not None:
+            fault = self._neighbours.fault(now)
+            if fault is not None:
+                self._verdict = Ending(EXIT_CRASH, f"{fault}; all ranks here were ended")
+        if self._verdict is not None:
+            self._kill()
+            self._killed_at = now
+
+    def _gave_up(self) -> bool:
+        """torchrun's agent may wait for machines that are gone, long after its ranks ended."""
+        return self._killed_at is not None and time.monotonic() - self._killed_at > SECONDS_TO_END
+
+    def _tell_neighbours(self, ending: Ending) -> Ending:
+        """The ending, with the first cause of all where that is on another machine."""
+        if self._neighbours is None:
+            return ending
+        if ending.message and not ending.by_signal:
+            # A traceback may be of a connection that another machine's end has cut.
+            first = self._neighbours.conclude(bool(ending.detail), ending.message)
+            if first.node != self._plan.flags.node_rank and ending is not self._verdict:
+                ending = dataclasses.replace(
+                    ending,
+                    message=f"machine {first.node} ended: {first.text}",
+                    detail=f"{ending.detail}Error here: {ending.message}\n",
+                    rank=None,
+                )
+        self._neighbours.close()
+        return ending
 
     def _kill(self) -> None:
         self._killed |= self._ranks.living().keys()
         self._ranks.kill()
 
     def _ending(self, exit_codes: dict[int, int], error: Exception | None) -> Ending:
+        if self._verdict is not None:
+            return self._verdict
         if error is not None:
             raise error
-        if self._hang is not None:
-            return self._hang
         if exit_codes and self._stopped_by is not None:
             # Ranks that do not handle the signal end by it, each in its own way.
-            failures = [end for end in outcome.read_failures(self._folder) if end.exit_code < 128]
-            if not failures:
+            passed = signal.SIGTERM if self._stopped_by == signal.SIGHUP else self._stopped_by
+            if not {-passed, 128 + passed}.isdisjoint(exit_codes.values()):
                 print(_ended_by(self._stopped_by), file=sys.stderr, flush=True)
                 return Ending(128 + self._stopped_by, by_signal=True)
         if exit_codes:
@@ -198,7 +248,8 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[outcome.FOLDER_VARIABLE], os.environ[PLACES_VARIABLE]
+        for name in (outcome.FOLDER_VARIABLE, outcome.ATTEMPT_VARIABLE, PLACES_VARIABLE):
+            del os.environ[name]
 
 
 def _check_gpus(plan: Plan) -> None:
@@ -237,9 +288,14 @@ def _log_paths(plan: Plan) -> dict[int, Path]:
         number += 1
 
 
-def _master_port(plan: Plan) -> int:
-    """A port that is free here, or on machine 0 if that is another one."""
+def _master_port(plan: Plan, attempt: int) -> int:
+    """A port that is free here, or on machine 0 if that is another one.
+
+    Of several machines each restart takes the next port: at the last one's, a machine that
+    is quick would still meet the attempt that has failed.
+    """
     flags = plan.flags
-    if flags.node_rank > 0:
-        return flags.master_port or DEFAULT_PORT
-    return free_port(flags.master_port or (DEFAULT_PORT if plan.resolved.config.nnodes > 1 else 0))
+    if plan.resolved.config.nnodes == 1:
+        return free_port(flags.master_port or 0)
+    wanted = (flags.master_port or DEFAULT_PORT) + attempt
+    return free_port(wanted) if flags.node_rank == 0 else wanted
