@@ -16,6 +16,8 @@ from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
 from bert_pretraining.logs.reader import Event, mllog_events
 from bert_pretraining.logs.tensor_names import mlperf_tensor_names
+from bert_pretraining.submission.log_checks import check_log
+from bert_pretraining.submission.tree import read_result
 from helpers import REFERENCE, make_model, needs_reference, tiny_config
 from mlperf_logs import BELOW_TARGET, RULESETS, Clock, Recording, failures, parameters, record
 
@@ -277,6 +279,9 @@ def test_a_resumed_run_reports_its_part_and_says_so(
     (event,) = (event for event in mllog_events(log) if event.key == "resumed_from")
     assert event.value == 448_000
     assert event.metadata["global_steps"] == 1000
+    # The official checkers do not look for it.
+    (found,) = (each for each in check_log(read_result(log), "4.1.0") if "resumed" in each.what)
+    assert (found.line, found.is_error) == (event.line, True)
     printed = capsys.readouterr().out
     assert "Resumed from step 1000: times and sequences per second are of what came" in printed
     finished = json.loads(printed.split('"FINISHED", "value": ')[1].split(', "metadata"')[0])

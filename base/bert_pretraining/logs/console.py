@@ -55,11 +55,10 @@ class Console:
             self._bar.n = step
             self._bar.refresh()
 
-    def advance(self, steps: int, figures: str = "") -> None:
-        """Advance the bar; `figures`, if any, replace what stands beside it."""
+    def advance(self, steps: int, figures: str) -> None:
+        """Advance the bar, with `figures` beside it."""
         if self._bar is not None:
-            if figures:
-                self._bar.set_description_str(figures, refresh=False)
+            self._bar.set_description_str(figures, refresh=False)
             self._bar.update(steps)
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ class RunLog:
         self._window_samples = 0
         self._resumed_from: tuple[int, int] | None = None  # steps, sequences
         self._calendar: Calendar | None = None
+        self._latest = ""  # figures beside the bar
         self.folder: Path | None = None
         self._files: list[LineFile] = []
         self.console = Console(rank == 0, self.config.max_steps)
@@ -186,14 +187,15 @@ class RunLog:
         self._window_samples += count * samples_per_step
         self._window_started += evaluation_seconds or 0.0
         self._evaluation_time += evaluation_seconds or 0.0
-        if figures is None:
-            self.console.advance(count)
-        else:
-            self._step_logged(state, count, figures)
+        ahead = self._seconds_to_evaluation(state)
+        if figures is not None:
+            self._step_logged(state, figures, ahead)
+        short = "" if ahead is None else f", eval in {clock(ahead)}"
+        self.console.advance(count, self._latest + short)
         if evaluation_seconds is not None:
             self._evaluated(state, evaluation_seconds)
 
-    def _step_logged(self, state: RunState, count: int, figures: dict) -> None:
+    def _step_logged(self, state: RunState, figures: dict, ahead: float | None) -> None:
         now = time.time()
         speed = self._window_samples / max(now - self._window_started, 1e-9)
         self._window_samples, self._window_started = 0, now
@@ -205,19 +207,13 @@ class RunLog:
         }
         self.perf.log("STEP_END", {**figures, **counters}, depth=3)
         loss, accuracy, rate = (figures[name] for name in ("loss", "mlm_acc", "learning_rate"))
-        seconds = self._seconds_to_evaluation(state)
-        short, ahead = "", ""
-        if seconds is not None:
-            short, ahead = f", eval in {clock(seconds)}", f", evaluation in {duration(seconds)}"
         # Of a terminal's 80 columns, some are left for the bar itself.
-        self.console.advance(
-            count,
-            f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s{short}",
-        )
+        self._latest = f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s"
         if self.console.wants_step_lines:
+            words = "" if ahead is None else f", evaluation in {duration(ahead)}"
             self.say(
                 f"Step {state.global_steps}/{self.config.max_steps}: loss {loss:.4f}, MLM accuracy "
-                f"{accuracy:.4f}, learning rate {rate:.4g}, {speed:,.0f} sequences/s{ahead}"
+                f"{accuracy:.4f}, learning rate {rate:.4g}, {speed:,.0f} sequences/s{words}"
             )
         shown = {
             "training/loss": loss,
