@@ -3,7 +3,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$root"
-extra_modules="pytest ruff"
+extra_modules="pytest ruff mlperf_logging"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 prepare_python requirements.txt requirements-dev.txt

@@ -3,7 +3,7 @@
 # to 3.13, and makes .venv. Needs $root. Sets $PYTHON.
 : "${root:?}"
 
-modules_needed="torch numpy h5py mlperf_logging tqdm tokenizers safetensors"
+modules_needed="torch numpy h5py tqdm tokenizers safetensors"
 
 fail() {
     echo "Error: $*" >&2

@@ -76,6 +76,7 @@ def build(
     if isinstance(start, Path):
         summary = load_weights(module, start).summary()
         log.say(f"Start weights: {start} ({summary})")
+        log.weights_loaded(name for name, _ in module.named_parameters())
     elif start is None:
         log.say(f"Start weights: random (seed {seed})")
     module.to(ranks.device)

@@ -7,9 +7,11 @@ for everything at once. No shard is opened, and nothing heavy imported.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from bert_pretraining.config import Config
@@ -21,6 +23,11 @@ DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
 TRAIN_NAME = "2048_shards_uncompressed"
 EVAL_NAME = "eval_set_uncompressed"
 BERT_CONFIG_NAME = "bert_config.json"
+# Setting, the package that it needs, and pyproject.toml's extra with that package.
+PACKAGES_OF_SETTINGS = (
+    ("tensorboard_dir", "tensorboard", "tensorboard"),
+    ("report", "matplotlib", "report"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,9 @@ def _choose(config: Config) -> DataPaths:
 
 def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
     """Calls that raise UserError where something cannot be read, each for one thing."""
+    for name, package, extra in PACKAGES_OF_SETTINGS:
+        if getattr(config, name):
+            yield partial(_require_package, name, package, extra)
     if paths.init_checkpoint is not None:
         yield partial(checkpoint_kind, paths.init_checkpoint)
     yield partial(BertConfig.load, paths.bert_config)
@@ -104,6 +114,14 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
                 mend += f", or leave it out to take {Path(config.data_dir) / name}"
         yield partial(shard_files, directory, mend)
     yield partial(_require_two_sets, paths)
+
+
+def _require_package(name: str, package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(
+            f"--{name}: {package} is not installed; leave it out, or: {sys.executable} -m pip "
+            f"install {package} (the extra [{extra}])"
+        )
 
 
 def _require_two_sets(paths: DataPaths) -> None:

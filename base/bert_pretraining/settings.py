@@ -241,6 +241,13 @@ class Config:
         choices=("auto", "never", "required"),
     )
 
+    report: bool = setting(
+        False, "logging", "draw the run into its folder at the end, as 'report' does"
+    )
+    tensorboard_dir: str | None = setting(
+        None, "logging", "also write the figures of steps and evaluations for TensorBoard, here"
+    )
+
     submission_org: str = setting("unknown", "submission", "organisation in the MLPerf log")
     submission_platform: str = setting("", "submission", "platform; by default the host's name")
     submission_division: str = setting(

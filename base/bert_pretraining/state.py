@@ -6,6 +6,7 @@ alike without asking each other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from bert_pretraining.errors import UserError
@@ -99,6 +100,17 @@ class Calendar:
         if self.eval_steps > 0:
             return step % self.eval_steps == 0
         return self._passes(samples, self.eval_interval_samples)
+
+    def updates_to_evaluation(self, step: int, samples: int) -> int:
+        """How many more updates until an evaluation is due; the last update is evaluated."""
+        sequences_left = self.max_samples - samples
+        every = self.eval_interval_samples
+        updates = [self.max_steps - step, math.ceil(sequences_left / self.samples_per_step)]
+        if self.eval_steps > 0:
+            updates.append(self.eval_steps - step % self.eval_steps)
+        else:
+            updates.append(math.ceil((every - samples % every) / self.samples_per_step))
+        return max(0, min(updates))
 
     def checkpoint_due(self, samples: int) -> bool:
         """Whether a checkpoint is written: at multiples, once the least number is reached."""

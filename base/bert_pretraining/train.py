@@ -18,9 +18,11 @@ from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED
 from bert_pretraining.evaluate import Evaluation, evaluate
 from bert_pretraining.inputs import DataPaths, data_paths
-from bert_pretraining.logs.run_log import RunLog, versions
+from bert_pretraining.logs.run_folder import versions
+from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.optim import Schedule
+from bert_pretraining.report.after_run import report_on
 from bert_pretraining.signals import StopRequest
 from bert_pretraining.training_state import DataOrder, Saved
 
@@ -46,6 +48,8 @@ def main(resolved: Resolved) -> int:
             raise
         finally:
             log.close()
+    if config.report and ranks.is_main:
+        print(report_on(log.folder), flush=True)
     if reason == "signal":
         return EXIT_STOPPED
     return EXIT_CONVERGED if run.converged else EXIT_NOT_CONVERGED
@@ -72,7 +76,7 @@ def _train(
     calendar = _calendar(config, samples_per_step)
     warmup = config.resolved_warmup_steps
     schedule = Schedule(config.learning_rate, config.max_steps, warmup, config.start_warmup_step)
-    log.hyperparameters(seed, samples_per_step)
+    log.hyperparameters(seed, calendar)
 
     bert_config = BertConfig.load(paths.bert_config)
     shards: list[ShardInfo] = distributed.from_main(lambda: list_shards(paths.train_dir))

@@ -38,7 +38,8 @@ ALLOWED = {
     "training_state": {"checkpoint", "optim", "state"},
     "building": set("checkpoint logs model optim reduction step training_state update".split()),
     "train": set(
-        "building checkpoint data evaluate inputs logs model optim state training_state".split()
+        "building checkpoint data evaluate inputs logs model optim report state "
+        "training_state".split()
     ),
     "__init__": set(),
     "checkpoint_commands": {"checkpoint", "inputs", "model"},

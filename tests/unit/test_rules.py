@@ -229,3 +229,23 @@ def test_seeds_differ_by_purpose_and_never_change() -> None:
     every = [seeds.worker_seed(1, rank) for rank in range(100)] + [seeds.model_seed(1)]
     assert len(set(every)) == len(every)
     assert 0 <= seeds.draw_master_seed() < 2**31
+
+
+@pytest.mark.parametrize("changes", [{"eval_steps": 7}, {"eval_interval_samples": 45}])
+@pytest.mark.parametrize("limits", [{"max_steps": 20}, {"max_samples": 150}])
+def test_updates_to_the_next_evaluation(changes: dict, limits: dict) -> None:
+    values = {"max_steps": 99, "max_samples": 9999, "eval_steps": 0, "eval_interval_samples": 1000}
+    rest = ("log_freq", "check_replicas_every", "num_samples_per_checkpoint")
+    zeros = dict.fromkeys((*rest, "min_samples_to_start_checkpoints"), 0)
+    calendar = Calendar(samples_per_step=10, **{**values, **zeros, **changes, **limits})
+    evaluated = [
+        step
+        for step in range(1, 21)
+        if calendar.evaluation_due(step, 10 * step) or calendar.end_due(step, 10 * step)
+    ]
+    for step in range(evaluated[-1]):
+        ahead = calendar.updates_to_evaluation(step, 10 * step)
+        assert step + ahead == next(due for due in evaluated if due > step)
+        if calendar.end_due(step + 1, 10 * (step + 1)):
+            break
+    assert calendar.updates_to_evaluation(20, 200) == 0

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from bert_pretraining.logs.run_log import versions
+from bert_pretraining.logs.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[3]
 

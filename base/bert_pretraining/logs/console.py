@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+BOLD, NORMAL = "\033[1m", "\033[0m"
+BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
 
 
 class Console:
@@ -15,13 +19,19 @@ class Console:
     Args:
         enabled: False makes every method do nothing.
         total_steps: the bar's length.
+
+    Attributes:
+        wants_step_lines: whether a line a logged step is worth showing: where stdout is no
+            terminal, or no bar tells the same.
     """
 
     def __init__(self, enabled: bool, total_steps: int) -> None:
         self.enabled = enabled
         self._bar = None
+        self._bold = enabled and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=total_steps, bar_format=BAR, dynamic_ncols=True, leave=False)
+        self.wants_step_lines = self._bar is None or not sys.stdout.isatty()
 
     def line(self, text: str) -> None:
         """One line, above the bar."""
@@ -29,15 +39,26 @@ class Console:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        # One write: what an interruption leaves is a whole line or none.
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
         if self._bar is not None:
             self._bar.refresh()
 
-    def advance(self, steps: int, **figures: str) -> None:
-        """Advance the bar; `figures`, if any, replace what it shows."""
+    def highlight(self, text: str) -> None:
+        """One or more lines that stand out: bold on a terminal."""
+        self.line(f"{BOLD}{text}{NORMAL}" if self._bold else text)
+
+    def begin_at(self, step: int) -> None:
+        """The bar starts with so many steps done."""
         if self._bar is not None:
-            if figures:
-                self._bar.set_postfix(figures, refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
+
+    def advance(self, steps: int, figures: str) -> None:
+        """Advance the bar, with `figures` beside it."""
+        if self._bar is not None:
+            self._bar.set_description_str(figures, refresh=False)
             self._bar.update(steps)
 
     def close(self) -> None:
@@ -47,7 +68,7 @@ class Console:
 
 
 class LineFile:
-    """A file of whole lines, each flushed as it is written."""
+    """A new file of whole lines, each flushed as it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = open(path, "x", encoding="utf-8")  # noqa: SIM115
@@ -58,6 +79,21 @@ class LineFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def duration(seconds: float) -> str:
+    """ "8 s", "3 min 20 s" or "2 h 5 min"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def clock(seconds: float) -> str:
+    """ "00:08", "03:20" or "2:05:00"."""
+    return tqdm.format_interval(max(0, round(seconds)))
 
 
 def results_table(rows: dict[str, str]) -> str:

@@ -96,6 +96,7 @@ def reduce_run(
         global_batch_size=_first(_whole(mlperf.value("global_batch_size")), _batch_size(perf)),
         train_samples=_first(_train_samples(mlperf), max(known, default=None)),
         eval_samples=_whole(mlperf.value("eval_samples")),
+        resumed_samples=_first(_whole(mlperf.value("resumed_from")), _resumed_samples(perf), 0),
         run_seconds=_first(
             _between(mlperf, "run_start", "run_stop"),
             _number(finished.get("raw_train_time")),
@@ -238,6 +239,11 @@ def _tracked_stats(mlperf: _Facts, started: int | None) -> list[TrainingPoint]:
             seconds = _since(started, event.time_ms)
             points.append(TrainingPoint(samples, seconds, sequences_per_second=_number(speed)))
     return points
+
+
+def _resumed_samples(perf: _Facts) -> int | None:
+    resumed = perf.value("RESUMED")
+    return _whole(resumed.get("num_trained_samples")) if isinstance(resumed, dict) else None
 
 
 def _batch_size(perf: _Facts) -> int | None:

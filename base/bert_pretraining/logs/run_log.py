@@ -1,4 +1,4 @@
-"""A run's life, event by event: PerfLog, MLPerf log and terminal in step.
+"""A run's life, event by event: PerfLog, MLPerf log, terminal and TensorBoard in step.
 
 On rank 0 it makes `output_dir/run-<UTC time>/` with `perflog.txt`, `mllog.txt`,
 `config.json` and `versions.json`; on the other ranks nothing is written.
@@ -7,52 +7,51 @@ On rank 0 it makes `output_dir/run-<UTC time>/` with `perflog.txt`, `mllog.txt`,
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
 import time
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 from bert_pretraining.config import Resolved
-from bert_pretraining.errors import UserError
 from bert_pretraining.lock import FolderLock
-from bert_pretraining.logs.console import Console, LineFile, results_table
+from bert_pretraining.logs.console import Console, LineFile, clock, duration, results_table
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
 from bert_pretraining.logs.perflog import PerfLog
-from bert_pretraining.state import RunState
-
-PACKAGES = ("torch", "numpy", "h5py", "mlperf-logging", "tokenizers", "tqdm")
+from bert_pretraining.logs.run_folder import make_run_folder
+from bert_pretraining.logs.tensor_names import mlperf_tensor_names
+from bert_pretraining.logs.tensorboard import TensorBoard
+from bert_pretraining.state import Calendar, RunState
 
 
 class RunLog:
-    """The three outputs of one run. UserError if its folder cannot be made or is in use."""
+    """The outputs of one run. UserError if its folder cannot be made or is in use."""
 
     def __init__(self, resolved: Resolved, rank: int, device_name: str, world_size: int) -> None:
         self.config, self._sources = resolved.config, resolved.sources
         self.started = float(os.environ.get("BERT_PRETRAINING_STARTED", time.time()))
         self._device_name, self._world_size = device_name, world_size
         self._init_started = self._train_started = self._window_started = self.started
-        self._init_time = self._train_time = 0.0
-        self._window_samples = self._resumed_samples = 0
+        self._init_time = self._train_time = self._evaluation_time = 0.0
+        self._window_samples = 0
+        self._resumed_from: tuple[int, int] | None = None  # steps, sequences
+        self._calendar: Calendar | None = None
+        self._latest = ""  # figures beside the bar
         self.folder: Path | None = None
         self._files: list[LineFile] = []
         self.console = Console(rank == 0, self.config.max_steps)
-        sinks: list[list] = [[], []]
         self._lock: FolderLock | None = None
+        self._tensorboard: TensorBoard | None = None
+        sinks: list[list] = [[], []]
         if rank == 0:
-            self._lock = FolderLock(Path(self.config.resolved_output_dir))
-            self.folder = make_run_folder(Path(self.config.resolved_output_dir))
-            for name, content in (
-                ("config.json", dataclasses.asdict(self.config)),
-                ("versions.json", versions()),
-            ):
-                (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
-            self._files = [
-                LineFile(self.folder / "perflog.txt"),
-                LineFile(self.folder / "mllog.txt"),
-            ]
+            output_dir = Path(self.config.resolved_output_dir)
+            self._lock = FolderLock(output_dir)
+            self.folder = make_run_folder(output_dir, self.config)
+            names = ("perflog.txt", "mllog.txt")
+            self._files = [LineFile(self.folder / name) for name in names]
             sinks = [[file.line, self.console.line] for file in self._files]
+            if self.config.tensorboard_dir:
+                shown = Path(self.config.tensorboard_dir) / output_dir.name / self.folder.name
+                self._tensorboard = TensorBoard(shown)
         self.perf = PerfLog(sinks[0], rank)
         self.mlperf = MlperfLog(sinks[1])
         self._launched(resolved.path)
@@ -79,13 +78,13 @@ class RunLog:
         self._init_started = time.time()
         self.perf.log("INIT_START")
 
-    def hyperparameters(self, seed: int, samples_per_step: int) -> None:
+    def hyperparameters(self, seed: int, calendar: Calendar) -> None:
         """The seed and what the closed division wants to know."""
-        config = self.config
+        config, self._calendar = self.config, calendar
         self.mlperf.hyperparameters(
             seed,
             {
-                "global_batch_size": samples_per_step,
+                "global_batch_size": calendar.samples_per_step,
                 "gradient_accumulation_steps": config.gradient_accumulation_steps,
                 "opt_base_learning_rate": config.learning_rate,
                 "opt_epsilon": config.opt_lamb_epsilon,
@@ -105,6 +104,10 @@ class RunLog:
         made = {"type": type(thing).__name__, "module": type(thing).__module__, **more}
         self.perf.log(event, made, depth=2)
 
+    def weights_loaded(self, parameters: Iterable[str]) -> None:
+        """These parameters, by their names in the model, have a start checkpoint's weights."""
+        self.mlperf.weights_initialized(mlperf_tensor_names(parameters))
+
     def start_evaluated(
         self, loss: float, accuracy: float, num_sequences: int, seconds: float
     ) -> None:
@@ -121,7 +124,7 @@ class RunLog:
                 f"Notice: num_eval_examples {wanted:,}, but the evaluation set holds "
                 f"{num_sequences:,} sequences; each evaluation uses them all"
             )
-        self.say(
+        self.console.highlight(
             f"Start: MLM accuracy {accuracy:.4f} on {num_sequences:,} sequences, loss {loss:.4f}, "
             f"target {target:g}"
         )
@@ -130,28 +133,34 @@ class RunLog:
                 f"The start checkpoint already meets the target ({accuracy:.4f} >= {target:g}): "
                 "stopping after one step"
             )
-        self.perf.log("INIT_END", {"other": "Finish initialization"})
-        self._init_time = time.time() - self._init_started
-        self.perf.log("TRAIN_BEGIN")
-        self._train_started = self._window_started = time.time()
+        self._show({"evaluation/loss": loss, "evaluation/mlm_accuracy": accuracy}, 0)
+        self._begin_training()
 
     def resumed(self, path: Path, state: RunState, differences: list[str]) -> None:
         """The run goes on from a checkpoint; training begins after this.
 
         differences: what is not as it was; with none, the run goes on bit for bit.
+
+        Time and throughput are of the part that is trained here, and the MLPerf log says that
+        it is only a part.
         """
-        self.say(
-            f"Resumed: {path}, step {state.global_steps}, {state.num_trained_samples:,} sequences"
-        )
+        steps, samples = self._resumed_from = state.global_steps, state.num_trained_samples
+        counters = {"global_steps": steps, "num_trained_samples": samples}
+        self.perf.log("RESUMED", {**counters, "checkpoint": str(path), "differences": differences})
+        self.mlperf.resumed(steps, samples)
+        self.console.begin_at(steps)
+        self.say(f"Resumed: {path}, step {steps}, {samples:,} sequences")
         if differences:
             self.say(
                 f"Notice: not bit-identical to the run without a stop: {', '.join(differences)}"
             )
+        self._begin_training()
+
+    def _begin_training(self) -> None:
         self.perf.log("INIT_END", {"other": "Finish initialization"})
         self._init_time = time.time() - self._init_started
         self.perf.log("TRAIN_BEGIN")
         self._train_started = self._window_started = time.time()
-        self._resumed_samples = state.num_trained_samples
 
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
         """So many of the latest updates were skipped."""
@@ -177,33 +186,73 @@ class RunLog:
         """
         self._window_samples += count * samples_per_step
         self._window_started += evaluation_seconds or 0.0
-        shown = {}
+        self._evaluation_time += evaluation_seconds or 0.0
+        ahead = self._seconds_to_evaluation(state)
         if figures is not None:
-            now = time.time()
-            speed = self._window_samples / max(now - self._window_started, 1e-9)
-            self._window_samples, self._window_started = 0, now
-            counters = {
-                "num_trained_samples": state.num_trained_samples,
-                "global_steps": state.global_steps,
-                "seq/s": speed,
-                "step": state.global_steps,
-            }
-            self.perf.log("STEP_END", {**figures, **counters}, depth=2)
-            shown = {
-                "loss": f"{figures['loss']:.3f}",
-                "mlm_acc": f"{figures['mlm_acc']:.3f}",
-                "eval": f"{state.eval_mlm_accuracy:.3f}",
-                "seq/s": f"{speed:.0f}",
-            }
-        self.console.advance(count, **shown)
+            self._step_logged(state, figures, ahead)
+        short = "" if ahead is None else f", eval in {clock(ahead)}"
+        self.console.advance(count, self._latest + short)
         if evaluation_seconds is not None:
-            evaluation = {
-                "global_steps": state.global_steps,
-                "eval_loss": state.eval_loss,
-                "eval_mlm_accuracy": state.eval_mlm_accuracy,
-                "time": evaluation_seconds,
-            }
-            self.perf.log("EVALUATION", evaluation, depth=2)
+            self._evaluated(state, evaluation_seconds)
+
+    def _step_logged(self, state: RunState, figures: dict, ahead: float | None) -> None:
+        now = time.time()
+        speed = self._window_samples / max(now - self._window_started, 1e-9)
+        self._window_samples, self._window_started = 0, now
+        counters = {
+            "num_trained_samples": state.num_trained_samples,
+            "global_steps": state.global_steps,
+            "seq/s": speed,
+            "step": state.global_steps,
+        }
+        self.perf.log("STEP_END", {**figures, **counters}, depth=3)
+        loss, accuracy, rate = (figures[name] for name in ("loss", "mlm_acc", "learning_rate"))
+        # Of a terminal's 80 columns, some are left for the bar itself.
+        self._latest = f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s"
+        if self.console.wants_step_lines:
+            words = "" if ahead is None else f", evaluation in {duration(ahead)}"
+            self.say(
+                f"Step {state.global_steps}/{self.config.max_steps}: loss {loss:.4f}, MLM accuracy "
+                f"{accuracy:.4f}, learning rate {rate:.4g}, {speed:,.0f} sequences/s{words}"
+            )
+        shown = {
+            "training/loss": loss,
+            "training/mlm_accuracy": accuracy,
+            "training/learning_rate": rate,
+            "training/sequences_per_second": speed,
+        }
+        self._show(shown, state.global_steps)
+
+    def _seconds_to_evaluation(self, state: RunState) -> float | None:
+        """At this run's mean speed; None where no update is left."""
+        updates = self._calendar.updates_to_evaluation(
+            state.global_steps, state.num_trained_samples
+        )
+        trained = self._trained_here(state)
+        if not updates or not trained:
+            return None
+        training = time.time() - self._train_started - self._evaluation_time
+        return updates * self._calendar.samples_per_step * max(training, 0.0) / trained
+
+    def _trained_here(self, state: RunState) -> int:
+        """Sequences that this process trained; of a resumed run, the part after the resumption."""
+        return state.num_trained_samples - (self._resumed_from[1] if self._resumed_from else 0)
+
+    def _evaluated(self, state: RunState, seconds: float) -> None:
+        loss, accuracy = state.eval_loss, state.eval_mlm_accuracy
+        counters = {"global_steps": state.global_steps}
+        figures = {"eval_loss": loss, "eval_mlm_accuracy": accuracy, "time": seconds}
+        self.perf.log("EVALUATION", {**counters, **figures}, depth=3)
+        self.console.highlight(
+            f"Evaluation: MLM accuracy {accuracy:.4f}, target {self.config.target_mlm_accuracy:g}, "
+            f"loss {loss:.4f}, after {state.num_trained_samples:,} sequences"
+        )
+        shown = {"evaluation/loss": loss, "evaluation/mlm_accuracy": accuracy}
+        self._show(shown, state.global_steps)
+
+    def _show(self, figures: dict[str, float], step: int) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, figures)
 
     def trained(self, state: RunState, eval_samples: int) -> None:
         """The last step and its evaluation are done: both clocks stop."""
@@ -214,28 +263,31 @@ class RunLog:
     def finished(self, state: RunState, reason: str) -> None:
         """The figures of the whole run, for tooling and as a table."""
         e2e_time = time.time() - self.started
-        # Of a resumed run, the part that was trained here.
-        trained_here = state.num_trained_samples - self._resumed_samples
-        speed = trained_here / max(self._train_time, 1e-9)
-        self.perf.log(
-            "FINISHED",
-            {
-                "e2e_time": e2e_time,
-                "training_sequences_per_second": speed,
-                "converged": state.converged,
-                "final_loss": state.eval_loss,
-                "final_mlm_accuracy": state.eval_mlm_accuracy,
-                "raw_train_time": self._train_time,
-                "init_time": self._init_time,
-            },
-        )
+        speed = self._trained_here(state) / max(self._train_time, 1e-9)
+        finished = {
+            "e2e_time": e2e_time,
+            "training_sequences_per_second": speed,
+            "converged": state.converged,
+            "final_loss": state.eval_loss,
+            "final_mlm_accuracy": state.eval_mlm_accuracy,
+            "raw_train_time": self._train_time,
+            "init_time": self._init_time,
+        }
+        if self._resumed_from is not None:
+            finished["resumed_from_step"] = self._resumed_from[0]
+        self.perf.log("FINISHED", finished)
         self.console.close()
         config = self.config
         outcome = "reached" if state.converged else f"not reached (stopped by {reason})"
-        self.say(
+        self.console.highlight(
             f"Target {config.target_mlm_accuracy:g} {outcome} after {state.global_steps} steps, "
             f"{state.num_trained_samples} sequences"
         )
+        if self._resumed_from is not None:
+            self.say(
+                f"Resumed from step {self._resumed_from[0]}: times and sequences per second are of "
+                "what came after it; MLPerf has no resumed runs"
+            )
         self.say(f"Logs: {self.folder}\n")
         table = {
             "Model": f"BERT {config.name} {config.config}",
@@ -245,46 +297,18 @@ class RunLog:
             "training_sequences_per_second": f"{speed:.3f}",
             "final_loss": f"{state.eval_loss:.3f}",
         }
-        self.say(results_table(table))
+        self.console.highlight(results_table(table))
 
     def aborted(self, state: RunState) -> None:
-        """The run ends by an error: the MLPerf log says so."""
-        self.mlperf.run_stop("aborted", state.num_trained_samples, 0)
+        """The run ends by an error or from outside: the MLPerf log says so, once."""
+        status = run_status(state.converged, failed=True)
+        self.mlperf.run_stop(status, state.num_trained_samples, state.eval_sequences)
 
     def close(self) -> None:
         self.console.close()
         for file in self._files:
             file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._lock is not None:
             self._lock.release()
-
-
-def make_run_folder(output_dir: Path) -> Path:
-    """A new folder `run-<UTC time>` in `output_dir`, never one that was there."""
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1000):
-            folder = output_dir / (f"run-{stamp}" + (f"-{attempt}" if attempt else ""))
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                continue
-    except OSError as error:
-        raise UserError(
-            f"cannot write to output_dir {output_dir} ({error.strerror}); pass --output_dir"
-        ) from error
-    raise UserError(f"{output_dir} holds 1000 runs of this second; pass another --output_dir")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the machine and the packages that matter, for the record."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    found["cpus_allowed"] = str(len(os.sched_getaffinity(0)))
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -40,6 +40,7 @@ class Run:
         status: "success" or "aborted" as the log says; "unfinished" where its end is missing.
         target: masked-token accuracy at which training was to stop.
         train_samples: sequences trained; eval_samples: sequences of an evaluation.
+        resumed_samples: those of train_samples that a run before this one had trained.
         run_seconds: from the clock's start to its end; init_seconds: before it.
         evaluations, training: in the order of samples, or of time where those are unknown.
         faults: what is wrong with the logs, with file and line.
@@ -54,6 +55,7 @@ class Run:
     global_batch_size: int | None
     train_samples: int | None
     eval_samples: int | None
+    resumed_samples: int
     run_seconds: float | None
     init_seconds: float | None
     organization: str | None
@@ -74,4 +76,4 @@ class Run:
         """Sequences trained a second of the clock, evaluations included."""
         if not self.train_samples or not self.run_seconds:
             return None
-        return self.train_samples / self.run_seconds
+        return (self.train_samples - self.resumed_samples) / self.run_seconds

@@ -26,7 +26,8 @@ def check_log(log: ResultLog, ruleset: str) -> list[Finding]:
     if not log.events and not log.faults:
         return [Finding(log.path, None, "holds no :::MLLOG line: not a run's log")]
     checks: list[Callable[[ResultLog], Iterator[Finding]]] = [
-        _lines, _mistaken, _one_run, _benchmark, _cache_clear, _times, _accuracies, _status, _seeds
+        _lines, _mistaken, _one_run, _resumed, _benchmark, _cache_clear, _times, _accuracies,
+        _status, _seeds,
     ]  # fmt: skip
     if log.division == "closed":
         checks += [_target, _evaluation_schedule, _samples]
@@ -72,6 +73,15 @@ def _one_run(log: ResultLog) -> Iterator[Finding]:
             )  # fmt: skip
     if log.status is None:
         yield Finding(log.path, None, "no run_stop: the run was ended from outside, or crashed")
+
+
+def _resumed(log: ResultLog) -> Iterator[Finding]:
+    for event in log.all("resumed_from"):
+        yield _at(
+            log, event,
+            f"resumed after {event.value!r} samples of an earlier run, whose time is not in this "
+            "log: MLPerf wants the whole run by one clock",
+        )  # fmt: skip
 
 
 def _benchmark(log: ResultLog) -> Iterator[Finding]:
