@@ -98,6 +98,8 @@ def assert_readme_shows(output: str) -> None:
             skipping = True
             continue
         shape = re.escape(line.removesuffix("...")).replace(r"\ ", " ")
+        # A table is as wide as its figures.
+        shape = re.sub(r"(\\-)+", "-+", re.sub(" +", " +", shape))
         shape = re.sub(r"\d+(,\d+)*", r"\\d+(,\\d+)*", shape)
         shape += "" if line.endswith("...") else "$"
         while skipping and place < len(printed) and not re.match(shape, printed[place]):
