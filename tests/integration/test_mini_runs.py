@@ -98,7 +98,10 @@ def assert_readme_shows(output: str) -> None:
             skipping = True
             continue
         shape = re.escape(line.removesuffix("...")).replace(r"\ ", " ")
-        shape = re.sub(r"\d+", r"\\d+", shape) + ("" if line.endswith("...") else "$")
+        # A table is as wide as its figures.
+        shape = re.sub(r"(\\-)+", "-+", re.sub(" +", " +", shape))
+        shape = re.sub(r"\d+(,\d+)*", r"\\d+(,\\d+)*", shape)
+        shape += "" if line.endswith("...") else "$"
         while skipping and place < len(printed) and not re.match(shape, printed[place]):
             place += 1
         assert place < len(printed), f"README shows a line that is not printed: {line}"
