@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -21,7 +22,6 @@ from bert_pretraining import (
 from bert_pretraining.config import Config
 from bert_pretraining.errors import (
     EXIT_CRASH,
-    EXIT_INTERRUPTED,
     EXIT_USAGE,
     TrainingError,
     UserError,
@@ -77,8 +77,9 @@ def main() -> int:
             f"{sys.executable} lacks the package {error.name}; use .venv/bin/python, which "
             "'bash run_training.sh' makes, or: python -m pip install -r requirements.txt",
         )
-    except KeyboardInterrupt:
-        return _fail(EXIT_INTERRUPTED, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals[str(interrupt)] if interrupt.args else signal.SIGINT
+        return _fail(128 + number, f"ended by {number.name}")
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return _fail(EXIT_CRASH, message, traceback.format_exc())

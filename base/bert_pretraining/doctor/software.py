@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
 
@@ -15,9 +16,11 @@ REQUIRED = {
     "numpy": "2.2",
     "h5py": "3.12",
     "tokenizers": "0.21",
-    "mlperf-logging": "4.1.68",
+    "safetensors": "0.5",
     "tqdm": "4.66",
 }
+# Without them runs do the same.
+OPTIONAL = {"mlperf-logging": "4.1.68"}
 INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
 
 
@@ -30,6 +33,11 @@ def findings() -> Iterator[Finding]:
         yield Finding("Python", PROBLEM, version, "use Python 3.10 to 3.13; PYTHON=... names it")
     for package, minimum in REQUIRED.items():
         yield _package(package, minimum)
+    for package, minimum in OPTIONAL.items():
+        found = _package(package, minimum)
+        if found.status == PROBLEM:
+            found = replace(found, status=NOTE, text=f"{found.text}; `submission` needs it")
+        yield found
     yield _triton()
     yield _apex()
 

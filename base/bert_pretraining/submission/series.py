@@ -27,6 +27,7 @@ from bert_pretraining.errors import (
     EXIT_CONVERGED,
     EXIT_INTERRUPTED,
     EXIT_NOT_CONVERGED,
+    EXIT_STOPPED,
     EXIT_USAGE,
     UserError,
 )
@@ -45,6 +46,7 @@ ENDED_FROM_OUTSIDE = {
     EXIT_INTERRUPTED: EXIT_INTERRUPTED,
     128 + signal.SIGTERM: 128 + signal.SIGTERM,
     -signal.SIGTERM: 128 + signal.SIGTERM,
+    EXIT_STOPPED: 128 + signal.SIGTERM,
 }
 OUTCOMES = {EXIT_CONVERGED: "converged", EXIT_NOT_CONVERGED: "not converged"}
 
