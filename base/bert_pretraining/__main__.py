@@ -68,7 +68,7 @@ def main() -> int:
     except UserError as error:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
-        return _fail(EXIT_CRASH, str(error))
+        return _fail(EXIT_CRASH, str(error), error.detail)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "bert_pretraining":
             raise
@@ -159,8 +159,14 @@ def _launch(arguments: list[str]) -> int:
         print(launch.describe(plan), flush=True)
         _note_what_lacks(resolved.config, makes_data)
         return 0
-    inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
-    return launch.run_placed(plan, placed) if placed else launch.run(plan)
+
+    def check() -> None:
+        inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
+
+    if placed:
+        check()
+        return launch.run_placed(plan, placed)
+    return launch.run(plan, check)
 
 
 def _note_what_lacks(settings: Config, makes_data: bool) -> None:
