@@ -81,7 +81,7 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
                 raise
-            raise TrainingError(_unreachable(rank, backend, error), f"{error}\n") from error
+            raise TrainingError(_unreachable(backend, error), f"{error}\n") from error
         if settings is not None:
             name = f"rank {rank} ({socket.gethostname()})"
             fault = agreement.difference(gather((name, agreement.describe(settings))))
@@ -101,7 +101,7 @@ def _meet(backend: str, device: torch.device) -> None:
     dist.distributed_c10d._set_pg_timeout(TO_WORK)
 
 
-def _unreachable(rank: int, backend: str, error: Exception) -> str:
+def _unreachable(backend: str, error: Exception) -> str:
     """One line: who does not reach whom, by which way, and what to set."""
     variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     interface = os.environ.get(variable)

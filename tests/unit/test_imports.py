@@ -14,7 +14,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "base" / "bert_pretraining"
 LEAVES = set(
-    "agreement config distributed errors files kernels lock outcome seeds settings signals topology".split()
+    "agreement config distributed errors files kernels lock outcome seeds settings signals "
+    "topology".split()
 )
 # part -> the parts beside the leaves that it may import
 ALLOWED = {
