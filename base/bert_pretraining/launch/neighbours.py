@@ -126,15 +126,7 @@ class Neighbours(threading.Thread):
             return Ending(EXIT_USAGE, self._difference)
         if not self.met and now - self._began > at.timeout:
             return Ending(EXIT_CRASH, self._absence())
-        if self._last_round is None:
-            return None
-        silent = [
-            node
-            for node, (beat, since) in self._heard.items()
-            if beat != _FINISHED and now - since > LONGEST_SILENCE
-        ]
-        if now - self._last_round > LONGEST_SILENCE:
-            silent = [0]
+        silent = self._silent_for(LONGEST_SILENCE, now)
         if not silent:
             return None
         return Ending(
@@ -149,7 +141,16 @@ class Neighbours(threading.Thread):
         self._mine = mine
         self.linger()
         first = min([mine, *self._reports.values()])
-        return None if first is mine else self._of_another(first)
+        if first is not mine:
+            return self._of_another(first)
+        gone = self._silent_for(SECONDS_TO_HEAR * 0.8, time.monotonic()) if follows else []
+        if not gone:
+            return None
+        return Ending(
+            ending.exit_code,
+            f"{self._called(gone[0])} is gone without a word: it, its network or its launcher",
+            node=gone[0],
+        )
 
     def linger(self) -> None:
         """Leave the others the time to hear, and to say, why they end."""
@@ -161,6 +162,18 @@ class Neighbours(threading.Thread):
         deadline = time.monotonic() + seconds
         while len(self._hosts) < self._meeting.num_nodes and time.monotonic() < deadline:
             time.sleep(EVERY / 5)
+
+    def _silent_for(self, seconds: float, now: float) -> list[int]:
+        """Machines that were heard of, but not for so long."""
+        if self._last_round is None:
+            return []
+        if now - self._last_round > seconds:
+            return [0]  # which keeps the store
+        return [
+            node
+            for node, (beat, since) in self._heard.items()
+            if beat != _FINISHED and now - since > seconds
+        ]
 
     def _called(self, node: int) -> str:
         return f"machine {node} ({self._hosts[node]})" if node in self._hosts else f"machine {node}"
