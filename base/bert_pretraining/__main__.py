@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from bert_pretraining import (
     __version__,
@@ -87,11 +88,16 @@ def main() -> int:
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Show what ended this process, or, of a rank, leave it to the launcher to show."""
     if outcome.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
-        # No clean-up: gloo's threads may wait for ranks that are gone, and abort.
-        sys.stdout.flush()
-        os._exit(exit_code)
+        _leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End a rank without clean-up: gloo's threads may wait for ranks that are gone, and abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -210,7 +216,9 @@ def _train(arguments: list[str]) -> int:
     outcome.show_stacks_on_request()
     earned = train.main(resolved)
     # Under the launcher, to have finished is no failure: it reads what was earned.
-    return 0 if outcome.record_finish(int(os.environ.get("RANK", 0)), earned) else earned
+    if outcome.record_finish(int(os.environ.get("RANK", 0)), earned):
+        _leave(0)
+    return earned
 
 
 def _config_show(arguments: list[str]) -> None:
