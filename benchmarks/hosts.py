@@ -9,6 +9,7 @@ the processes left behind, and holds them to what they must be. Needs root and i
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -243,7 +244,8 @@ def main() -> None:
                 figures[scene.__name__] = scene(stage)
                 print(scene.__name__, figures[scene.__name__], flush=True)
     if arguments.output:
-        record.write(arguments.output / "hosts.json", figures)
+        shown = json.dumps(figures).replace(folder, "DIR")
+        record.write(arguments.output / "hosts.json", json.loads(shown))
 
 
 if __name__ == "__main__":
