@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from bert_pretraining import (
     __version__,
@@ -68,7 +69,7 @@ def main() -> int:
     except UserError as error:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
-        return _fail(EXIT_CRASH, str(error))
+        return _fail(EXIT_CRASH, str(error), error.detail)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "bert_pretraining":
             raise
@@ -88,11 +89,16 @@ def main() -> int:
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Show what ended this process, or, of a rank, leave it to the launcher to show."""
     if outcome.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
-        # No clean-up: gloo's threads may wait for ranks that are gone, and abort.
-        sys.stdout.flush()
-        os._exit(exit_code)
+        _leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End a rank without clean-up: gloo's threads may wait for ranks that are gone, and abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -160,8 +166,14 @@ def _launch(arguments: list[str]) -> int:
         print(launch.describe(plan), flush=True)
         _note_what_lacks(resolved.config, makes_data)
         return 0
-    inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
-    return launch.run_placed(plan, placed) if placed else launch.run(plan)
+
+    def check() -> None:
+        inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
+
+    if placed:
+        check()
+        return launch.run_placed(plan, placed)
+    return launch.run(plan, check)
 
 
 def _note_what_lacks(settings: Config, makes_data: bool) -> None:
@@ -204,11 +216,11 @@ def _train(arguments: list[str]) -> int:
 
     outcome.show_stacks_on_request()
     earned = train.main(resolved)
-    # Under the launcher, to have finished is no failure: it reads what was earned. It is told
-    # before the ranks part, which can no longer take it back.
-    launched = outcome.record_finish(int(os.environ.get("RANK", 0)), earned)
+    # Under the launcher, to have finished is no failure: it reads what was earned.
+    if outcome.record_finish(int(os.environ.get("RANK", 0)), earned):
+        _leave(0)
     distributed.stop()
-    return 0 if launched else earned
+    return earned
 
 
 def _config_show(arguments: list[str]) -> None:

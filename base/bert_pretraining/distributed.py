@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -12,13 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_pretraining.errors import UserError
+from bert_pretraining import agreement
+from bert_pretraining.errors import TrainingError, UserError
 
 Made = TypeVar("Made")
 
 # PyTorch 2.13 has new names for these two, and warns of the old ones.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# How long a rank waits for the others: at first, when all have just been started, and later,
+# when one may read, evaluate or compile for long.
+TO_MEET = timedelta(seconds=90)
+TO_WORK = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,12 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(device: str, dist_backend: str) -> Ranks:
+def start(device: str, dist_backend: str, settings: Mapping[str, object] | None = None) -> Ranks:
     """Join the process group that the environment names, or run alone.
 
-    On a CPU the backend becomes gloo.
+    On a CPU the backend becomes gloo. Before anything that takes long, all ranks sum a number.
+    TrainingError if they cannot reach each other; UserError if their `settings`, or their
+    code, are not the same.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -67,9 +76,43 @@ def start(device: str, dist_backend: str) -> Ranks:
     chosen = choose_device(device, local_rank)
     if world_size > 1 and not dist.is_initialized():
         backend = "gloo" if chosen.type == "cpu" else dist_backend
-        device_id = chosen if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+        try:
+            _meet(backend, chosen)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            raise TrainingError(_unreachable(backend, error), f"{error}\n") from error
+        if settings is not None:
+            name = f"rank {rank} ({socket.gethostname()})"
+            fault = agreement.difference(gather((name, agreement.describe(settings))))
+            if fault is not None:
+                raise UserError(fault)
     return Ranks(rank, world_size, chosen)
+
+
+def _meet(backend: str, device: torch.device) -> None:
+    """Connect all ranks, and see that a sum comes out right."""
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=TO_MEET, device_id=device_id)
+    total = sum_over_ranks(torch.ones((), device=device)).item()
+    if total != dist.get_world_size():
+        raise RuntimeError(f"{dist.get_world_size()} ranks summed 1 to {total}")
+    # There is no public name for it; without it, TO_MEET would hold for ever.
+    dist.distributed_c10d._set_pg_timeout(TO_WORK)
+
+
+def _unreachable(backend: str, error: Exception) -> str:
+    """One line: who does not reach whom, by which way, and what to set."""
+    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    interface = os.environ.get(variable)
+    by = f"{variable}={interface}" if interface else f"an interface that {backend} chose"
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2].removesuffix("$1")
+    return (
+        f"on {socket.gethostname()} the ranks do not reach each other ({reason}) by {by}, though "
+        f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')} (--master_addr, "
+        f"--master_port) answers: set {variable}, on each machine, to its interface that the "
+        "others can reach ('ip addr' lists them), and let no firewall block ports between them"
+    )
 
 
 def stop() -> None:

@@ -24,5 +24,10 @@ class UserError(Exception):
 class TrainingError(Exception):
     """Training cannot go on (a loss that is not finite, say): exit code 1.
 
-    The message is one line; the place in the code would not help the user.
+    The message is one line; the place in the code would not help the user. `detail`: what
+    stands above it, in a library's words.
     """
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail

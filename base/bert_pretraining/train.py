@@ -36,7 +36,7 @@ def main(resolved: Resolved) -> int:
     stop = StopRequest()
     with stop.listening():
         paths = data_paths(config)
-        ranks = distributed.start(config.device, config.dist_backend)
+        ranks = distributed.start(config.device, config.dist_backend, dataclasses.asdict(config))
         log = RunLog(resolved, ranks.rank, ranks.device_name, ranks.world_size)
         run = state.RunState()
         try:

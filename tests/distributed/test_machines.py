@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH
-from bert_pretraining.launch.neighbours import LONGEST_SILENCE, Neighbours, Report
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_USAGE
+from bert_pretraining.launch.neighbours import LONGEST_SILENCE, Meeting, Neighbours, Report
 from bert_pretraining.launch.port import free_port
-from launching import Launch, assert_gone, end_all
+from launching import Launch, assert_gone, end_all, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_a_rank_killed_on_one_machine_ends_both(mini_data: Path, tmp_path: Path)
     assert (first_code, second_code) == (EXIT_CRASH, EXIT_CRASH)
     assert second_errors.splitlines()[-1].startswith("Error: rank 1 was killed by SIGKILL")
     assert first_errors.splitlines()[-1].startswith(
-        "Error: machine 1 ended: rank 1 was killed by SIGKILL"
+        f"Error: machine 1 ({os.uname().nodename}) ended: rank 1 was killed by SIGKILL"
     )
     assert_gone(pids)
 
@@ -78,10 +78,28 @@ def test_which_end_came_first() -> None:
 
 
 def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbours = Neighbours("127.0.0.1", 1, 1, 3, 0)
-    assert neighbours.fault(1e9) is None, "no contact yet: torchrun waits for all machines"
+    neighbours = Neighbours(Meeting("127.0.0.1", 1, 1, 3, 0, timeout=1e9), {})
+    assert neighbours.fault(1e8) is None, "no contact yet"
     monkeypatch.setattr(neighbours, "_last_round", 100.0)
     monkeypatch.setattr(neighbours, "_heard", {0: (b"x", 100.0), 2: (b"y", 90.0)})
     assert neighbours.fault(100.0 + LONGEST_SILENCE / 2) is None
-    assert neighbours.fault(90.5 + LONGEST_SILENCE).startswith("machine 2 has not been heard of")
-    assert neighbours.fault(100.5 + LONGEST_SILENCE).startswith("machine 0 has not been heard of")
+    silent = neighbours.fault(90.5 + LONGEST_SILENCE)
+    assert silent.message.startswith("machine 2 has not been heard of")
+    silent = neighbours.fault(100.5 + LONGEST_SILENCE)
+    assert silent.message.startswith("machine 0 has not been heard of")
+    monkeypatch.setattr(neighbours, "_heard", {2: (b"finished", 90.0)})
+    assert neighbours.fault(90.5 + LONGEST_SILENCE) is None
+
+
+def test_a_second_launcher_of_one_machine_leaves_the_job_alone() -> None:
+    port = free_port(0)
+    here, again = (Neighbours(Meeting("127.0.0.1", port, 0, 2, 0, 60.0), {}) for _ in range(2))
+    here.start()
+    wait_until(lambda: "machine 1 of 2" in here.awaited(), here.awaited)
+    again.start()
+    now = time.monotonic()
+    wait_until(lambda: again.fault(now) is not None, again.awaited)
+    assert again.fault(now).exit_code == EXIT_USAGE
+    assert "is --node_rank 0 of the job at 127.0.0.1" in again.fault(now).message
+    assert here.fault(now) is None
+    here.close(finished=False)

@@ -14,7 +14,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "base" / "bert_pretraining"
 LEAVES = set(
-    "config distributed errors files kernels lock outcome seeds settings signals topology".split()
+    "agreement config distributed errors files kernels lock outcome seeds settings signals "
+    "topology".split()
 )
 # part -> the parts beside the leaves that it may import
 ALLOWED = {
@@ -52,7 +53,7 @@ ALLOWED = {
         *{"checkpoint_commands", "data_commands", "submission_commands"},
     },
 }
-LEAF_ALLOWED = {"errors", "seeds", "settings", "files"}
+LEAF_ALLOWED = {"agreement", "errors", "seeds", "settings", "files"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -14,17 +14,18 @@ from bert_pretraining import config as configuration
 from bert_pretraining import topology
 from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
-from bert_pretraining.launch import surroundings
+from bert_pretraining.launch import network, surroundings
 from bert_pretraining.launch.rank import Place, trainer_command
 from bert_pretraining.launch.surroundings import LOCAL_ADDRESS
 
 DEFAULT_PORT = 29500
 HANG_TIMEOUT = 600.0
+RENDEZVOUS_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
 class LaunchFlags:
-    """The flags that concern only the launcher. `hang_timeout` in seconds; 0 for none."""
+    """The flags that concern only the launcher. Timeouts in seconds; `hang_timeout` 0 for none."""
 
     node_rank: int = 0
     master_addr: str = LOCAL_ADDRESS
@@ -33,6 +34,7 @@ class LaunchFlags:
     hyper_threads: bool = False
     max_restarts: int = 0
     hang_timeout: float = HANG_TIMEOUT
+    rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
     log_dir: str | None = None
     dry_run: bool = False
 
@@ -85,6 +87,8 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
     add("--max_restarts", type=_at_least_0, default=0, help="restarts after a failure (0)")
     add("--hang_timeout", type=_seconds, default=HANG_TIMEOUT, metavar="SECONDS",
         help=f"end ranks without progress for so long; 0: never ({HANG_TIMEOUT:g})")  # fmt: skip
+    add("--rendezvous_timeout", type=_seconds, default=RENDEZVOUS_TIMEOUT, metavar="SECONDS",
+        help=f"wait so long for the other machines ({RENDEZVOUS_TIMEOUT:g})")  # fmt: skip
     add("--log_dir", metavar="DIR",
         help="keep each rank's output there too; lines on the terminal get a prefix")  # fmt: skip
     add("--dry_run", action="store_true", help="print what would run, run nothing")
@@ -138,7 +142,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         bindings=bindings,
         binder=binder,
         trainer_flags=arguments,
-        environment=_environment(settings.nnodes),
+        environment=_environment(settings.nnodes, flags.master_addr),
         notice=f"{fault}; binding by CPU affinity instead" if fault else None,
     )
 
@@ -187,10 +191,16 @@ def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
         )
 
 
-def _environment(nnodes: int) -> dict[str, str]:
+def _environment(nnodes: int, master_addr: str) -> dict[str, str]:
     """What the ranks find beside torchrun's own variables."""
     environment = {"BERT_PRETRAINING_STARTED": f"{time.time():.3f}"}
-    if nnodes == 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # Otherwise gloo looks the host's own name up, which fails in many containers.
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Otherwise gloo looks the host's own name up, which fails in many containers, or gives
+        # an address that only this host knows.
+        interface = "lo" if nnodes == 1 else network.interface_to(master_addr)
+        if interface:
+            environment["GLOO_SOCKET_IFNAME"] = interface
+    if nnodes > 1 and "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        # Its warnings that addresses have no names, and of every try to connect.
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     return environment

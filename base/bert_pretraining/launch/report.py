@@ -12,13 +12,17 @@ from bert_pretraining.errors import EXIT_CRASH, EXIT_USAGE
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. `detail`: what comes above the last line; `rank`: whose error."""
+    """How an attempt ended. `detail`: what comes above the last line; `rank`: whose error.
+
+    node: the machine that has said so, which no other machine needs to be told.
+    """
 
     exit_code: int
     message: str = ""
     detail: str = ""
     rank: int | None = None
     by_signal: bool = False
+    node: int | None = None
 
     @property
     def may_restart(self) -> bool:

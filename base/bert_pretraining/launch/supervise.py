@@ -16,13 +16,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_pretraining import outcome
-from bert_pretraining.errors import EXIT_CRASH, UserError
-from bert_pretraining.launch import hang
+from bert_pretraining import agreement, outcome
+from bert_pretraining.errors import (
+    EXIT_CONVERGED,
+    EXIT_NOT_CONVERGED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    UserError,
+)
+from bert_pretraining.launch import hang, network
 from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
 from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import Ranks
@@ -32,29 +38,40 @@ from bert_pretraining.launch.report import Ending, explain
 if TYPE_CHECKING:
     from bert_pretraining.launch.neighbours import Neighbours
 
+FINISHED = (EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED)
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK_EVERY = 0.1  # seconds between two looks at the ranks
 # How long the others may take to end after one has failed, before they are killed. A rank
 # that waits in a collective operation never comes to handle the SIGTERM that torchrun sends.
 SECONDS_TO_END = 5.0
+SECONDS_TO_TELL = 10.0  # how long a machine that cannot even start waits to tell the others
+NOTICE_AFTER = 10.0  # seconds of waiting for other machines
 # `timeout` and srun signal a process and its group: the same signal within this time is one.
 SECONDS_OF_ONE_SIGNAL = 1.0
 
 
-def run(plan: Plan) -> int:
+def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
     """Start the ranks, wait for them, and return what they earned.
 
-    Returns 128 + the signal's number where a signal ended them.
+    check: raises UserError for what would stop every rank of this machine. Returns 128 + the
+    signal's number where a signal ended them.
     """
-    _check_gpus(plan)
+    several = plan.resolved.config.nnodes > 1
+    if several:
+        _check_address(plan)
+        os.environ.update(plan.environment)  # before torch, which reads its log level at once
+    fault = _fault(plan, check)
+    if fault is not None and not several:
+        raise fault
     with _collected_signals() as received:
         for attempt in range(plan.flags.max_restarts + 1):
             port = _master_port(plan, attempt)
-            log_paths = _log_paths(plan)
-            if attempt == 0:
+            log_paths = _log_paths(plan) if fault is None else {}
+            if attempt == 0 and fault is None:
                 print(plan.table(), flush=True)
             with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
-                ending = _Attempt(plan, Path(folder), log_paths, received, attempt).run(port)
+                job = _Attempt(plan, Path(folder), log_paths, received, attempt)
+                ending = job.run(port) if fault is None else job.refuse(port, fault)
             if ending.message:
                 print(ending.text(log_paths), file=sys.stderr, flush=True)
             if not ending.may_restart or attempt == plan.flags.max_restarts:
@@ -88,18 +105,20 @@ class _Attempt:
         self._verdict: Ending | None = None  # what this launcher ended the ranks for
         self._neighbours: Neighbours | None = None
         self._killed_at: float | None = None
+        self._notice_at = 0.0
 
     def run(self, port: int) -> Ending:
         """Until all ranks have ended. port: where they meet, on machine 0."""
-        from bert_pretraining.launch.agent import Agent
-        from bert_pretraining.launch.neighbours import Neighbours
+        self._meet_neighbours(port)
+        while not self._all_are_here():
+            time.sleep(LOOK_EVERY)
+            self._pass_signals_on()
+            self._judge(time.monotonic())
+        if self._verdict is not None:
+            return self._tell_neighbours(self._verdict)
 
-        flags, num_nodes = self._plan.flags, self._plan.resolved.config.nnodes
-        if num_nodes > 1:
-            self._neighbours = Neighbours(
-                flags.master_addr, port, flags.node_rank, num_nodes, self._attempt
-            )
-            self._neighbours.start()
+        from bert_pretraining.launch.agent import Agent
+
         agent = Agent(self._plan, port, self._folder, self._log_paths)
         with _environment(self._variables()):
             agent.start()
@@ -115,6 +134,36 @@ class _Attempt:
         del agent
         gc.collect()
         return ending
+
+    def refuse(self, port: int, fault: UserError) -> Ending:
+        """Start nothing, and tell the other machines why."""
+        self._meet_neighbours(port)
+        if self._neighbours is not None:
+            self._neighbours.wait_for_all(SECONDS_TO_TELL)
+        return self._tell_neighbours(Ending(EXIT_USAGE, str(fault)))
+
+    def _meet_neighbours(self, port: int) -> None:
+        flags, config = self._plan.flags, self._plan.resolved.config
+        if config.nnodes == 1:
+            return
+        from bert_pretraining.launch.neighbours import Meeting, Neighbours
+
+        timeout = flags.rendezvous_timeout
+        meeting = Meeting(
+            flags.master_addr, port, flags.node_rank, config.nnodes, self._attempt, timeout
+        )
+        self._neighbours = Neighbours(meeting, agreement.describe(dataclasses.asdict(config)))
+        self._neighbours.start()
+        self._notice_at = time.monotonic() + NOTICE_AFTER
+
+    def _all_are_here(self) -> bool:
+        """Whether the ranks may start, or never will."""
+        if self._neighbours is None or self._neighbours.met or self._verdict is not None:
+            return True
+        if time.monotonic() > self._notice_at:
+            self._notice_at = float("inf")
+            print(f"Waiting for {self._neighbours.awaited()}", file=sys.stderr, flush=True)
+        return False
 
     def _variables(self) -> dict[str, str]:
         plan = self._plan
@@ -149,6 +198,9 @@ class _Attempt:
         """
         print(_ended_by(signum), file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if self._neighbours is not None:
+            told = Ending(128 + signum, _ended_by(signum), by_signal=True)
+            self._neighbours.conclude(False, told)
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(128 + signum)
 
@@ -166,9 +218,7 @@ class _Attempt:
             return
         self._verdict = self._watch.look(now)
         if self._verdict is None and self._neighbours is not None:
-            fault = self._neighbours.fault(now)
-            if fault is not None:
-                self._verdict = Ending(EXIT_CRASH, f"{fault}; all ranks here were ended")
+            self._verdict = self._neighbours.fault(now)
         if self._verdict is not None:
             self._kill()
             self._killed_at = now
@@ -181,17 +231,20 @@ class _Attempt:
         """The ending, with the first cause of all where that is on another machine."""
         if self._neighbours is None:
             return ending
-        if ending.message and not ending.by_signal:
+        if ending.node is not None:
+            self._neighbours.linger()
+        elif ending.exit_code not in FINISHED:
+            told = (
+                ending
+                if ending.message
+                else Ending(ending.exit_code, _ended_by(ending.exit_code - 128))
+            )
             # A traceback may be of a connection that another machine's end has cut.
-            first = self._neighbours.conclude(bool(ending.detail), ending.message)
-            if first.node != self._plan.flags.node_rank and ending is not self._verdict:
-                ending = dataclasses.replace(
-                    ending,
-                    message=f"machine {first.node} ended: {first.text}",
-                    detail=f"{ending.detail}Error here: {ending.message}\n",
-                    rank=None,
-                )
-        self._neighbours.close()
+            first = self._neighbours.conclude(bool(ending.detail), told)
+            if first is not None and ending is not self._verdict:
+                here = f"Error here: {ending.message}\n" if ending.message else ""
+                ending = dataclasses.replace(first, detail=f"{ending.detail}{here}")
+        self._neighbours.close(finished=ending.exit_code in FINISHED)
         return ending
 
     def _kill(self) -> None:
@@ -250,6 +303,32 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name in (outcome.FOLDER_VARIABLE, outcome.ATTEMPT_VARIABLE, PLACES_VARIABLE):
             del os.environ[name]
+
+
+def _check_address(plan: Plan) -> None:
+    """UserError if the name of machine 0 is not known here."""
+    address = plan.flags.master_addr
+    if not network.is_known(address):
+        raise UserError(
+            f"--master_addr {address}: this machine ({os.uname().nodename}) does not know that "
+            "name; pass machine 0's address ('ip addr' or 'hostname -I' there)"
+        )
+    if plan.flags.node_rank == 0 and not network.is_here(address):
+        print(
+            f"Notice: --master_addr {address} is no address of this machine "
+            f"({os.uname().nodename}), which is --node_rank 0",
+            file=sys.stderr,
+        )
+
+
+def _fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
+    """Why no rank of this machine could train."""
+    try:
+        check()
+        _check_gpus(plan)
+    except UserError as error:
+        return error
+    return None
 
 
 def _check_gpus(plan: Plan) -> None:

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Several machines over ssh, without a batch system. Type it on the first of them, which is
+# machine 0, with the others' names:
+#   bash examples/train_ssh.sh "gpu08 gpu09" --name iluvatar --config V100x2x8 --nnodes 3 [flags]
+# Wanted: ssh to the others without a password; checkout, data and output directory under the
+# same paths on all. MASTER_ADDR and MASTER_PORT say where they meet, if not at this machine's
+# first address and port 29500. Exported GLOO_*, NCCL_*, OMP_NUM_THREADS and PYTHON go along.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "Error: usage: bash examples/train_ssh.sh \"HOST ...\" FLAGS of run_training.sh" >&2
+    exit 2
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+read -ra hosts <<<"$1"
+shift
+address=${MASTER_ADDR:-$(hostname -I | cut -d ' ' -f 1)}
+flags=("$@" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
+
+variables=()
+for name in ${!GLOO_@} ${!NCCL_@} OMP_NUM_THREADS PYTHON; do
+    [ -z "${!name:-}" ] || variables+=("$name=${!name}")
+done
+
+remotes=()
+for index in "${!hosts[@]}"; do
+    printf -v remote '%q ' env "${variables[@]}" bash "$root/run_training.sh" "${flags[@]}" \
+        --node_rank $((index + 1))
+    # A session of its own: Ctrl-C is for the launcher here, whose ranks tell the others.
+    setsid ssh -n -o BatchMode=yes "${hosts[index]}" "cd $(printf %q "$PWD") && $remote" &
+    remotes+=($!)
+done
+bash "$root/run_training.sh" "${flags[@]}" --node_rank 0 &
+here=$!
+
+# Signals stop all machines: the ranks agree on it, save and end. Should this script be killed,
+# the others notice the silence and end.
+trap 'kill -TERM "$here"' TERM INT HUP
+trap 'kill -USR1 "$here"' USR1
+code=0
+wait "$here" || code=$?
+while kill -0 "$here" 2>/dev/null; do # a trap has ended the wait
+    code=0
+    wait "$here" || code=$?
+done
+for index in "${!remotes[@]}"; do
+    other=0
+    wait "${remotes[index]}" || other=$?
+    [ "$other" -eq "$code" ] || echo "${hosts[index]}: exit code $other" >&2
+done
+exit "$code"
