@@ -1,0 +1,69 @@
+"""Seconds of a LAMB update: DeepSparkHub's per-tensor `Lamb` (its `default`) against ours, in turn.
+
+    PYTHONPATH=base python benchmarks/lamb_against_upstream.py \\
+        --upstream .../base/optimizers/lamb.py --output results/DATE_optimizer/upstream.json
+
+The file is DeepSparkHub's, base/optimizers/lamb.py of its BERT sample, and is loaded from where it
+lies. BERT-large's parameters in float32. Its update is a shorter one: no clipping, no bias
+correction, so no norm of all gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bert_pretraining.bench import record
+from bert_pretraining.bench.optimizer import seconds_of_updates, shapes_of
+from bert_pretraining.bench.workload import BERT_LARGE, timed
+
+CPU = torch.device("cpu")
+
+
+def seconds_of_theirs(path: Path, shapes: dict[str, torch.Size], count: int) -> list[float]:
+    """As `seconds_of_updates`, of their class."""
+    spec = importlib.util.spec_from_file_location("upstream_lamb", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parameters = [nn.Parameter(torch.full(shape, 0.02)) for shape in shapes.values()]
+    optimizer = module.Lamb(parameters, lr=1e-4, weight_decay=0.01)
+    seconds = []
+    for _ in range(1 + count):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        seconds.append(timed(optimizer.step, CPU))
+    return seconds[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--upstream", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    flags = parser.parse_args()
+    warnings.filterwarnings("ignore", message="This overload of add")
+    shapes = shapes_of(BERT_LARGE)
+    names = ("upstream", "reference", "flat")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(flags.repeats):
+        times["upstream"] += seconds_of_theirs(flags.upstream, shapes, 1)
+        for name in names[1:]:
+            times[name] += seconds_of_updates(name, shapes, CPU, torch.float32, 1)
+    spreads = {name: record.spread(seconds) for name, seconds in times.items()}
+    for name, spread in spreads.items():
+        ratio = spreads["upstream"]["median"] / spread["median"]
+        print(
+            f"{name}: {spread['median']:.3f} s ({spread['min']:.3f} to {spread['max']:.3f}, "
+            f"n {spread['n']}), {ratio:.2f} times as fast as upstream"
+        )
+    if flags.output:
+        record.write(flags.output, {"threads": torch.get_num_threads(), "seconds": spreads})
+
+
+if __name__ == "__main__":
+    main()
