@@ -27,6 +27,7 @@ from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoin
 from bert_pretraining.config import Config
 from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import UserError
+from bert_pretraining.files import checkpoint_kind
 from bert_pretraining.optim import Lamb, LossScale
 from bert_pretraining.state import RunState
 
@@ -203,7 +204,9 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
             elif in_output_dir or found.state["job"] == job():
                 return path
     given = None if config.resume == "never" else init_checkpoint
-    if given is not None and is_training_checkpoint(read_checkpoint(given)):
+    # Other kinds hold weights alone, and some take seconds to read.
+    may_be = given is not None and checkpoint_kind(given) == "torch"
+    if may_be and is_training_checkpoint(read_checkpoint(given)):
         return given
     if config.resume == "required":
         raise UserError(
