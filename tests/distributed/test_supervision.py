@@ -173,6 +173,7 @@ def test_a_rank_that_hangs_is_found_and_every_stack_shown(mini_data: Path, tmp_p
 def test_a_stopped_rank_is_named_as_such(mini_data: Path, tmp_path: Path) -> None:
     program = (
         "outcome.show_stacks_on_request()\n"
+        "outcome.heartbeat()\n"  # only ranks that ever made progress are watched
         "tell(f'rank{rank}')\n"
         "while True:\n    time.sleep(0.01)\n    outcome.heartbeat()\n"
     )
