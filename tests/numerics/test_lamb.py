@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bert_pretraining import optim
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import (
@@ -340,15 +341,21 @@ def test_the_choice_and_its_reason() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bert_pretraining.optim.flat_triton"
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "bert_pretraining.optim.flat_triton", raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(optim, "flat_triton", raising=False)
     gpu = torch.device("cuda")
-    name, reason = choose("auto", gpu)
-    assert name == "flat"
-    assert reason == "triton cannot be had: the package 'triton' is not installed"
-    with pytest.raises(UserError, match="triton: the package 'triton' is not installed; use auto"):
-        choose("triton", gpu)
-    sys.modules.pop("bert_pretraining.optim.flat_triton", None)
+    try:
+        choice, reason = choose("auto", gpu)
+        assert choice == "flat"
+        assert reason == "triton cannot be had: the package 'triton' is not installed"
+        with pytest.raises(UserError, match="triton: the package 'triton' is not installed; use"):
+            choose("triton", gpu)
+    finally:
+        # The module that found no Triton must not be found by later tests.
+        sys.modules.pop(name, None)
+        vars(optim).pop("flat_triton", None)
 
 
 def test_settings_reach_every_provider() -> None:
