@@ -66,7 +66,8 @@ def first_stage(
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(scalars)
     first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
-    keep = tl.load(finite) != 0
+    # A comparison, for Triton 3.9's interpreter takes no other mask.
+    keep = tl.arange(0, BLOCK) < tl.where(tl.load(finite) != 0, BLOCK, 0)
     g = tl.load(gradient + places).to(tl.float32) * factor
     p = tl.load(master + places)
     m = beta_1 * tl.load(first + places) + gain_1 * g
@@ -87,7 +88,8 @@ def second_stage(
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
-    keep = tl.load(finite) != 0
+    # A comparison, for Triton 3.9's interpreter takes no other mask.
+    keep = tl.arange(0, BLOCK) < tl.where(tl.load(finite) != 0, BLOCK, 0)
     p = tl.load(master + places)
     m, v = tl.load(first + places), tl.load(second + places)
     u = adam_update(m, v, p, first_factor, second_factor, epsilon, tl.load(decay_of_block + block))
