@@ -10,6 +10,6 @@ setup(
     package_data={
         "bert_pretraining.configs": ["*/*.toml"],
         "bert_pretraining.bench": ["wikipedia_lengths.json"],
-        "bert_pretraining.data": ["mini_start.pt", "checksums/*.chk"],
+        "bert_pretraining.preparation": ["mini_start.pt", "checksums/*.chk"],
     },
 )

@@ -117,7 +117,7 @@ def other_code_on_one(stage: Stage) -> Scene:
     changed = stage.folder / "changed"
     shutil.copytree(record.ROOT / "base", changed / "base")
     shutil.copytree(record.ROOT / "configs", changed / "configs")
-    with (changed / "base" / "bert_pretraining" / "step.py").open("a") as file:
+    with (changed / "base" / "bert_pretraining" / "training" / "micro_step.py").open("a") as file:
         file.write("# edited\n")
     with Hosts(2) as hosts:
         first = hosts.launch(0, stage.folder, *stage.flags("code"))

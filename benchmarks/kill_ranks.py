@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from bert_pretraining.bench import record
-from bert_pretraining.data.mini import MiniSettings, make_mini
+from bert_pretraining.preparation.mini import MiniSettings, make_mini
 
 
 def trainers(launcher: int) -> list[int]:

@@ -24,8 +24,8 @@ import h5py
 import numpy as np
 
 from bert_pretraining.bench import record
-from bert_pretraining.data.prepare import TextSettings, create_file
 from bert_pretraining.data.shards import SCHEMA
+from bert_pretraining.preparation.prepare import TextSettings, create_file
 
 
 class Anything:

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bert_pretraining import distributed
 from bert_pretraining.bench import record
 from bert_pretraining.bench.optimizer import shapes_of
 from bert_pretraining.bench.workload import BERT_LARGE, timed
 from bert_pretraining.kernels import DTYPES
 from bert_pretraining.optim import LambSettings, ShardedLamb, create_optimizer
+from bert_pretraining.runtime import process_group
 
 UPDATES = 4
 
@@ -42,7 +42,7 @@ def status_mib(key: str) -> float:
 
 def run_rank(sharing: str, num_layers: int, precision: str) -> None:
     """One rank's figures, on rank 0's stdout."""
-    ranks = distributed.start("cpu", "gloo")
+    ranks = process_group.start("cpu", "gloo")
     shapes = shapes_of(replace(BERT_LARGE, num_hidden_layers=num_layers))
     dtype = DTYPES[precision]
     before = status_mib("VmRSS")
@@ -70,7 +70,7 @@ def run_rank(sharing: str, num_layers: int, precision: str) -> None:
     seconds = [timed(update, ranks.device) for _ in range(1 + UPDATES)][1:]
     ctypes.CDLL(None).malloc_trim(0)
     held, peak = status_mib("VmRSS") - before, status_mib("VmHWM") - before
-    found = distributed.gather((held, peak))
+    found = process_group.gather((held, peak))
     if ranks.is_main:
         figures = {
             "parameters": sum(shape.numel() for shape in shapes.values()),
@@ -79,7 +79,7 @@ def run_rank(sharing: str, num_layers: int, precision: str) -> None:
             "seconds": record.spread(seconds),
         }
         print(json.dumps(figures), flush=True)
-    distributed.stop()
+    process_group.stop()
 
 
 def main() -> None:

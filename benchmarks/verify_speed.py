@@ -17,7 +17,7 @@ from input_speed import VOCABULARY, draw_lengths, make_shards
 
 from bert_pretraining.bench import record
 from bert_pretraining.data.shards import read_arrays
-from bert_pretraining.data.verify import verify
+from bert_pretraining.preparation.verify import verify
 
 SHARD = 76_500  # sequences in each of the 2048 real shards
 

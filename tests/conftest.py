@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.data.mini import MiniSettings, make_mini
+from bert_pretraining.preparation.mini import MiniSettings, make_mini
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ class Launch:
         (here / "sitecustomize.py").write_text(_TAKE_THE_TRAINERS_PLACE)
         (here / "program.py").write_text(
             "import os, signal, sys, time, pathlib\n"
-            "from bert_pretraining import outcome\n"
+            "from bert_pretraining.runtime import rank_reports\n"
             "here = pathlib.Path(os.environ['TEST_HERE'])\n"
             "def tell(name, text=''):\n"
             "    (here / f'{name}.partial').write_text(text or str(os.getpid()))\n"

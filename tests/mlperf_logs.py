@@ -13,7 +13,7 @@ import pytest
 
 from bert_pretraining.config import resolve
 from bert_pretraining.logs.run_log import RunLog
-from bert_pretraining.state import Calendar, RunState, evaluation_interval
+from bert_pretraining.progress import Calendar, RunState, evaluation_interval
 from helpers import make_model, tiny_config
 from log_files import accuracy_at
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_pretraining import distributed
 from bert_pretraining.optim import Lamb, ShardedLamb, create_optimizer
 from bert_pretraining.optim.flat_torch import TorchKernels
 from bert_pretraining.optim.sharded_lamb import AT_A_TIME
+from bert_pretraining.runtime import process_group
 from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
 
 # One element, less and more than a block, more than a bucket; tied to no number of ranks.
@@ -74,7 +74,7 @@ def values_of(optimizer: Lamb) -> list[Tensor]:
     return [optimizer.gradient_norm, *(parameter.detach() for parameter in optimizer.parameters)]
 
 
-def compare(ranks: distributed.Ranks, dtype: torch.dtype, bucket: int) -> None:
+def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None:
     weights, _, rates = case(seed=5, scale=1.0, steps=STEPS, shapes=SHAPES)
     parameters, plain_parameters = parameters_of(weights, dtype), parameters_of(weights, dtype)
     sharded = sharded_of(parameters, bucket)
@@ -146,7 +146,7 @@ def compare(ranks: distributed.Ranks, dtype: torch.dtype, bucket: int) -> None:
     assert_same_bits(values_of(plain), values_of(fresh))
 
 
-def clip_each_rank_first(ranks: distributed.Ranks) -> None:
+def clip_each_rank_first(ranks: process_group.Ranks) -> None:
     """finish(limit): the mean of what each rank has clipped by its own norm."""
     weights = case(seed=6, scale=1.0, steps=1, shapes=SHAPES)[0]
     parameters = parameters_of(weights, torch.float64)
@@ -168,14 +168,14 @@ def clip_each_rank_first(ranks: distributed.Ranks) -> None:
 
 
 def main() -> None:
-    ranks = distributed.start("cpu", "gloo")
+    ranks = process_group.start("cpu", "gloo")
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for bucket in (SMALL_BUCKET, 9000, 2**20):
             compare(ranks, dtype, bucket)
     clip_each_rank_first(ranks)
-    distributed.barrier(ranks.device)
+    process_group.barrier(ranks.device)
     sys.stdout.write(f"rank {ranks.rank} is right\n")
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

@@ -7,26 +7,16 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
-from typing import NoReturn
 
-from bert_pretraining import (
-    __version__,
-    checkpoint_commands,
-    config,
-    data_commands,
-    inputs,
-    launch,
-    outcome,
-    submission_commands,
-)
-from bert_pretraining.config import Config
+from bert_pretraining import __version__, config
+from bert_pretraining.commands import checkpoint, data, submission, training
 from bert_pretraining.errors import (
     EXIT_CRASH,
     EXIT_USAGE,
     TrainingError,
     UserError,
 )
+from bert_pretraining.runtime import rank_reports
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -88,17 +78,10 @@ def main() -> int:
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Show what ended this process, or, of a rank, leave it to the launcher to show."""
-    if outcome.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
-        _leave(exit_code)
+    if rank_reports.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
+        rank_reports.leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code
-
-
-def _leave(exit_code: int) -> NoReturn:
-    """End a rank without clean-up: gloo's threads may wait for ranks that are gone, and abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -112,14 +95,10 @@ def _dispatch(arguments: list[str]) -> int:
     if command in GROUPS and rest:
         command, rest = f"{command} {rest[0]}", rest[1:]
     commands = {
-        "launch": _launch,
-        "train": _train,
-        "rank": launch.run_rank,
-        "config show": _config_show,
-        "config list": _config_list,
-        **{f"data {name}": run for name, run in data_commands.COMMANDS.items()},
-        **{f"submission {name}": run for name, run in submission_commands.COMMANDS.items()},
-        **{f"checkpoint {name}": run for name, run in checkpoint_commands.COMMANDS.items()},
+        **training.COMMANDS,
+        **{f"data {name}": run for name, run in data.COMMANDS.items()},
+        **{f"submission {name}": run for name, run in submission.COMMANDS.items()},
+        **{f"checkpoint {name}": run for name, run in checkpoint.COMMANDS.items()},
         "bench step": lambda rest: _bench("step", rest),
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),
@@ -142,98 +121,6 @@ def _usage_of(command: str) -> str:
     lines = [line for line in USAGE.splitlines() if line.startswith(f"  {command} ")]
     first = f"usage: python -m bert_pretraining {command} COMMAND [flags]"
     return "\n".join([first, "", *lines, "", "COMMAND --help lists its flags.", ""])
-
-
-def _launch(arguments: list[str]) -> int:
-    parser = config.FlagParser(prog="bash run_training.sh", allow_abbrev=False)
-    launch.add_launch_flags(parser)
-    config.add_config_flags(parser)
-    flags, values = launch.split_flags(vars(parser.parse(arguments)))
-    if "name" not in values and "config" not in values:
-        values = {**values, "name": "mini", "config": _embedded_config(values.get("device"))}
-    resolved = config.resolve(values)
-    without_flags = {argument.replace("-", "_") for argument in arguments} <= {"__dry_run"}
-    makes_data = without_flags and not Path(data_commands.MINI_DATA_DIR).exists()
-    if makes_data and not flags.dry_run:
-        data_commands.make_mini([])
-    placed = launch.placed_rank(os.environ)
-    if placed:
-        flags = launch.join(flags, resolved, placed)
-    plan = launch.make_plan(resolved, flags, _trainer_flags(values))
-    if plan.notice and (placed is None or placed.local_rank == 0):
-        print(f"Notice: {plan.notice}", file=sys.stderr)
-    if flags.dry_run:
-        print(launch.describe(plan), flush=True)
-        _note_what_lacks(resolved.config, makes_data)
-        return 0
-
-    def check() -> None:
-        inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
-
-    if placed:
-        check()
-        return launch.run_placed(plan, placed)
-    return launch.run(plan, check)
-
-
-def _note_what_lacks(settings: Config, makes_data: bool) -> None:
-    """What a launch of the plan just shown would refuse on this machine, on stderr.
-
-    No error: a plan may be for another machine. Last, so that it stands below the plan.
-    """
-    if makes_data:
-        notes = [f"{data_commands.MINI_DATA_DIR} not found here; the launch would make it first"]
-    else:
-        found = inputs.faults(settings)
-        notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
-    for note in notes:
-        print(f"Note: {note}", file=sys.stderr)
-
-
-def _embedded_config(device: object) -> str:
-    """The configuration of a launch without --name and --config."""
-    if device == "cpu":
-        return "CPUx1x2"
-    import torch
-
-    return "GPUx1x1" if torch.cuda.is_available() else "CPUx1x2"
-
-
-def _trainer_flags(values: dict[str, object]) -> list[str]:
-    """Parsed flags -> the words of a command line."""
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words
-
-
-def _train(arguments: list[str]) -> int:
-    parser = config.FlagParser(prog="python -m bert_pretraining train", allow_abbrev=False)
-    config.add_config_flags(parser)
-    resolved = config.resolve(vars(parser.parse(arguments)))
-
-    from bert_pretraining import distributed, train
-
-    outcome.show_stacks_on_request()
-    earned = train.main(resolved)
-    # Under the launcher, to have finished is no failure: it reads what was earned.
-    if outcome.record_finish(int(os.environ.get("RANK", 0)), earned):
-        _leave(0)
-    distributed.stop()
-    return earned
-
-
-def _config_show(arguments: list[str]) -> None:
-    parser = config.FlagParser(prog="python -m bert_pretraining config show", allow_abbrev=False)
-    config.add_config_flags(parser)
-    print(config.show(config.resolve(vars(parser.parse(arguments)))))
-
-
-def _config_list(arguments: list[str]) -> None:
-    if arguments:
-        raise UserError(f"config list takes no flags, not {arguments[0]}")
-    for name, stem in config.config_names():
-        print(f"--name {name} --config {stem}")
 
 
 def _bench(what: str, arguments: list[str]) -> int:

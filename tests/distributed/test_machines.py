@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_USAGE
-from bert_pretraining.launch.neighbours import LONGEST_SILENCE, Meeting, Neighbours, Report
 from bert_pretraining.launch.port import free_port
+from bert_pretraining.launch.rendezvous import LONGEST_SILENCE, Meeting, Neighbours, Report
 from launching import Launch, assert_gone, end_all, wait_until
 
 
@@ -58,10 +58,10 @@ def test_both_machines_restart(mini_data: Path, tmp_path: Path) -> None:
         "attempts = len(list(here.glob(f'rank{rank}.*')))\n"
         "tell(f'rank{rank}.{attempts}')\n"
         "if rank == 1 and attempts == 0:\n"
-        "    outcome.record_failure(rank, 1, 'OSError: gone', 'Traceback\\n')\n"
+        "    rank_reports.record_failure(rank, 1, 'OSError: gone', 'Traceback\\n')\n"
         "    os._exit(1)\n"
         "while attempts == 0:\n    time.sleep(0.01)\n"
-        "outcome.record_finish(rank, 0)\n"
+        "rank_reports.record_finish(rank, 0)\n"
     )
     launches = launch_both(mini_data, tmp_path, program, "--max_restarts", 1)
     for launch in launches:

@@ -42,7 +42,7 @@ def test_the_first_failure_ends_all_and_is_shown_last(mini_data: Path, tmp_path:
         "    while not (here / 'rank0').exists():\n"
         "        time.sleep(0.01)\n"
         "    print('last words', file=sys.stderr, flush=True)\n"
-        "    outcome.record_failure(rank, 1, 'ValueError: no luck', 'Traceback of it\\n')\n"
+        "    rank_reports.record_failure(rank, 1, 'ValueError: no luck', 'Traceback of it\\n')\n"
         "    tell('failed')\n"
         "    os._exit(1)\n"
     )
@@ -95,7 +95,7 @@ def test_signals_are_passed_on_once_and_ranks_may_finish(
         "    time.sleep(0.01)\n"
         "time.sleep(0.3 + rank)  # saving takes its time, one rank longer than another\n"
         "tell(f'counts{rank}', repr({int(key): value for key, value in counts.items()}))\n"
-        f"outcome.record_finish(rank, {EXIT_STOPPED})\n"
+        f"rank_reports.record_finish(rank, {EXIT_STOPPED})\n"
     )
     launch = Launch(tmp_path, mini_data, program, "--max_restarts", 3)
     launch.wait_for("rank0", "rank1")
@@ -145,15 +145,15 @@ def test_a_rank_that_hangs_is_found_and_every_stack_shown(mini_data: Path, tmp_p
         "    time.sleep(600)\n"
         "def wait_for_the_others():\n"
         "    time.sleep(600)\n"
-        "outcome.show_stacks_on_request()\n"
-        "outcome.heartbeat()\n"
+        "rank_reports.show_stacks_on_request()\n"
+        "rank_reports.heartbeat()\n"
         "tell(f'rank{rank}')\n"
         "if rank == 1:\n"
         "    read_a_dead_disk()\n"
         "while not (here / 'rank1').exists():\n"
         "    time.sleep(0.01)\n"
         "time.sleep(0.5)\n"
-        "outcome.heartbeat()\n"
+        "rank_reports.heartbeat()\n"
         "wait_for_the_others()\n"
     )
     launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 3)
@@ -172,10 +172,10 @@ def test_a_rank_that_hangs_is_found_and_every_stack_shown(mini_data: Path, tmp_p
 
 def test_a_stopped_rank_is_named_as_such(mini_data: Path, tmp_path: Path) -> None:
     program = (
-        "outcome.show_stacks_on_request()\n"
-        "outcome.heartbeat()\n"  # only ranks that ever made progress are watched
+        "rank_reports.show_stacks_on_request()\n"
+        "rank_reports.heartbeat()\n"  # only ranks that ever made progress are watched
         "tell(f'rank{rank}')\n"
-        "while True:\n    time.sleep(0.01)\n    outcome.heartbeat()\n"
+        "while True:\n    time.sleep(0.01)\n    rank_reports.heartbeat()\n"
     )
     launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 2)
     pids = launch.wait_for("rank0", "rank1")
@@ -193,10 +193,10 @@ def test_restarts(mini_data: Path, tmp_path: Path) -> None:
         "tell(f'rank{rank}.{attempts}')\n"
         "print(f'attempt {attempts}', flush=True)\n"
         "if rank == 1 and attempts < 2:\n"
-        "    outcome.record_failure(rank, 1, 'OSError: gone', 'Traceback\\n')\n"
+        "    rank_reports.record_failure(rank, 1, 'OSError: gone', 'Traceback\\n')\n"
         "    os._exit(1)\n"
         "while attempts < 2:\n    time.sleep(0.01)\n"
-        "outcome.record_finish(rank, 0)\n"
+        "rank_reports.record_finish(rank, 0)\n"
     )
     launch = Launch(
         tmp_path,
@@ -226,7 +226,7 @@ def test_restarts(mini_data: Path, tmp_path: Path) -> None:
 def test_bad_input_is_not_restarted(mini_data: Path, tmp_path: Path) -> None:
     program = (
         "tell(f'rank{rank}')\n"
-        "outcome.record_failure(rank, 2, 'no such shard; pass another')\n"
+        "rank_reports.record_failure(rank, 2, 'no such shard; pass another')\n"
         "os._exit(2)\n"
     )
     launch = Launch(tmp_path, mini_data, program, "--max_restarts", 3)

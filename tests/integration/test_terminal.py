@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.logs.console import BOLD, NORMAL
-from bert_pretraining.logs.reader import mllog_events, read_log
+from bert_pretraining.logs.reading.events import mllog_events, read_log
 from helpers import ROOT, command
 from mlperf_logs import BELOW_TARGET, failures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bert_pretraining.model.diagnosis import first_non_finite
+from bert_pretraining.training.diagnosis import first_non_finite
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 BATCH = packed(padded_arrays([30, 7, 52], 64, 101, seed=3))

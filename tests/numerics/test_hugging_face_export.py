@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining import checkpoint_commands
 from bert_pretraining.checkpoint import load_weights, write_weights
+from bert_pretraining.commands import checkpoint
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from helpers import REFERENCE, make_model, needs_reference, packed, padded_arrays
@@ -73,7 +73,7 @@ def our_loss(model: BertForPreTraining, arrays: dict[str, np.ndarray]) -> torch.
 def test_the_reference_checkpoint_exported(tmp_path: Path, name: str) -> None:
     config = CHECKPOINT / "bert_config.json"
     flags = ["--to", "hf", "--bert_config", str(config)]
-    checkpoint_commands.convert([str(CHECKPOINT / name), str(tmp_path / "hf"), *flags])
+    checkpoint.convert([str(CHECKPOINT / name), str(tmp_path / "hf"), *flags])
     theirs = load_quietly(tmp_path / "hf")
     assert theirs.config.vocab_size == 30528
     assert theirs.config.layer_norm_eps == 1e-12
@@ -92,7 +92,7 @@ def test_an_export_without_padding_loses_its_share_of_the_softmax_alone(tmp_path
     config = CHECKPOINT / "bert_config.json"
     flags = ["--to", "hf", "--bert_config", str(config), "--trim_vocab"]
     source = CHECKPOINT / "model.ckpt-28252.apex.pt"
-    checkpoint_commands.convert([str(source), str(tmp_path / "hf"), *flags])
+    checkpoint.convert([str(source), str(tmp_path / "hf"), *flags])
     theirs = load_quietly(tmp_path / "hf")
     assert theirs.config.vocab_size == 30522
     ours = make_model(BertConfig.load(config))
@@ -112,7 +112,7 @@ def test_bf16_weights_stay_bf16(tmp_path: Path) -> None:
     (tmp_path / "bert_config.json").write_text(str(sizes).replace("'", '"'))
     ours = make_model(BertConfig(**sizes), dtype=torch.bfloat16)
     write_weights(tmp_path / "start.pt", ours.state_dict())
-    checkpoint_commands.convert([str(tmp_path / "start.pt"), str(tmp_path / "hf"), "--to", "hf"])
+    checkpoint.convert([str(tmp_path / "start.pt"), str(tmp_path / "hf"), "--to", "hf"])
     theirs = load_quietly(tmp_path / "hf")
     assert theirs.dtype == torch.bfloat16
     arrays = padded_arrays(LENGTHS, 64, 101, seed=3)

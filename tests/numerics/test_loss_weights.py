@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bert_pretraining.distributed import Ranks
-from bert_pretraining.model.loss_weights import loss_weights
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.loss_weights import loss_weights
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

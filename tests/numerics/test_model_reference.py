@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bert_pretraining import checkpoint_commands
 from bert_pretraining.checkpoint import load_weights
-from bert_pretraining.data.examples import (
+from bert_pretraining.commands import checkpoint
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.preparation.examples import (
     ExampleSettings,
     Vocabulary,
     create_examples,
     pick,
     to_arrays,
 )
-from bert_pretraining.model.bert_config import BertConfig
-from bert_pretraining.model.heads import BertForPreTraining
 from helpers import REFERENCE, make_model, needs_reference, packed, padded_arrays, tiny_config
 
 TF1 = REFERENCE / "checkpoint/tf1/model.ckpt-28252"
@@ -107,7 +107,7 @@ def test_the_same_from_every_form_of_the_checkpoint(
     if form == "Hugging Face":
         source = tmp_path / "exported"
         flags = ["--to", "hf", "--bert_config", str(config)]
-        checkpoint_commands.convert([str(TF1), str(source), *flags])
+        checkpoint.convert([str(TF1), str(source), *flags])
     model = make_model(BertConfig.load(config), "torch")
     assert load_weights(model, source).format.startswith(form)
     model.eval()

@@ -9,7 +9,7 @@ import torch
 
 from bert_pretraining.kernels import reference, torch_provider
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.step import forward_backward
+from bert_pretraining.training.micro_step import forward_backward
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))

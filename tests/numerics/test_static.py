@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.data.static import Budget, StaticBatch, budgets
 from bert_pretraining.kernels.reference import IGNORED
-from bert_pretraining.step import MicroStep, forward_backward
+from bert_pretraining.training.micro_step import MicroStep, forward_backward
+from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bert_pretraining import config
-from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.step import choose_step, forward_backward
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.micro_step import choose_step, forward_backward
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 SWITCHES = (

@@ -9,11 +9,11 @@ import torch
 from triton_helpers import DEVICE
 
 # isort: split
-from bert_pretraining.data.static import Budget, StaticBatch
 from bert_pretraining.kernels import OPERATORS, select
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.step import forward_backward
+from bert_pretraining.training.micro_step import forward_backward
+from bert_pretraining.training.static_batch import Budget, StaticBatch
 from helpers import packed, padded_arrays, tiny_config
 
 CONFIG = tiny_config(num_hidden_layers=1, max_position_embeddings=64)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_pretraining.data.packing import PackedBatch
-from bert_pretraining.distributed import Ranks
 from bert_pretraining.errors import TrainingError
+from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.optim import Lamb, LambSettings, LossScale, Schedule, create_optimizer
-from bert_pretraining.reduction import NoReduction
-from bert_pretraining.step import MicroStep
-from bert_pretraining.update import MAX_UNREAD, Update
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.gradient_reduction import NoReduction
+from bert_pretraining.training.micro_step import MicroStep
+from bert_pretraining.training.update import MAX_UNREAD, Update
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 CPU = torch.device("cpu")

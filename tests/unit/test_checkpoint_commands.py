@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_pretraining import checkpoint_commands
 from bert_pretraining.checkpoint import save_checkpoint, write_weights
+from bert_pretraining.commands import checkpoint
 from bert_pretraining.errors import UserError
 from helpers import REFERENCE, ROOT, command, needs_reference
 
@@ -211,10 +211,10 @@ def test_help_and_unknown_words(tmp_path: Path) -> None:
     assert [line.split()[1] for line in done.stdout.splitlines()[2:5]] == [
         "inspect", "convert", "diff"
     ]  # fmt: skip
-    assert set(checkpoint_commands.COMMANDS) == {"inspect", "convert", "diff"}
+    assert set(checkpoint.COMMANDS) == {"inspect", "convert", "diff"}
     with pytest.raises(UserError, match="unknown flag --jsn; did you mean --json"):
-        checkpoint_commands.inspect(["a.pt", "--jsn"])
+        checkpoint.inspect(["a.pt", "--jsn"])
     with pytest.raises(UserError, match="required: DST, --to"):
-        checkpoint_commands.convert(["a.pt"])
+        checkpoint.convert(["a.pt"])
     with pytest.raises(UserError, match="invalid choice: 'tf'"):
-        checkpoint_commands.convert(["a.pt", "b", "--to", "tf"])
+        checkpoint.convert(["a.pt", "b", "--to", "tf"])

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import pytest
 from pytest import MonkeyPatch
 
-from bert_pretraining.data import download as module
-from bert_pretraining.data.download import FILES, RemoteFile, download
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import download as module
+from bert_pretraining.preparation.download import FILES, RemoteFile, download
 
 CHECKPOINT = "model.ckpt-28252.apex.pt"
 ARCHIVE = "eval_set_uncompressed.tar.gz"

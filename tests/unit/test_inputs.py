@@ -12,10 +12,10 @@ import pytest
 
 from bert_pretraining.checkpoint import read_weights
 from bert_pretraining.config import resolve
+from bert_pretraining.config.settings import Config
+from bert_pretraining.data.inputs import data_paths, faults
 from bert_pretraining.data.shards import list_shards
 from bert_pretraining.errors import UserError
-from bert_pretraining.inputs import data_paths, faults
-from bert_pretraining.settings import Config
 from helpers import ROOT, command
 
 BERT_CONFIG = {

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining import config, launch, outcome
+from bert_pretraining import config, launch
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import LaunchFlags
 from bert_pretraining.launch.port import port_holder
 from bert_pretraining.launch.report import explain
+from bert_pretraining.runtime import rank_reports
 
 FLAGS = LaunchFlags()
 
@@ -102,27 +103,30 @@ def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(outcome.FOLDER_VARIABLE, raising=False)
-    assert outcome.record_finish(0, 3) is False
-    monkeypatch.setenv(outcome.FOLDER_VARIABLE, str(tmp_path))
-    assert outcome.read_finish(tmp_path) is None
-    assert outcome.record_finish(10, 0)
-    assert outcome.record_finish(2, 3)
-    assert outcome.read_finish(tmp_path) == 3
-    assert outcome.finished_ranks(tmp_path) == {2, 10}
-    outcome.record_failure(3, 2, "first")
-    outcome.record_failure(0, 1, "second", "trace")
-    assert [failure.message for failure in outcome.read_failures(tmp_path)] == ["first", "second"]
+    monkeypatch.delenv(rank_reports.FOLDER_VARIABLE, raising=False)
+    assert rank_reports.record_finish(0, 3) is False
+    monkeypatch.setenv(rank_reports.FOLDER_VARIABLE, str(tmp_path))
+    assert rank_reports.read_finish(tmp_path) is None
+    assert rank_reports.record_finish(10, 0)
+    assert rank_reports.record_finish(2, 3)
+    assert rank_reports.read_finish(tmp_path) == 3
+    assert rank_reports.finished_ranks(tmp_path) == {2, 10}
+    rank_reports.record_failure(3, 2, "first")
+    rank_reports.record_failure(0, 1, "second", "trace")
+    assert [failure.message for failure in rank_reports.read_failures(tmp_path)] == [
+        "first",
+        "second",
+    ]
 
 
 def test_a_rank_that_starts_late_learns_of_the_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(outcome.FOLDER_VARIABLE, str(tmp_path))
-    assert outcome.register(1) is None
-    outcome.ask_to_stop(tmp_path, 15)
-    assert outcome.register(0) == 15
-    assert outcome.read_processes(tmp_path) == {0: os.getpid(), 1: os.getpid()}
+    monkeypatch.setenv(rank_reports.FOLDER_VARIABLE, str(tmp_path))
+    assert rank_reports.register(1) is None
+    rank_reports.ask_to_stop(tmp_path, 15)
+    assert rank_reports.register(0) == 15
+    assert rank_reports.read_processes(tmp_path) == {0: os.getpid(), 1: os.getpid()}
 
 
 def test_explaining_ends(tmp_path: Path) -> None:

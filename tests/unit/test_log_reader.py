@@ -10,7 +10,7 @@ import pytest
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs.mlperf import MlperfLog
 from bert_pretraining.logs.perflog import PerfLog
-from bert_pretraining.logs.reader import mllog_events, perflog_events, read_log
+from bert_pretraining.logs.reading.events import mllog_events, perflog_events, read_log
 from helpers import REFERENCE, needs_reference
 
 # The form that DeepSparkHub writes: other keys than ours, events without a value.

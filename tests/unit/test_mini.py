@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_pretraining.data import mini
-from bert_pretraining.data.examples import (
+from bert_pretraining.data.shards import SCHEMA, list_shards, ragged_arange, read_shard
+from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import mini
+from bert_pretraining.preparation.examples import (
     ExampleSettings,
     Vocabulary,
     create_examples,
     pick,
     to_arrays,
 )
-from bert_pretraining.data.grammar import Grammar, vocabulary
-from bert_pretraining.data.mini import (
+from bert_pretraining.preparation.grammar import Grammar, vocabulary
+from bert_pretraining.preparation.mini import (
     CHECKPOINT_NAME,
     PACKAGED_CHECKPOINT,
     MiniSettings,
     make_mini,
 )
-from bert_pretraining.data.shards import SCHEMA, list_shards, ragged_arange, read_shard
-from bert_pretraining.errors import UserError
 from helpers import REFERENCE, needs_reference
 
 

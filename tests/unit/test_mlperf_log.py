@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.logs import mllog_line
-from bert_pretraining.logs.loading import load_runs
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
-from bert_pretraining.logs.reader import Event, mllog_events
+from bert_pretraining.logs.reading.events import Event, mllog_events
+from bert_pretraining.logs.reading.loading import load_runs
 from bert_pretraining.logs.tensor_names import mlperf_tensor_names
 from bert_pretraining.submission.log_checks import check_log
 from bert_pretraining.submission.tree import read_result

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from bert_pretraining import agreement, distributed
 from bert_pretraining.launch import network
 from bert_pretraining.launch.plan import _environment
+from bert_pretraining.runtime import consistency, process_group
 
 
 def test_loopback_is_taken_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,13 +43,13 @@ def test_addresses() -> None:
 
 
 def test_agreement_names_what_differs_and_where() -> None:
-    same = agreement.describe({"nnodes": 2, "seed": None})
-    assert agreement.difference([("machine 0", same), ("machine 1", dict(same))]) is None
-    other = {**same, "--seed": "7", agreement.CODE: "0" * 12}
+    same = consistency.describe({"nnodes": 2, "seed": None})
+    assert consistency.difference([("machine 0", same), ("machine 1", dict(same))]) is None
+    other = {**same, "--seed": "7", consistency.CODE: "0" * 12}
     places = [("machine 0 (a)", same), ("machine 1 (b)", same), ("machine 2 (c)", other)]
-    assert agreement.difference(places) == (
+    assert consistency.difference(places) == (
         "--seed is None on machine 0 (a) and 7 on machine 2 (c); "
-        f"the code's sha256 is {same[agreement.CODE]} on machine 0 (a) and 000000000000 on "
+        f"the code's sha256 is {same[consistency.CODE]} on machine 0 (a) and 000000000000 on "
         "machine 2 (c): run the same command, from the same checkout, on both"
     )
 
@@ -62,9 +62,9 @@ def test_what_gloo_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         "Gloo connectFullMesh failed with [/a/gloo/transport/tcp/pair.cc:152] timed out "
         "connecting: SO_ERROR: Connection refused, remote=[172.17.0.1]:17326$1"
     )
-    text = distributed._unreachable("gloo", said)
+    text = process_group._unreachable("gloo", said)
     for part in ("Connection refused, remote=[172.17.0.1]:17326)", "GLOO_SOCKET_IFNAME=docker0",
                  "gpu07 port 29500", socket.gethostname()):  # fmt: skip
         assert part in text
     assert "\n" not in text
-    assert "NCCL_SOCKET_IFNAME" in distributed._unreachable("nccl", said)
+    assert "NCCL_SOCKET_IFNAME" in process_group._unreachable("nccl", said)

@@ -10,9 +10,9 @@ import pytest
 from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
-from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.data.shards import list_shards, write_shard
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.batch import PackedBatch
 from helpers import padded_arrays
 
 SIZES = [[7, 5, 9, 4], [1], [3, 0, 10], [2] * 11, [50]]

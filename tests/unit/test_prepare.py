@@ -16,8 +16,11 @@ import h5py
 import numpy as np
 import pytest
 
-from bert_pretraining.data import prepare as stages
-from bert_pretraining.data.examples import (
+from bert_pretraining.data.packing import pack_rows
+from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
+from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import prepare as stages
+from bert_pretraining.preparation.examples import (
     CLS,
     SEP,
     ExampleSettings,
@@ -26,10 +29,7 @@ from bert_pretraining.data.examples import (
     draw_below,
     shuffle,
 )
-from bert_pretraining.data.packing import pack_rows
-from bert_pretraining.data.prepare import PrepareSettings, TextSettings
-from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
-from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.prepare import PrepareSettings, TextSettings
 from helpers import REFERENCE, ROOT, command, needs_reference, padded_arrays
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_pretraining import config, train
+from bert_pretraining import config
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
-from bert_pretraining.logs.loading import load_runs
+from bert_pretraining.logs.reading.loading import load_runs
 from bert_pretraining.report import compare, curves, figures
 from bert_pretraining.report.command import main, make_report
 from bert_pretraining.report.curves import SECONDS, Curve
 from bert_pretraining.report.style import DARK, LIGHT, Theme, settings
 from bert_pretraining.report.view import View
+from bert_pretraining.training import train
 from helpers import REFERENCE, command, needs_reference
 from log_files import mllog_line, write_run
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining import seeds
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs.mlperf import run_status
 from bert_pretraining.optim import LossScale, Schedule
-from bert_pretraining.state import (
+from bert_pretraining.progress import (
     Calendar,
     RunState,
     check_update,
     evaluation_interval,
     stop_reason,
 )
+from bert_pretraining.runtime import seeds
 
 
 def test_schedule_without_warmup_is_linear_decay() -> None:

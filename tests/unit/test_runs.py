@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.logs.loading import load_runs
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.loading import load_runs
+from bert_pretraining.logs.reading.runs import Run
 from helpers import REFERENCE, needs_reference
 from log_files import mllog_line, perflog_line, write_run
 

@@ -15,8 +15,8 @@ import torch
 from bert_pretraining.checkpoint import CheckpointWriter, newest_first
 from bert_pretraining.checkpoint import save as saving
 from bert_pretraining.errors import UserError
-from bert_pretraining.lock import FolderLock
-from bert_pretraining.signals import StopRequest
+from bert_pretraining.runtime.lock import FolderLock
+from bert_pretraining.runtime.signals import StopRequest
 from helpers import ROOT
 
 CONTENT = {"model": {"w": torch.ones(3)}, "optimizer": {}, "state": {"global_steps": 1}}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.data.segment import (
+from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.segment import (
     SegmentReport,
     articles,
     describe,
@@ -15,7 +16,6 @@ from bert_pretraining.data.segment import (
     segment,
     sentences,
 )
-from bert_pretraining.errors import UserError
 
 WIKI = """<doc id="1" url="https://example.org/1" title="Tea">
 Tea

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.data.packing import PackedBatch, pack, pack_rows
+from bert_pretraining.data.packing import pack, pack_rows
 from bert_pretraining.data.shards import (
     flatten,
     list_shards,
@@ -18,6 +18,7 @@ from bert_pretraining.data.shards import (
     write_shard,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.batch import PackedBatch
 from helpers import packed, padded_arrays
 
 

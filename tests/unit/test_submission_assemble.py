@@ -83,7 +83,9 @@ def test_the_code_comes_along_and_runs(series: Path, tmp_path: Path) -> None:
     assert made.remarks == []
     names = [path.relative_to(code).as_posix() for path in code.rglob("*")]
     assert {"README.md", "setup.sh", "init_datasets.sh", "run_and_time.sh"} <= set(names)
-    assert "base/bert_pretraining/train.py" in names and "configs/nvidia/_base.toml" in names
+    assert (
+        "base/bert_pretraining/training/train.py" in names and "configs/nvidia/_base.toml" in names
+    )
     assert not any(name.rsplit("/", 1)[-1].startswith(".") or "pycache" in name for name in names)
     assert " ".join(FLAGS) in (code / "README.md").read_text()
     assert "BERT pretraining, MLPerf style" in (code / "README.md").read_text()

@@ -13,13 +13,13 @@ import h5py
 import numpy as np
 import pytest
 
-from bert_pretraining.data import verify as verify_module
-from bert_pretraining.data import verify_report
-from bert_pretraining.data.prepare import TextSettings, checksum, create_file, pick_file
 from bert_pretraining.data.shards import read_arrays, write_shard, write_varlength_shard
-from bert_pretraining.data.verify import verify
-from bert_pretraining.data.verify_report import VerifyReport, md5_of, plot_lengths, row_md5s
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import verify as verify_module
+from bert_pretraining.preparation import verify_report
+from bert_pretraining.preparation.prepare import TextSettings, checksum, create_file, pick_file
+from bert_pretraining.preparation.verify import verify
+from bert_pretraining.preparation.verify_report import VerifyReport, md5_of, plot_lengths, row_md5s
 from helpers import REFERENCE, needs_reference
 
 TRAIN, EVAL = "2048_shards_uncompressed", "eval_set_uncompressed"

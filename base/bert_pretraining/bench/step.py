@@ -21,13 +21,13 @@ from bert_pretraining.bench.workload import (
     wikipedia_lengths,
 )
 from bert_pretraining.config import FlagParser
-from bert_pretraining.data.packing import PackedBatch
-from bert_pretraining.data.static import budgets
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import DTYPES, PROVIDERS, select
+from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.step import MicroStep
+from bert_pretraining.training.micro_step import MicroStep
+from bert_pretraining.training.static_batch import budgets
 
 
 def parser(prog: str) -> FlagParser:

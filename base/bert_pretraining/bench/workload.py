@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert_pretraining.data.packing import PackedBatch, pack_rows
+from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.shards import FlatShard, flatten
+from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 
 BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)

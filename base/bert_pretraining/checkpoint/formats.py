@@ -14,7 +14,7 @@ from bert_pretraining.checkpoint.structure import fit, tie_output_bias
 from bert_pretraining.checkpoint.tensor_bundle import TensorBundle
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import OTHER_CHECKPOINT, checkpoint_kind
+from bert_pretraining.runtime.files import OTHER_CHECKPOINT, checkpoint_kind
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that hold the weights
 OPTIMIZER_STATE = "optimizer state"

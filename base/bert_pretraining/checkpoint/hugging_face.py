@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import HUGGING_FACE_WEIGHTS, UNFINISHED, with_ending
+from bert_pretraining.runtime.files import HUGGING_FACE_WEIGHTS, UNFINISHED, with_ending
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bert_pretraining.files import UNFINISHED
+from bert_pretraining.runtime.files import UNFINISHED
 
 _NAME = re.compile(r"model\.ckpt-(\d+)\.pt")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.crc32c import masked_crc32c
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import with_ending
+from bert_pretraining.runtime.files import with_ending
 
 FOOTER_BYTES = 48
 TABLE_MAGIC = 0xDB4775248B80FB57

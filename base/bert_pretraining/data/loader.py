@@ -13,10 +13,11 @@ import numpy as np
 
 from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.order import SampleOrder
-from bert_pretraining.data.packing import PackedBatch, pack, pack_rows
+from bert_pretraining.data.packing import pack, pack_rows
 from bert_pretraining.data.shards import FlatShard, ShardInfo, list_shards, read_shard
 from bert_pretraining.errors import UserError
-from bert_pretraining.seeds import derive
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.runtime.seeds import derive
 
 PACKED_TOGETHER = 32  # batches; fewer cost more calls and more changes of threads
 GROUPS_AHEAD = 2  # of so many batches each, packed before they are asked for

@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bert_pretraining.seeds import derive
+from bert_pretraining.runtime.seeds import derive
 
 
 class SampleOrder:

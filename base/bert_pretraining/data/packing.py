@@ -1,80 +1,14 @@
-"""The one representation of a batch: real tokens only, sequences end to end."""
+"""Shards' rows -> `PackedBatch`es, on the host and on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bert_pretraining.data.shards import FlatShard, ragged_arange
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """B sequences of T real tokens in all, of which M are masked.
-
-    input_ids, segment_ids, position_ids: (T,) int32.
-    cu_seqlens: (B + 1,) int32, where each sequence starts; the last entry is T.
-    max_seqlen: the longest sequence's length.
-    masked_positions: (M,) int32 indices into T; masked_labels: (M,) int64.
-    next_sentence_labels: (B,) int64, 1 where the second segment is a random one.
-    """
-
-    input_ids: Tensor
-    segment_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    masked_positions: Tensor
-    masked_labels: Tensor
-    next_sentence_labels: Tensor
-    max_seqlen: int
-
-    @property
-    def num_sequences(self) -> int:
-        return self.next_sentence_labels.shape[0]
-
-    @property
-    def num_masked(self) -> int:
-        return self.masked_labels.shape[0]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`; copies from pinned memory do not block."""
-        if self.input_ids.device == device:
-            return self
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in self.tensors().items()
-        }
-        return PackedBatch(**moved, max_seqlen=self.max_seqlen)
-
-
-def smallest_batch(device: torch.device) -> PackedBatch:
-    """One sequence of two tokens, one of them masked: for a pass that nobody counts."""
-
-    def zeros(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.zeros(count, dtype=dtype, device=device)
-
-    return PackedBatch(
-        input_ids=zeros(2),
-        segment_ids=zeros(2),
-        position_ids=torch.arange(2, dtype=torch.int32, device=device),
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device),
-        masked_positions=zeros(1),
-        masked_labels=zeros(1, torch.int64),
-        next_sentence_labels=zeros(1, torch.int64),
-        max_seqlen=2,
-    )
+from bert_pretraining.model.batch import PackedBatch
 
 
 def pack(

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import UNFINISHED, shard_files
+from bert_pretraining.runtime.files import UNFINISHED, shard_files
 
 # dataset -> dtype in a fixed-length shard
 SCHEMA = {

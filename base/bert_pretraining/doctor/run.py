@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_pretraining import inputs
 from bert_pretraining.config import Config
+from bert_pretraining.data import inputs
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import shard_files
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags
 from bert_pretraining.launch.port import free_port
+from bert_pretraining.runtime.files import shard_files
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")

@@ -5,6 +5,7 @@ becomes a trainer, `report` says why a launch failed. Where another launcher has
 ranks (`surroundings` tells), `joined` takes the place of `supervise`.
 """
 
+from bert_pretraining.launch.cluster import placed_rank
 from bert_pretraining.launch.joined import join, run_placed
 from bert_pretraining.launch.plan import (
     LaunchFlags,
@@ -16,7 +17,6 @@ from bert_pretraining.launch.plan import (
 )
 from bert_pretraining.launch.rank import run_rank
 from bert_pretraining.launch.supervise import run
-from bert_pretraining.launch.surroundings import placed_rank
 
 __all__ = [
     "LaunchFlags",

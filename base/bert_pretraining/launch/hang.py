@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 
-from bert_pretraining import outcome
 from bert_pretraining.errors import EXIT_CRASH
 from bert_pretraining.launch.processes import Ranks
 from bert_pretraining.launch.report import Ending
+from bert_pretraining.runtime import rank_reports
 
 # A longer pause between two looks means that this process was stopped too (by the batch
 # system, by a suspended machine): then nobody can have made progress.
@@ -35,7 +35,7 @@ class Watch:
             self._seen.clear()
         self._looked = now
         unfinished = self._ranks.unfinished()
-        beats = outcome.read_heartbeats(self._ranks.folder)
+        beats = rank_reports.read_heartbeats(self._ranks.folder)
         for rank, beat in beats.items():
             if rank not in self._seen or self._seen[rank][0] != beat:
                 self._seen[rank] = (beat, now)
@@ -72,13 +72,13 @@ class Watch:
 def ask_for_stacks(ranks: Ranks) -> dict[int, str]:
     """Every living rank's stacks; empty for one that does not answer in time."""
     living = ranks.living()
-    able = outcome.read_stacks(ranks.folder).keys() & living.keys()
-    ranks.send(outcome.STACK_SIGNAL, able)
+    able = rank_reports.read_stacks(ranks.folder).keys() & living.keys()
+    ranks.send(rank_reports.STACK_SIGNAL, able)
     deadline = time.monotonic() + SECONDS_TO_ANSWER
     before: dict[int, str] = {}
     while time.monotonic() < deadline:
         time.sleep(0.2)
-        stacks = outcome.read_stacks(ranks.folder)
+        stacks = rank_reports.read_stacks(ranks.folder)
         if stacks == before and all(stacks[rank] for rank in able):
             break
         before = stacks

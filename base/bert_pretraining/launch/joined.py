@@ -7,9 +7,9 @@ import os
 from typing import NoReturn
 
 from bert_pretraining.config import Resolved
+from bert_pretraining.launch.cluster import Placed, check_size
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags, Plan
 from bert_pretraining.launch.rank import become_trainer
-from bert_pretraining.launch.surroundings import Placed, check_size
 
 
 def join(flags: LaunchFlags, resolved: Resolved, placed: Placed) -> LaunchFlags:

@@ -14,9 +14,9 @@ from bert_pretraining import config as configuration
 from bert_pretraining import topology
 from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
-from bert_pretraining.launch import network, surroundings
+from bert_pretraining.launch import cluster, network
+from bert_pretraining.launch.cluster import LOCAL_ADDRESS
 from bert_pretraining.launch.rank import Place, trainer_command
-from bert_pretraining.launch.surroundings import LOCAL_ADDRESS
 
 DEFAULT_PORT = 29500
 HANG_TIMEOUT = 600.0
@@ -110,7 +110,7 @@ def split_flags(values: dict[str, object]) -> tuple[LaunchFlags, dict[str, objec
     """All parsed flags -> the launcher's, and the configuration's."""
     names = [field.name for field in dataclasses.fields(LaunchFlags)]
     given = {name: values[name] for name in names if values[name] is not None}
-    node = surroundings.slurm_node(os.environ)
+    node = cluster.slurm_node(os.environ)
     slurm = dataclasses.asdict(node) if node else {}
     flags = LaunchFlags(**{**slurm, **given})
     return flags, {name: value for name, value in values.items() if name not in names}

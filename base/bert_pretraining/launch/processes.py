@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_pretraining import outcome
+from bert_pretraining.runtime import rank_reports
 
 _ENDED = ("", "Z")  # gone, or waiting for torchrun to take notice
 _STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a device"}
@@ -23,22 +23,22 @@ class Ranks:
 
     def living(self) -> dict[int, int]:
         """Rank -> process id, of those that have not ended."""
-        processes = outcome.read_processes(self.folder)
+        processes = rank_reports.read_processes(self.folder)
         return {rank: pid for rank, pid in processes.items() if _state(pid) not in _ENDED}
 
     def unfinished(self) -> dict[int, int]:
         """Rank -> process id, of those that live and have not finished."""
-        finished = outcome.finished_ranks(self.folder)
+        finished = rank_reports.finished_ranks(self.folder)
         return {rank: pid for rank, pid in self.living().items() if rank not in finished}
 
     def one_has_failed(self) -> bool:
         """Whether a rank has recorded a failure, or ended without a word."""
-        if outcome.read_failures(self.folder):
+        if rank_reports.read_failures(self.folder):
             return True
-        processes = outcome.read_processes(self.folder)
+        processes = rank_reports.read_processes(self.folder)
         ended = {rank for rank, pid in processes.items() if _state(pid) in _ENDED}
         # Read after that: a rank says that it finished before it ends.
-        return bool(ended - outcome.finished_ranks(self.folder))
+        return bool(ended - rank_reports.finished_ranks(self.folder))
 
     def send(self, signum: int, ranks: Collection[int] | None = None) -> None:
         """A signal to every living rank, or to some; not to what they started."""
@@ -49,7 +49,7 @@ class Ranks:
     def kill(self) -> None:
         """End every rank and whatever it started, at once."""
         # torchrun gives each rank a session, which its children stay in when it has ended.
-        sessions = set(outcome.read_processes(self.folder).values())
+        sessions = set(rank_reports.read_processes(self.folder).values())
         for directory in Path("/proc").glob("[0-9]*"):
             _, _, session = _status(int(directory.name))
             if session in sessions:
@@ -57,7 +57,7 @@ class Ranks:
 
     def state(self, rank: int) -> str:
         """ "stopped by a signal" and the like; empty for a rank that runs or waits as usual."""
-        pid = outcome.read_processes(self.folder).get(rank)
+        pid = rank_reports.read_processes(self.folder).get(rank)
         return _STATES.get(_state(pid), "") if pid else ""
 
 

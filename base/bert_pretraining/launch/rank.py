@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import NoReturn, TypedDict
 
-from bert_pretraining import outcome
+from bert_pretraining.runtime import rank_reports
 
 
 class Place(TypedDict):
@@ -36,7 +36,7 @@ def run_rank(arguments: list[str]) -> NoReturn:
     if places["one_stream"]:
         os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
     # Exec keeps the process id, so that signals find the trainer under it.
-    stopped_by = outcome.register(int(os.environ["RANK"]))
+    stopped_by = rank_reports.register(int(os.environ["RANK"]))
     if stopped_by is not None:
         signal.signal(stopped_by, signal.SIG_DFL)
         os.kill(os.getpid(), stopped_by)

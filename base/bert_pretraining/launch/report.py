@@ -6,8 +6,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_pretraining import outcome
 from bert_pretraining.errors import EXIT_CRASH, EXIT_USAGE
+from bert_pretraining.runtime import rank_reports
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def explain(
     ranks that the launcher itself killed, whose ends explain nothing. A rank that died
     without a word explains the others' lost connections; else the earliest record does.
     """
-    failures = outcome.read_failures(folder)
+    failures = rank_reports.read_failures(folder)
     told = {failure.rank for failure in failures} | ended
     silent = [(rank, code) for rank, code in sorted(exit_codes.items()) if rank not in told]
     if failures:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_pretraining import agreement, outcome
 from bert_pretraining.errors import (
     EXIT_CONVERGED,
     EXIT_NOT_CONVERGED,
@@ -34,9 +33,10 @@ from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import Ranks
 from bert_pretraining.launch.rank import PLACES_VARIABLE
 from bert_pretraining.launch.report import Ending, explain
+from bert_pretraining.runtime import consistency, rank_reports
 
 if TYPE_CHECKING:
-    from bert_pretraining.launch.neighbours import Neighbours
+    from bert_pretraining.launch.rendezvous import Neighbours
 
 FINISHED = (EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED)
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -146,13 +146,13 @@ class _Attempt:
         flags, config = self._plan.flags, self._plan.resolved.config
         if config.nnodes == 1:
             return
-        from bert_pretraining.launch.neighbours import Meeting, Neighbours
+        from bert_pretraining.launch.rendezvous import Meeting, Neighbours
 
         timeout = flags.rendezvous_timeout
         meeting = Meeting(
             flags.master_addr, port, flags.node_rank, config.nnodes, self._attempt, timeout
         )
-        self._neighbours = Neighbours(meeting, agreement.describe(dataclasses.asdict(config)))
+        self._neighbours = Neighbours(meeting, consistency.describe(dataclasses.asdict(config)))
         self._neighbours.start()
         self._notice_at = time.monotonic() + NOTICE_AFTER
 
@@ -171,8 +171,8 @@ class _Attempt:
         places = {"launcher": os.getpid(), "one_stream": bool(self._log_paths), "ranks": ranks}
         return {
             **plan.environment,
-            outcome.FOLDER_VARIABLE: str(self._folder),
-            outcome.ATTEMPT_VARIABLE: str(self._attempt),
+            rank_reports.FOLDER_VARIABLE: str(self._folder),
+            rank_reports.ATTEMPT_VARIABLE: str(self._attempt),
             PLACES_VARIABLE: json.dumps(places),
         }
 
@@ -183,9 +183,9 @@ class _Attempt:
                 self._stopped_by, self._signalled_at = signum, at
                 # SIGHUP, the terminal is gone, is no signal that trainers know.
                 passed = signal.SIGTERM if signum == signal.SIGHUP else signum
-                outcome.ask_to_stop(self._folder, passed)
+                rank_reports.ask_to_stop(self._folder, passed)
                 self._ranks.send(passed)
-                if not outcome.read_processes(self._folder):
+                if not rank_reports.read_processes(self._folder):
                     self._leave(signum)
             elif signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL:
                 self._kill()
@@ -264,7 +264,7 @@ class _Attempt:
                 return Ending(128 + self._stopped_by, by_signal=True)
         if exit_codes:
             return explain(self._folder, exit_codes, self._killed)
-        earned = outcome.read_finish(self._folder)
+        earned = rank_reports.read_finish(self._folder)
         if earned is None:
             raise RuntimeError("the ranks ended without saying how")
         return Ending(earned)
@@ -301,7 +301,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in (outcome.FOLDER_VARIABLE, outcome.ATTEMPT_VARIABLE, PLACES_VARIABLE):
+        for name in (rank_reports.FOLDER_VARIABLE, rank_reports.ATTEMPT_VARIABLE, PLACES_VARIABLE):
             del os.environ[name]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from bert_pretraining import __version__
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import UNFINISHED
+from bert_pretraining.runtime.files import UNFINISHED
 
 PACKAGES = ("torch", "numpy", "h5py", "mlperf-logging", "tokenizers", "tqdm")
 

@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bert_pretraining.config import Resolved
-from bert_pretraining.lock import FolderLock
 from bert_pretraining.logs.console import Console, LineFile, clock, duration, results_table
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
 from bert_pretraining.logs.perflog import PerfLog
 from bert_pretraining.logs.run_folder import make_run_folder
 from bert_pretraining.logs.tensor_names import mlperf_tensor_names
 from bert_pretraining.logs.tensorboard import TensorBoard
-from bert_pretraining.state import Calendar, RunState
+from bert_pretraining.progress import Calendar, RunState
+from bert_pretraining.runtime.lock import FolderLock
 
 
 class RunLog:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretraining.data.packing import PackedBatch
 from bert_pretraining.kernels import Kernels
+from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert import Bert, DenseGelu, LayerNormParameters
 from bert_pretraining.model.bert_config import BertConfig
 

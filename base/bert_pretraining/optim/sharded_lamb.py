@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bert_pretraining.distributed import all_gather, reduce_scatter
 from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout
 from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.lamb import LambSettings, scale_down
+from bert_pretraining.runtime.process_group import all_gather, reduce_scatter
 
 BUCKET = 2**23  # elements; 16 or 32 MiB to send at a time
 AT_A_TIME = 3  # buckets that gloo may hold copies of

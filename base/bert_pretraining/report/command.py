@@ -9,12 +9,12 @@ from pathlib import Path
 
 from bert_pretraining import config
 from bert_pretraining.errors import UserError
-from bert_pretraining.files import UNFINISHED
-from bert_pretraining.logs.loading import load_runs
+from bert_pretraining.logs.reading.loading import load_runs
 from bert_pretraining.report import compare, figures, summary
 from bert_pretraining.report.page import DrawnPicture, page
 from bert_pretraining.report.style import DARK, LIGHT
 from bert_pretraining.report.view import View
+from bert_pretraining.runtime.files import UNFINISHED
 from bert_pretraining.submission.rulesets import DEFAULT_RULESET
 
 PAGE_NAME = "report.html"

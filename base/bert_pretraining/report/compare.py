@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.logs.runs import SUCCESS, TARGET_MLM_ACCURACY, UNFINISHED, Run
+from bert_pretraining.logs.reading.runs import SUCCESS, TARGET_MLM_ACCURACY, UNFINISHED, Run
 from bert_pretraining.submission.rcp import ConvergencePoint, convergence_point
 from bert_pretraining.submission.rulesets import DROPPED_RUNS, RUNS, require_ruleset
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bert_pretraining.logs.runs import EvaluationPoint, Run, TrainingPoint
+from bert_pretraining.logs.reading.runs import EvaluationPoint, Run, TrainingPoint
 
 SAMPLES, SECONDS = "samples", "seconds"
 

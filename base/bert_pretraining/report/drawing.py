@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report import curves
 from bert_pretraining.report.compare import Reference, Series
 from bert_pretraining.report.curves import SAMPLES, Curve

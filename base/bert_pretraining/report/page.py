@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bert_pretraining import __version__
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report import summary
 from bert_pretraining.report.figures import Picture
 from bert_pretraining.report.style import DARK, LIGHT

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report import curves, drawing
 from bert_pretraining.report.curves import SAMPLES, Curve, Scale
 from bert_pretraining.report.drawing import SeriesStyle

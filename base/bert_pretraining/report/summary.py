@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report.compare import Reference, Series, outcome
 from bert_pretraining.report.view import View, duration
 

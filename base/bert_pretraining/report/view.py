@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_pretraining.logs.runs import Run
+from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report import curves
 from bert_pretraining.report.compare import Reference, Series
 from bert_pretraining.report.curves import SECONDS, Scale

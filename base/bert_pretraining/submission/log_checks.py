@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
-from bert_pretraining.logs.reader import MLLOG_TOKEN, Event
-from bert_pretraining.state import evaluation_interval
+from bert_pretraining.logs.reading.events import MLLOG_TOKEN, Event
+from bert_pretraining.progress import evaluation_interval
 from bert_pretraining.submission.findings import Finding, warning
 from bert_pretraining.submission.rulesets import TARGET_MLM_ACCURACY
 from bert_pretraining.submission.tree import BENCHMARK, ResultLog, number

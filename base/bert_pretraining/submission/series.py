@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_pretraining import seeds
 from bert_pretraining.errors import (
     EXIT_CONVERGED,
     EXIT_INTERRUPTED,
@@ -31,6 +30,7 @@ from bert_pretraining.errors import (
     EXIT_USAGE,
     UserError,
 )
+from bert_pretraining.runtime import seeds
 from bert_pretraining.submission.score import RunFigures, run_figures
 from bert_pretraining.submission.system import describe_machine
 from bert_pretraining.submission.tree import ResultLog, read_result

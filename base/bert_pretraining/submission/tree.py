@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.logs.reader import MLLOG_TOKEN, Event, Fault, read_log
+from bert_pretraining.logs.reading.events import MLLOG_TOKEN, Event, Fault, read_log
 
 BENCHMARK = "bert"
 RESULT_NAME = re.compile(r"result_(\d+)\.txt")

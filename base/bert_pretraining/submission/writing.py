@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from bert_pretraining.files import UNFINISHED
+from bert_pretraining.runtime.files import UNFINISHED
 
 
 def write_text(path: Path, text: str) -> None:

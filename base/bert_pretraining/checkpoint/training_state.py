@@ -1,0 +1,226 @@
+"""All that a run must know to go on as if it had never stopped, and its way to a file and back.
+
+A training checkpoint is {"model", "optimizer", "state"}, plain tensors, numbers and texts:
+
+    model       the weights under the model's names, as every start checkpoint has them
+    optimizer   updates, and by parameter name: master (float32), first_moment, second_moment
+    state       the counters of `RunState`; upstream's global_steps, epoch, iter_dataloader_idx,
+                learning_rate; loss_scale; random (each rank's generators); order (what decides
+                which sequence comes when); config, config_hash, versions, job
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
+from bert_pretraining.config import Config
+from bert_pretraining.errors import UserError
+from bert_pretraining.optim import Lamb, LossScale
+from bert_pretraining.progress import RunState
+from bert_pretraining.runtime import process_group, rank_reports
+from bert_pretraining.runtime.files import checkpoint_kind
+from bert_pretraining.runtime.process_group import Ranks
+
+# Settings that do not change the numbers of a run, in groups and by name.
+WITHOUT_INFLUENCE = frozenset({"logging", "submission", "upstream", "evaluation"})
+ELSEWHERE = frozenset(
+    "name config output_dir data_dir train_dir eval_dir bert_config_path init_checkpoint resume "
+    "seed data_lanes max_samples_termination check_replicas_every".split()
+)
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """What decides which sequence comes when: see `data/order.py`."""
+
+    seed: int
+    lanes: int
+    shard_sizes: list[int]
+
+    def digest(self) -> str:
+        """Equal for data sets whose shards have the same sizes."""
+        return hashlib.sha256(json.dumps(self.shard_sizes).encode()).hexdigest()
+
+
+def influential(config: Config, world_size: int) -> dict[str, object]:
+    """The settings that a run's numbers follow from."""
+    named = {
+        setting.name: getattr(config, setting.name)
+        for setting in dataclasses.fields(config)
+        if setting.metadata["group"] not in WITHOUT_INFLUENCE and setting.name not in ELSEWHERE
+    }
+    named.update(nnodes=1, nproc_per_node=world_size)  # how ranks lie on machines does not matter
+    return named
+
+
+def config_hash(settings: dict[str, object]) -> str:
+    """Equal for equal settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def capture(
+    module: nn.Module,
+    optimizer: Lamb,
+    loss_scale: LossScale,
+    counters: dict[str, object],
+    config: Config,
+    order: DataOrder,
+    versions: dict[str, str],
+    ranks: Ranks,
+) -> dict[str, dict] | None:
+    """Copies, in main memory, of what is to be saved; None on all ranks but the main one.
+
+    Every rank must call it. counters: numbers of the run.
+    """
+    optimizer_state = optimizer.state_dict()
+    generators = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    random = process_group.gather(generators)
+    scaling = loss_scale.state_dict()
+    if not ranks.is_main:
+        return None
+    settings = influential(config, ranks.world_size)
+    copies: dict[tuple, Tensor] = {}
+
+    def copied(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: copied(item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        # Tensors that are one, as a float32 weight and its master, stay one in the file.
+        key = (value.data_ptr(), value.dtype, value.shape)
+        if key not in copies or value.numel() == 0:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return {
+        "model": copied(module.state_dict()),
+        "optimizer": copied(optimizer_state),
+        "state": {
+            **counters,
+            "loss_scale": scaling,
+            "random": random,
+            "order": {"seed": order.seed, "lanes": order.lanes, "shards": order.digest()},
+            "config": settings,
+            "config_hash": config_hash(settings),
+            "versions": versions,
+            "job": job(),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training checkpoint that was read."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def state(self) -> dict:
+        return self.checkpoint.state
+
+    @property
+    def run(self) -> RunState:
+        """The counters, as they were."""
+        names = [field.name for field in dataclasses.fields(RunState)]
+        return RunState(**{name: self.state[name] for name in names})
+
+    @property
+    def seed(self) -> int:
+        return self.state["order"]["seed"]
+
+    @property
+    def lanes(self) -> int:
+        return self.state["order"]["lanes"]
+
+    def restore(self, optimizer: Lamb, loss_scale: LossScale) -> None:
+        """Weights, moments and loss scale. UserError if they are another model's."""
+        masters = self.checkpoint.optimizer.get("master")
+        if not masters:
+            raise UserError(f"{self.checkpoint.path}: has no 'master' weights; it was written by "
+                            "another program; pass it as --init_checkpoint")  # fmt: skip
+        optimizer.load_state_dict(self.checkpoint.optimizer)
+        loss_scale.load_state_dict(self.state["loss_scale"])
+
+    def restore_generators(self, ranks: Ranks) -> None:
+        """This rank's random generators, where there were as many ranks."""
+        random = self.state["random"]
+        if len(random) != ranks.world_size:
+            return
+        torch.set_rng_state(random[ranks.rank]["cpu"])
+        if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
+            torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
+
+    def differences(self, settings: dict[str, object], order: DataOrder) -> list[str]:
+        """What of this run is not as it was when the file was written; empty: bit-identical."""
+        saved = self.state["config"]
+        found = [
+            f"{name} {saved.get(name)} -> {value}"
+            for name, value in settings.items()
+            if saved.get(name) != value
+        ]
+        if self.seed != order.seed:
+            found.append(f"seed {self.seed} -> {order.seed}")
+        if self.state["order"]["shards"] != order.digest():
+            found.append("the training shards")
+        return found
+
+
+def is_training_checkpoint(checkpoint: Checkpoint) -> bool:
+    """Whether a run of this package can go on from it."""
+    optimizer, state = checkpoint.optimizer, checkpoint.state
+    return bool(optimizer and state) and "first_moment" in optimizer and "order" in state
+
+
+def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None]) -> Path | None:
+    """The training checkpoint to go on from, or None to start from the start weights.
+
+    `--resume auto` and `required` look in output_dir, then at init_checkpoint; without --resume
+    init_checkpoint alone counts, and `never` starts anew in any case. Ranks that a launcher has
+    started again go on from what their own job has saved, whatever --resume says.
+    say: is told of files that are passed over. UserError where `required` finds none.
+    """
+    in_output_dir = config.resume in ("auto", "required")
+    if in_output_dir or restarted():
+        for path in newest_first(Path(config.resolved_output_dir)):
+            try:
+                found = read_checkpoint(path)
+            except UserError as error:
+                say(f"Notice: passed over {error}")
+                continue
+            if not is_training_checkpoint(found):
+                say(f"Notice: passed over {path}: it holds weights alone")
+            elif in_output_dir or found.state["job"] == job():
+                return path
+    given = None if config.resume == "never" else init_checkpoint
+    # Other kinds hold weights alone, and some take seconds to read.
+    may_be = given is not None and checkpoint_kind(given) == "torch"
+    if may_be and is_training_checkpoint(read_checkpoint(given)):
+        return given
+    if config.resume == "required":
+        raise UserError(
+            f"--resume required: no whole training checkpoint in {config.resolved_output_dir}; "
+            "pass its --output_dir, or --resume auto to start from the start weights"
+        )
+    return None
+
+
+def job() -> str | None:
+    """What names the launch that this process belongs to, its restarts included."""
+    return os.environ.get("BERT_PRETRAINING_STARTED")
+
+
+def restarted() -> bool:
+    """Whether a launcher has started these ranks again after a failure."""
+    return int(os.environ.get(rank_reports.ATTEMPT_VARIABLE, 0)) > 0

@@ -1,0 +1,198 @@
+"""The command line of `checkpoint ...`: flags in, functions of checkpoint/ called, lines out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert_pretraining import config
+from bert_pretraining.data.inputs import BERT_CONFIG_NAME
+from bert_pretraining.errors import UserError
+from bert_pretraining.model.bert_config import BertConfig
+
+if TYPE_CHECKING:
+    from bert_pretraining.checkpoint.conversion import Model
+    from bert_pretraining.checkpoint.formats import Checkpoint
+
+EXIT_EQUAL, EXIT_DIFFERENT = 0, 1
+FORMS = (
+    "FILE: a PyTorch file, a Hugging Face directory, a .safetensors file, or a TensorFlow 1 "
+    "checkpoint (model.ckpt-28252, whose .index and .data files lie there)"
+)
+MEND = "name a checkpoint (see checkpoint inspect --help)"
+HUGGING_FACE_CONFIG = "config.json"
+HUGGING_FACE_ENDINGS = (".safetensors", ".bin")
+
+
+def _parser(command: str, text: str) -> config.FlagParser:
+    return config.FlagParser(
+        prog=f"python -m bert_pretraining checkpoint {command}", allow_abbrev=False,
+        description=text,
+    )  # fmt: skip
+
+
+def _show(text: str) -> None:
+    """Print, to a reader that may have seen enough before the end, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def inspect(arguments: list[str]) -> None:
+    """`checkpoint inspect FILE`: what is in it."""
+    parser = _parser("inspect", f"What a checkpoint holds. {FORMS}.")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    values = parser.parse(arguments)
+
+    from bert_pretraining.checkpoint import formats, inspection
+
+    found = inspection.inspect(formats.read_checkpoint(values.file, MEND))
+    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+
+
+def diff(arguments: list[str]) -> int:
+    """`checkpoint diff A B`: 0 for the same weights, 1 for others."""
+    parser = _parser(
+        "diff",
+        "Whether two checkpoints hold the same weights: exit code 0 if they do, 1 if not, 2 if one "
+        f"cannot be read. A, B as FILE. {FORMS}. Rows of 0 that pad the vocabulary, and the type "
+        "of the numbers, make no difference.",
+    )
+    parser.add_argument("first", type=Path, metavar="A")
+    parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("--training_state", action="store_true",
+        help="compare the optimizer's and the training's state too")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="every difference as JSON")
+    values = parser.parse(arguments)
+
+    from bert_pretraining.checkpoint import comparison, formats
+
+    found = comparison.compare(
+        formats.read_checkpoint(values.first, MEND),
+        formats.read_checkpoint(values.second, MEND),
+        values.training_state,
+    )
+    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+    return EXIT_EQUAL if found.equal else EXIT_DIFFERENT
+
+
+def convert(arguments: list[str]) -> None:
+    """`checkpoint convert SRC DST --to apex|hf|resume`."""
+    parser = _parser(
+        "convert",
+        f"Write a checkpoint's weights in another layout. SRC as FILE. {FORMS}. "
+        "apex: a start checkpoint, {'model': named tensors}. hf: a directory for Hugging Face's "
+        "BertForPreTraining, config.json and model.safetensors. resume: a start checkpoint with "
+        "the training state that SRC has, if any; the optimizer starts fresh.",
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC")
+    add("destination", type=Path, metavar="DST")
+    add("--to", required=True, choices=("apex", "hf", "resume"), help="the layout of DST")
+    add("--bert_config", "--bert_config_path", type=Path, metavar="FILE",
+        help=f"the model's sizes; by default {BERT_CONFIG_NAME} beside SRC, or Hugging Face's "
+        f"{HUGGING_FACE_CONFIG} beside its weights. Only hf cannot do without")  # fmt: skip
+    add("--trim_vocab", action="store_true",
+        help="hf: leave out the rows that pad the vocabulary to a multiple of 8")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace DST if it is there")
+    values = parser.parse(arguments)
+    if values.trim_vocab and values.to != "hf":
+        raise UserError("--trim_vocab is for --to hf; the trainer's own layouts keep the padding")
+    _check_destination(values.destination, values.to, values.overwrite)
+
+    from bert_pretraining.checkpoint import conversion, formats
+
+    checkpoint = formats.read_checkpoint(values.source, MEND)
+    model, notes = _model(checkpoint, values.bert_config)
+    lines = conversion.convert(checkpoint, values.destination, values.to, model, values.trim_vocab)
+    print("\n".join([*lines, *notes]))
+
+
+def _check_destination(path: Path, target: str, overwrite: bool) -> None:
+    """UserError where something lies at `path` that must not, or cannot, be replaced."""
+    if not path.exists():
+        return
+    if path.is_dir() != (target == "hf"):
+        kind = "a directory" if path.is_dir() else "a file"
+        raise UserError(f"{path} is {kind}, which --to {target} cannot replace; name another")
+    if not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already; name another, or pass --overwrite")
+
+
+def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]]:
+    """(the model of the bert_config.json given or beside the checkpoint, notes for the user)."""
+    from bert_pretraining.checkpoint.conversion import Model
+    from bert_pretraining.checkpoint.names import WORD_EMBEDDING
+    from bert_pretraining.checkpoint.structure import Sizes, sizes_of
+
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    beside = [folder / BERT_CONFIG_NAME]
+    if checkpoint.path.is_dir() or checkpoint.path.suffix in HUGGING_FACE_ENDINGS:
+        beside.append(folder / HUGGING_FACE_CONFIG)  # elsewhere, a run's settings are called so
+    path = given or next((path for path in beside if path.is_file()), None)
+    if path is None:
+        sizes = sizes_of(checkpoint.weights)
+        if sizes is None:
+            lacking = (
+                "" if WORD_EMBEDDING in checkpoint.weights else f", {WORD_EMBEDDING} is not there"
+            )
+            raise UserError(
+                f"{checkpoint.path}: its tensors do not tell the model's sizes{lacking}; name "
+                "them with checkpoint inspect, or pass --bert_config FILE"
+            )
+        return Model(sizes, None), []
+    values = BertConfig.load(path)
+    sizes = Sizes(
+        values.num_hidden_layers,
+        values.hidden_size,
+        values.intermediate_size,
+        values.vocab_size,
+        values.max_position_embeddings,
+        values.type_vocab_size,
+    )
+    notes = [f"Sizes from {path}"]
+    if path.name == HUGGING_FACE_CONFIG and values.hidden_act == "gelu":
+        notes.append(
+            "Note: its hidden_act 'gelu' means the erf form to Hugging Face; this package computes "
+            "the tanh form, as BERT's authors do, which changes losses a little"
+        )
+    return Model(sizes, _hugging_face_config(values)), notes
+
+
+def _hugging_face_config(values: BertConfig) -> dict:
+    """config.json for BertForPreTraining, without the vocabulary's size."""
+    return {
+        "architectures": ["BertForPreTraining"],
+        "model_type": "bert",
+        "hidden_act": "gelu_pytorch_tanh",  # the formula that BERT is trained with here
+        "layer_norm_eps": values.layer_norm_epsilon,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        **{
+            name: getattr(values, name)
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+                "type_vocab_size",
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                "initializer_range",
+            )
+        },
+    }
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "inspect": inspect,
+    "convert": convert,
+    "diff": diff,
+}

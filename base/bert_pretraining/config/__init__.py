@@ -1,0 +1,31 @@
+"""Settings: files and flags -> one frozen `Config`."""
+
+from bert_pretraining.config.flags import FlagParser, add_config_flags, nearest, parse_bool
+from bert_pretraining.config.resolution import (
+    Resolved,
+    config_names,
+    configs_directory,
+    parse_topology,
+    resolve,
+    show,
+    tomllib,
+)
+from bert_pretraining.config.settings import FIELDS, GROUPS, Config, base_type
+
+__all__ = [
+    "FIELDS",
+    "GROUPS",
+    "Config",
+    "FlagParser",
+    "Resolved",
+    "add_config_flags",
+    "base_type",
+    "config_names",
+    "configs_directory",
+    "nearest",
+    "parse_bool",
+    "parse_topology",
+    "resolve",
+    "show",
+    "tomllib",
+]

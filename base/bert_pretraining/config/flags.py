@@ -1,0 +1,70 @@
+"""The command line's flags: underscores or hyphens, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from typing import NoReturn
+
+from bert_pretraining.config.settings import FIELDS, GROUPS, base_type
+from bert_pretraining.errors import UserError
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """ "; did you mean X?", or nothing if no name is near."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Flags with underscores or hyphens; an error is one UserError line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse all of `arguments`; an unknown flag names its nearest neighbour."""
+        normal = [
+            re.sub(r"^--[^=]+", lambda match: "--" + re.sub("[-.]", "_", match[0][2:]), argument)
+            for argument in arguments
+        ]
+        values, unknown = self.parse_known_args(normal)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            if not flag.startswith("--"):
+                raise UserError(f"unexpected argument '{flag}'; every value follows a --flag")
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(f"unknown flag {flag}{nearest(flag, known)}")
+        return values
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field of Config; a flag that is not given leaves no trace."""
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for field in FIELDS.values():
+        group = groups[field.metadata["group"]]
+        kind = base_type(field)
+        text = field.metadata["help"].replace("%", "%%")
+        options = {"default": argparse.SUPPRESS, "dest": field.name, "help": text}
+        if kind is bool:
+            group.add_argument(
+                f"--{field.name}", nargs="?", const=True, type=parse_bool, metavar="BOOL",
+                **options,
+            )  # fmt: skip
+            group.add_argument(
+                f"--no_{field.name}", action="store_false", dest=field.name,
+                default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+            )  # fmt: skip
+        else:
+            metavar = kind.__name__.upper()
+            group.add_argument(f"--{field.name}", type=kind, metavar=metavar, **options)
+
+
+def parse_bool(text: str) -> bool:
+    """A flag's true or false, for argparse."""
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")

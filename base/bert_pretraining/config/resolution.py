@@ -1,0 +1,176 @@
+"""Configuration: field defaults, then TOML files (with `extends`), then flags.
+
+`resolve()` turns flags into a frozen, validated `Config` and remembers where each value
+came from. Unknown flags, unknown keys, wrong types and impossible values are UserErrors
+that name the nearest right thing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_pretraining.config.flags import nearest
+from bert_pretraining.config.settings import FIELDS, GROUPS, Config, base_type
+from bert_pretraining.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, its file, and for every field the file, "flag" or "default"."""
+
+    config: Config
+    path: str
+    sources: dict[str, str]
+
+
+def configs_directory() -> Path:
+    """`configs/` of the checkout, or the copy that an installed package carries."""
+    checkout = Path(__file__).resolve().parents[3] / "configs"
+    return checkout if checkout.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
+
+def config_names() -> list[tuple[str, str]]:
+    """Every (name, config) that ships; files with a leading underscore are only extended."""
+    paths = sorted(configs_directory().glob("*/*.toml"))
+    return [(path.parent.name, path.stem) for path in paths if not path.stem.startswith("_")]
+
+
+def parse_topology(config: str) -> tuple[int, int] | None:
+    """`03V100x1x8` -> (1 node, 8 processes a node); None for a name of another form."""
+    match = re.fullmatch(r".+?x(\d+)x(\d+)", config)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def resolve(flags: dict[str, object]) -> Resolved:
+    """Flags (name -> typed value) over the TOML files they name over the defaults.
+
+    Raises UserError for an unknown configuration, key, type or value.
+    """
+    values = {field.name: field.default for field in FIELDS.values()}
+    sources = dict.fromkeys(FIELDS, "default")
+    name, config = flags.get("name", values["name"]), flags.get("config", values["config"])
+    file = _config_path(str(name), str(config))
+    for path, content in _file_layers(file):
+        for key, value in content.items():
+            values[key] = _checked_key(key, value, path)
+            sources[key] = _shown(path)
+    for key, value in flags.items():
+        values[key] = value
+        sources[key] = "flag"
+    if flags.get("fp16") and "precision" not in flags:
+        values["precision"], sources["precision"] = None, "flag"
+    resolved = Config(**values)
+    _validate(resolved, sources)
+    return Resolved(resolved, _shown(file), sources)
+
+
+def show(resolved: Resolved) -> str:
+    """Every value and where it came from, as commented TOML."""
+    lines = []
+    for key, title in GROUPS.items():
+        lines.append(f"# {title}")
+        for field in FIELDS.values():
+            if field.metadata["group"] == key:
+                value = getattr(resolved.config, field.name)
+                shown = f"{field.name} = {json.dumps(value)}"
+                if value is None:
+                    shown = f"# {field.name} is not set"
+                lines.append(f"{shown:<52} # {resolved.sources[field.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    """A shipped file as configs/NAME/FILE, any other as it is."""
+    root = configs_directory().parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _config_path(name: str, config: str) -> Path:
+    if config.endswith(".toml"):
+        return Path(config)
+    path = configs_directory() / name / f"{config}.toml"
+    if path.is_file() and not config.startswith("_"):
+        return path
+    pairs = config_names()
+    names = sorted({pair[0] for pair in pairs})
+    if name not in names:
+        raise UserError(
+            f"--name {name}: no such name{nearest(name, names)} (has: {', '.join(names)})"
+        )
+    configs = [pair[1] for pair in pairs if pair[0] == name]
+    others = [pair[0] for pair in pairs if pair[1] == config]
+    hint = nearest(config, configs)
+    if others:
+        hint = f"; it exists under {', '.join(others)}: add --name {others[0]}"
+    raise UserError(
+        f"--config {config}: no such configuration of {name}{hint} "
+        f"({name} has: {', '.join(configs)})"
+    )
+
+
+def _file_layers(path: Path) -> list[tuple[Path, dict]]:
+    """The file and everything it extends, the most basic first."""
+    layers: list[tuple[Path, dict]] = []
+    while True:
+        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+            raise UserError(f"{_shown(path)}: extends itself")
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read configuration {path} ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{_shown(path)}: not valid TOML ({error})") from error
+        parent = content.pop("extends", None)
+        layers.insert(0, (path, content))
+        if parent is None:
+            return layers
+        path = path.parent / f"{parent}.toml"
+
+
+def _checked_key(key: str, value: object, path: Path) -> object:
+    if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
+        raise UserError(
+            f"{_shown(path)}: '{key}' is a table, but settings stand by themselves, "
+            f"as in max_steps = 100; delete the line [{key}]"
+        )
+    if key not in FIELDS or key in ("name", "config"):
+        known = [name for name in FIELDS if name not in ("name", "config")]
+        raise UserError(f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}")
+    kind = base_type(FIELDS[key])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def _validate(config: Config, sources: dict[str, str]) -> None:
+    for field in FIELDS.values():
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        where = f"--{field.name} {value}"
+        if sources[field.name] not in ("flag", "default"):
+            where = f"{sources[field.name]}: {field.name} = {value}"
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            close = nearest(str(value), list(choices))
+            raise UserError(f"{where}: must be one of {', '.join(choices)}{close}")
+        minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+        if minimum is not None and not value >= minimum:
+            raise UserError(f"{where}: must be at least {minimum:g}")
+        if maximum is not None and not value <= maximum:
+            raise UserError(f"{where}: must be at most {maximum:g}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: must be finite")

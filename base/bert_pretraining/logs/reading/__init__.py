@@ -1,0 +1,1 @@
+"""Reads the logs of runs, of this package and of others."""

@@ -1,0 +1,1 @@
+"""Makes, verifies and downloads data sets."""

@@ -1,0 +1,227 @@
+"""`data make-mini`: a small data set in the layout of the real one, made offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bert_pretraining.data.shards import write_shard
+from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import text_sources
+from bert_pretraining.preparation.baselines import baselines
+from bert_pretraining.preparation.examples import (
+    ExampleSettings,
+    Vocabulary,
+    create_examples,
+    to_arrays,
+)
+from bert_pretraining.preparation.grammar import Grammar, vocabulary
+from bert_pretraining.runtime.seeds import derive
+
+TRAIN_DOCUMENTS = 4000
+EVAL_DOCUMENTS = 300
+EVAL_SHARE = 5  # one document in five of a text is held out
+MIN_EVAL_SEQUENCES = 1000
+PACKAGED_CHECKPOINT = Path(__file__).with_name("mini_start.pt")
+CHECKPOINT_NAME = "model.ckpt-28252.apex.pt"
+CHECKPOINT_LENGTH = 64  # the packaged checkpoint's position embeddings
+LENGTHS = (16, 512)  # 512 is the longest BERT takes
+MAX_SHARDS = 4320  # the most that a published BERT data set has
+
+
+@dataclass(frozen=True)
+class MiniSettings:
+    """What `data make-mini` can be told."""
+
+    output_dir: Path
+    num_shards: int = 16
+    max_seq_length: int = 64
+    seed: int = 12345
+    source: str = "grammar"
+    text: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MiniReport:
+    """What was made. `has_start_checkpoint` is False where weights start at random."""
+
+    output_dir: Path
+    train_sequences: int
+    eval_sequences: int
+    mean_length: float
+    vocab_size: int
+    baselines: dict[str, float]
+    has_start_checkpoint: bool
+
+
+def make_mini(
+    settings: MiniSettings, write_random_start: Callable[[Path, str, int], None] | None = None
+) -> MiniReport:
+    """Make the data set; `output_dir` holds all of it, or is not there if it fails.
+
+    write_random_start: writes a start checkpoint for a directory's bert_config.json under
+    a name, from a seed; called where the packaged one does not fit.
+
+    Raises UserError for numbers out of bounds, a text too small, or an output directory
+    that holds anything.
+    """
+    output_dir = Path(os.path.abspath(settings.output_dir))
+    for flag, value, (lowest, highest) in (
+        ("--num_shards", settings.num_shards, (1, MAX_SHARDS)),
+        ("--max_seq_length", settings.max_seq_length, LENGTHS),
+    ):
+        if not lowest <= value <= highest:
+            raise UserError(f"{flag} {value}: must be from {lowest} to {highest}")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} exists; delete it, or choose another --output_dir")
+    train_text, eval_text, tokens = _corpus(settings)
+    vocab = Vocabulary(tokens, "the mini data set")
+    length = settings.max_seq_length
+    shape = ExampleSettings(
+        max_seq_length=length, max_predictions_per_seq=max(1, round(length * 0.15)), dupe_factor=1
+    )
+    train = _examples(train_text, vocab, shape, derive(settings.seed, "train"))
+    evaluation = _examples(eval_text, vocab, shape, derive(settings.seed, "eval"))
+    num_train, num_eval = (len(part["input_mask"]) for part in (train, evaluation))
+    if num_eval < MIN_EVAL_SEQUENCES:
+        raise UserError(
+            f"the text gives {num_eval} evaluation sequences, fewer than {MIN_EVAL_SEQUENCES}; "
+            "give more --text"
+        )
+    if settings.num_shards > num_train:
+        raise UserError(
+            f"--num_shards {settings.num_shards}: there are {num_train} sequences only; "
+            "ask for fewer shards"
+        )
+
+    staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        _write(staging, settings, train, evaluation, tokens)
+        if write_random_start is not None and not _start_checkpoint_fits(settings):
+            write_random_start(staging, CHECKPOINT_NAME, settings.seed)
+        os.replace(staging, output_dir)
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir} ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return MiniReport(
+        output_dir=settings.output_dir,
+        train_sequences=num_train,
+        eval_sequences=num_eval,
+        mean_length=float(train["input_mask"].sum(axis=1, dtype=np.int64).mean()),
+        vocab_size=len(vocab),
+        baselines=baselines(train, evaluation),
+        has_start_checkpoint=_start_checkpoint_fits(settings),
+    )
+
+
+def describe(report: MiniReport, target: float = 0.72) -> str:
+    """What a reader wants to know of the new data set."""
+    lines = [
+        f"Made {report.output_dir}: {report.train_sequences} training and "
+        f"{report.eval_sequences} evaluation sequences of {report.mean_length:.1f} tokens on "
+        f"average, {report.vocab_size} word pieces",
+        "Masked-token accuracy without a network, on the evaluation set: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in report.baselines.items())
+        + f"; MLPerf's target {target:g}",
+    ]
+    if report.has_start_checkpoint:
+        lines.append(f"Start checkpoint {CHECKPOINT_NAME}: about 0.34 before training")
+    else:
+        lines.append(
+            f"No start checkpoint fits this text and length: {CHECKPOINT_NAME} holds random weights"
+        )
+    return "\n".join(lines)
+
+
+def bert_config(vocab_size: int, max_seq_length: int) -> dict:
+    """The mini model. A larger one, or a smaller initializer, learns far more slowly."""
+    return {
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 64,
+        "initializer_range": 0.1,
+        "intermediate_size": 256,
+        "max_position_embeddings": max_seq_length,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "type_vocab_size": 2,
+        "vocab_size": vocab_size,
+    }
+
+
+def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
+    """Training text, evaluation text and vocabulary."""
+    if settings.source == "grammar" and not settings.text:
+        train_text = Grammar(derive(settings.seed, "train text")).text(TRAIN_DOCUMENTS)
+        eval_documents = EVAL_DOCUMENTS * -(-settings.max_seq_length // CHECKPOINT_LENGTH)
+        eval_text = Grammar(derive(settings.seed, "eval text")).text(eval_documents)
+        return train_text, eval_text, vocabulary()
+    if settings.text:
+        documents = text_sources.file_documents(settings.text)
+    else:
+        documents = text_sources.standard_library_documents()
+    if len(documents) < 2 * EVAL_SHARE:
+        raise UserError(
+            f"the text has {len(documents)} documents (separated by blank lines); "
+            f"at least {2 * EVAL_SHARE} are needed"
+        )
+    held_out = [_held_out(document) for document in documents]
+    texts = []
+    for wanted in (False, True):
+        chosen = (doc for doc, out in zip(documents, held_out, strict=True) if out is wanted)
+        texts.append("\n\n".join("\n".join(document) for document in chosen))
+    return texts[0], texts[1], text_sources.count_vocabulary(documents)
+
+
+def _held_out(document: list[str]) -> bool:
+    digest = hashlib.sha256("\n".join(document).encode()).digest()
+    return digest[0] * EVAL_SHARE < 256
+
+
+def _examples(
+    text: str, vocab: Vocabulary, shape: ExampleSettings, seed: int
+) -> dict[str, np.ndarray]:
+    documents = vocab.documents(text)
+    return to_arrays(create_examples(documents, vocab, shape, random.Random(seed)), shape)
+
+
+def _start_checkpoint_fits(settings: MiniSettings) -> bool:
+    grammar = settings.source == "grammar" and not settings.text
+    fits = grammar and settings.max_seq_length == CHECKPOINT_LENGTH
+    return fits and PACKAGED_CHECKPOINT.is_file()
+
+
+def _write(
+    directory: Path,
+    settings: MiniSettings,
+    train: dict[str, np.ndarray],
+    evaluation: dict[str, np.ndarray],
+    tokens: list[str],
+) -> None:
+    shards_dir = directory / "2048_shards_uncompressed"
+    eval_dir = directory / "eval_set_uncompressed"
+    for made in (shards_dir, eval_dir):
+        made.mkdir(parents=True)
+    count = settings.num_shards
+    bounds = np.linspace(0, len(train["input_mask"]), count + 1).astype(int)
+    for index in range(count):
+        rows = slice(bounds[index], bounds[index + 1])
+        path = shards_dir / f"part_{index:05d}_of_{count:05d}.hdf5"
+        write_shard(path, {key: array[rows] for key, array in train.items()})
+    write_shard(eval_dir / "part_eval.hdf5", evaluation)
+    (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    config = bert_config(len(tokens), settings.max_seq_length)
+    (directory / "bert_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if _start_checkpoint_fits(settings):
+        shutil.copyfile(PACKAGED_CHECKPOINT, directory / CHECKPOINT_NAME)

@@ -1,0 +1,144 @@
+"""`data verify`: is a directory a data set that can be trained on, and which one is it?
+
+Every file is read whole, once, by one of `jobs` processes, which hands back a summary.
+Memory: for each job, one file and some blocks of rows; and here, to find repeated
+sequences by 8-byte hashes, 16 bytes a training sequence (2.5 GB for the real set of 157
+million, where two different ones share a hash with a chance below one in a thousand).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import verify_report as report
+from bert_pretraining.preparation.verify_file import Task, check_file
+from bert_pretraining.preparation.verify_report import FileSummary, Findings, VerifyReport
+from bert_pretraining.runtime.files import UNFINISHED
+
+
+def verify(directory: Path, jobs: int = 1) -> VerifyReport:
+    """Check a data set: `*shards*/` and `eval*/` with files named `*part*`, bert_config.json.
+
+    A set is held against the published md5s where its names say that it has 2048 or 4320
+    shards and its vocabulary has 30522 entries. Raises UserError only for a directory
+    that does not exist or holds no such files; other faults are problems in the report.
+    """
+    if not directory.is_dir():
+        raise UserError(f"no such directory: {directory}; name the one that holds the data set")
+    findings = Findings(not_checked=list(report.NEVER_CHECKED))
+    names = _find_files(directory, findings)
+    vocab_size, max_positions = _read_config(directory / "bert_config.json", findings)
+    known = np.empty(0, np.uint64)
+    checked: dict[str, list[FileSummary]] = {}
+    roles = {name: "evaluation" if _is_eval(name) else "training" for name in names}
+    # The evaluation set first: training files are searched for its sequences.
+    for name in sorted(names, key=lambda name: (roles[name], name)):
+        count = report.check_names(name, names[name], findings)
+        genuine = vocab_size == report.PUBLISHED_VOCAB_SIZE and count in report.PUBLISHED_COUNTS
+        is_eval = roles[name] == "evaluation"
+        tasks = [
+            Task(directory / name / file, vocab_size, max_positions, None if is_eval else known,
+                 wants_md5=is_eval or genuine)
+            for file in names[name]
+        ]  # fmt: skip
+        files = _check_files(name, tasks, jobs, findings)
+        checked[name] = files
+        report.compare_files(name, files, findings)
+        report.check_duplicates(name, files, findings)
+        if is_eval:
+            known = np.unique(np.concatenate([known, *(file.text_hashes for file in files)]))
+        else:
+            evaluation = [file for part in checked if _is_eval(part) for file in checked[part]]
+            report.check_overlap(files, evaluation, findings)
+    files = [file for part in checked.values() for file in part]
+    report.compare_special_tokens(files, findings)
+    report.list_unread(files, findings)
+    eval_md5, eval_sequences = report.fingerprint(files)
+    checkpoint = next((path.name for path in sorted(directory.glob("model.ckpt-*"))), None)
+    findings.notes.append(f"start checkpoint: {checkpoint or 'none'}")
+    return VerifyReport(
+        directory=directory,
+        published=report.check_published(files, vocab_size, findings),
+        problems_by_kind=findings.problems,
+        notes=findings.notes,
+        not_checked=findings.not_checked,
+        sets=[report.summarize(name, roles[name], part) for name, part in checked.items()],
+        vocab_size=vocab_size,
+        eval_md5=eval_md5,
+        eval_sequences=eval_sequences,
+        checkpoint=checkpoint,
+    )
+
+
+def _is_eval(name: str) -> bool:
+    return name.startswith("eval")
+
+
+def _find_files(directory: Path, findings: Findings) -> dict[str, list[str]]:
+    """Subdirectory -> its files with `part` in the name, sorted."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() and ("shards" in path.name or _is_eval(path.name)):
+            inside = sorted(file.name for file in path.iterdir() if file.is_file())
+            read = [name for name in inside if "part" in name and not name.endswith(UNFINISHED)]
+            found[path.name] = read
+            if len(inside) > len(read):
+                line = f"{path.name}: {len(inside) - len(read)} files that training does not read"
+                findings.notes.append(line)
+    if not any(found.values()):
+        raise UserError(
+            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/; "
+            "name the directory that holds 2048_shards_uncompressed/"
+        )
+    for wanted, example in ((False, "2048_shards_uncompressed"), (True, "eval_set_uncompressed")):
+        if not any(files for name, files in found.items() if _is_eval(name) is wanted):
+            line = f"{example}: no such directory with files in it; make or copy it"
+            findings.problem("missing directory", line)
+    return {name: files for name, files in found.items() if files}
+
+
+def _read_config(path: Path, findings: Findings) -> tuple[int | None, int | None]:
+    """vocab_size and max_position_embeddings, None where the file does not tell."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        values = [config[key] for key in ("vocab_size", "max_position_embeddings")]
+        if all(type(value) is int and value > 0 for value in values):
+            return values[0], values[1]
+        fault = f"vocab_size and max_position_embeddings are {values}, not two sizes"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError) as error:
+        fault = f"no JSON object with vocab_size and max_position_embeddings ({error!r})"
+    findings.problem("bert_config.json", f"{path.name}: {fault}; take the data set's own")
+    findings.not_checked.append("vocabulary: whether token ids are in it; bert_config.json fails")
+    return None, None
+
+
+def _check_files(
+    name: str, tasks: Sequence[Task], jobs: int, findings: Findings
+) -> list[FileSummary]:
+    """Check all files of one directory, in order; their problems go to `findings`."""
+    summaries: list[FileSummary] = []
+    jobs = max(1, min(jobs, len(tasks)))
+    # spawn: a forked child would share the parent's HDF5 state
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        checked = pool.map(check_file, tasks) if jobs > 1 else map(check_file, tasks)
+        try:
+            for summary in tqdm(checked, name, len(tasks), unit="file", disable=None):
+                summaries.append(summary)
+                for kind, line in summary.problems:
+                    findings.problem(kind, line)
+        except BrokenProcessPool:
+            line = f"{name}: a process died, {len(tasks) - len(summaries)} files not checked"
+            findings.problem("process died", f"{line}; run again with fewer --jobs")
+    return summaries

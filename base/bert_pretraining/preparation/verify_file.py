@@ -1,0 +1,268 @@
+"""`data verify`: one file, read whole and once, in blocks of rows that stay in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from bert_pretraining.data.shards import SCHEMA, VARLENGTH_DATASETS
+from bert_pretraining.preparation import verify_report as report
+from bert_pretraining.preparation.verify_report import MEND, FileSummary
+
+BLOCK_ROWS = 2048  # a block's arrays stay in the processor's cache
+LABELS = "next_sentence_labels"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to check.
+
+    eval_hashes: (K,) uint64 text hashes to look for in a training file; None makes it an
+    evaluation file. max_positions, vocab_size: None where not known.
+    """
+
+    path: Path
+    vocab_size: int | None
+    max_positions: int | None
+    eval_hashes: np.ndarray | None = None
+    wants_md5: bool = False
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Sequences without padding, none empty, as in `shards.FlatShard`.
+
+    rows: (N,) where they stand in the file.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    segments: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+
+class _Faults(dict[str, tuple[int, int]]):
+    """Fault -> number of sequences that have it, and the first one's row."""
+
+    def add(self, fault: str, rows: np.ndarray) -> None:
+        """rows: ascending; a row counts once, however often it comes."""
+        if len(rows):
+            count, first = self.get(fault, (0, int(rows[0])))
+            self[fault] = (count + len(np.unique(rows)), first)
+
+
+def check_file(task: Task) -> FileSummary:
+    """Read and check one file; what is wrong with it is in the summary's problems."""
+    name = f"{task.path.parent.name}/{task.path.name}"
+    summary = FileSummary(name, is_eval=task.eval_hashes is None)
+    try:
+        with h5py.File(task.path, "r") as file:
+            fault = _schema_fault(file)
+            arrays = {} if fault else {key: file[key][()] for key in SCHEMA if key in file}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fault = ("unreadable file", f"not a readable HDF5 file ({reason})")
+    if fault:
+        summary.problems.append((fault[0], f"{name}: {fault[1]}; {MEND}"))
+        return summary
+    faults = _Faults()
+    _summarize(summary, arrays, task, faults)
+    summary.problems += [
+        (fault, f"{name}: {count} sequences {fault} (the first: row {first}); {MEND}")
+        for fault, (count, first) in faults.items()
+    ]
+    return summary
+
+
+def _schema_fault(file: h5py.File) -> tuple[str, str] | None:
+    """What is wrong with datasets, dtypes and shapes: (kind, words), or None."""
+    ids = file.get("input_ids")
+    varlength = isinstance(ids, h5py.Dataset) and h5py.check_vlen_dtype(ids.dtype) is not None
+    for key in (*VARLENGTH_DATASETS, LABELS) if varlength else SCHEMA:
+        data = file.get(key)
+        if not isinstance(data, h5py.Dataset):
+            return "missing dataset", f"no dataset '{key}'"
+        in_rows = varlength and key != LABELS
+        dtype = h5py.check_vlen_dtype(data.dtype) if in_rows else data.dtype
+        if dtype != np.dtype(SCHEMA[key]):
+            form = "rows of " if in_rows else ""
+            return "wrong dtype", f"'{key}' is {data.dtype}, not {form}{np.dtype(SCHEMA[key])}"
+    for key in (*VARLENGTH_DATASETS, LABELS) if varlength else SCHEMA:
+        like = file["masked_lm_ids" if key.startswith("masked") else "input_ids"].shape
+        expected = ids.shape[:1] if varlength or key == LABELS else (ids.shape[0], *like[1:])
+        if file[key].shape != expected or len(like) != (1 if varlength else 2):
+            return "wrong shape", f"'{key}' has shape {file[key].shape}, not {expected}"
+    return None if file[LABELS].shape[0] else ("no sequences", "no sequences")
+
+
+def _summarize(
+    summary: FileSummary, arrays: dict[str, np.ndarray], task: Task, faults: _Faults
+) -> None:
+    """Fill in the summary from a file's arrays, block by block."""
+    varlength = arrays["input_ids"].ndim == 1
+    summary.readable = True
+    summary.num_sequences = len(arrays[LABELS])
+    summary.max_seq_length = None if varlength else arrays["input_ids"].shape[1]
+    hashes, text_hashes, lengths, row_md5s = [], [], [], []
+    for start in range(0, summary.num_sequences, BLOCK_ROWS):
+        part = {key: array[start : start + BLOCK_ROWS] for key, array in arrays.items()}
+        rows = np.arange(start, start + len(part[LABELS]))
+        faults.add(f"have a {LABELS} that is not 0 or 1", rows[part[LABELS].view("u1") > 1])
+        block = (_varlength_block if varlength else _fixed_block)(part, rows, faults)
+        if not len(block.rows):
+            continue
+        ends = np.cumsum(block.lengths)
+        if summary.special_tokens is None:
+            outer = (block.ids[ends - block.lengths], block.ids[ends - 1])
+            cls, sep = (Counter(ids.tolist()).most_common(1)[0][0] for ids in outer)
+            summary.special_tokens = (cls, sep)
+        _check_block(block, ends, task, summary.special_tokens, faults)
+        whole, text = _hashes(block, ends)
+        hashes.append(whole)
+        text_hashes.append(text)
+        lengths.append(block.lengths)
+        summary.num_masked += len(block.labels)
+        if task.wants_md5:
+            row_md5s += report.row_md5s(block.ids, ends)
+    if not summary.num_masked:
+        summary.problems.append(("no masked tokens", f"{summary.name}: no masked tokens; {MEND}"))
+    if not hashes:
+        return
+    summary.length_counts = np.bincount(np.concatenate(lengths))
+    summary.hashes = np.concatenate(hashes)
+    summary.digest = hashlib.blake2b(summary.hashes.tobytes()).digest()
+    text = np.concatenate(text_hashes)
+    summary.text_hashes = text if summary.is_eval else text[np.isin(text, task.eval_hashes)]
+    if task.wants_md5:
+        summary.md5 = report.md5_of(row_md5s)
+        summary.row_md5s = row_md5s if summary.is_eval else []
+
+
+def _fixed_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Faults) -> _Block:
+    """Padded rows without their padding; faults of the padding are noted."""
+
+    def add(fault: str, bad: np.ndarray) -> None:
+        if bad.any():
+            faults.add(fault, rows[bad.any(axis=1)])
+
+    mask, labels = part["input_mask"], part["masked_lm_ids"] != 0
+    inside = mask != 0
+    add("have an input_mask with other values than 0 and 1", mask.view("u1") > 1)
+    add("have an input_mask that is not ones followed by zeros", inside[:, 1:] > inside[:, :-1])
+    add("have tokens behind their input_mask", (part["input_ids"] != 0) & ~inside)
+    add("have a label behind a padded one", labels[:, 1:] > labels[:, :-1])
+    add("have other masked positions than labels", labels != (part["masked_lm_positions"] != 0))
+    lengths = np.count_nonzero(inside, axis=1)
+    faults.add("have no tokens", rows[lengths == 0])
+    kept = lengths > 0
+    inside, labels = inside & kept[:, None], labels & kept[:, None]
+    return _Block(
+        rows=rows[kept],
+        lengths=lengths[kept],
+        ids=part["input_ids"][inside],
+        segments=part["segment_ids"][inside],
+        counts=np.count_nonzero(labels, axis=1)[kept],
+        positions=part["masked_lm_positions"][labels],
+        labels=part["masked_lm_ids"][labels],
+    )
+
+
+def _varlength_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Faults) -> _Block:
+    """Rows end to end; those whose datasets differ in length are noted and left out."""
+    sizes = {
+        key: np.fromiter(map(len, part[key]), np.int64, len(rows)) for key in VARLENGTH_DATASETS
+    }
+    lengths, counts = sizes["input_ids"], sizes["masked_lm_ids"]
+    unequal = lengths != sizes["segment_ids"]
+    disagree = counts != sizes["masked_lm_positions"]
+    faults.add("have other numbers of tokens and segment_ids", rows[unequal])
+    faults.add("have other masked positions than labels", rows[disagree])
+    faults.add("have no tokens", rows[lengths == 0])
+    kept = ~unequal & ~disagree & (lengths > 0)
+    flat = {
+        key: np.concatenate([np.empty(0, SCHEMA[key]), *part[key][kept]])
+        for key in VARLENGTH_DATASETS
+    }
+    return _Block(
+        rows=rows[kept],
+        lengths=lengths[kept],
+        ids=flat["input_ids"],
+        segments=flat["segment_ids"],
+        counts=counts[kept],
+        positions=flat["masked_lm_positions"],
+        labels=flat["masked_lm_ids"],
+    )
+
+
+def _check_block(
+    block: _Block, ends: np.ndarray, task: Task, special_tokens: tuple[int, int], faults: _Faults
+) -> None:
+    """Note the faults of tokens, segments and predictions."""
+    rows, ids, labels, positions = block.rows, block.ids, block.labels, block.positions
+    mask_ends = np.cumsum(block.counts)
+
+    def add(fault: str, bad: np.ndarray, run_ends: np.ndarray) -> None:
+        faults.add(fault, rows[np.searchsorted(run_ends, np.flatnonzero(bad), "right")])
+
+    if task.vocab_size is not None:
+        for what, values, run_ends in (("token", ids, ends), ("label", labels, mask_ends)):
+            fault = f"have a {what} outside the vocabulary of bert_config.json"
+            add(fault, (values < 0) | (values >= task.vocab_size), run_ends)
+    if task.max_positions is not None:
+        longer = block.lengths > task.max_positions
+        faults.add("are longer than max_position_embeddings of bert_config.json", rows[longer])
+    cls, sep = special_tokens
+    faults.add(f"do not begin with token {cls}, as most do", rows[ids[ends - block.lengths] != cls])
+    faults.add(f"do not end with token {sep}, as most do", rows[ids[ends - 1] != sep])
+    add("have a segment_id that is not 0 or 1", block.segments.view("u1") > 1, ends)
+    special = (labels == 0) | (labels == cls) | (labels == sep)
+    add("have a label that is padding, [CLS] or [SEP]", special, mask_ends)
+    outside = (positions < 1) | (positions >= np.repeat(block.lengths, block.counts))
+    add("have a masked position outside their words", outside, mask_ends)
+    falls = np.diff(positions, prepend=np.int16(-1)) <= 0
+    falls[(mask_ends - block.counts)[block.counts > 0]] = False  # a sequence's first one
+    add("have masked positions that do not ascend", falls, mask_ends)
+
+
+def _random_bits(count: int, salt: int) -> np.ndarray:
+    """(count,) uint64 that look random, the same everywhere (splitmix64)."""
+    bits = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(salt << 32)
+    bits *= np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return bits ^ (bits >> np.uint64(31))
+
+
+TOKEN_BITS = _random_bits(2**16, 1)  # by the id's 16 bits
+PLACE_BITS = _random_bits(2**16, 2) | np.uint64(1)  # odd: a product keeps every bit
+LABEL_FACTOR = np.uint64(0xD6E8FEB86659FD93)
+
+
+def _hashes(block: _Block, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) uint64 each: of tokens with masks and labels; of the tokens before masking."""
+    starts = ends - block.lengths
+    places = np.arange(ends[-1]) - np.repeat(starts, block.lengths)
+    tokens = TOKEN_BITS[block.ids.view("u2")] * PLACE_BITS[places & 0xFFFF]
+    masked = np.add.reduceat(tokens, starts)
+    # A faulty position must not reach into another sequence.
+    last = np.repeat(block.lengths - 1, block.counts)
+    positions = np.clip(block.positions, 0, last)
+    labels = TOKEN_BITS[block.labels.view("u2")] * PLACE_BITS[positions & 0xFFFF]
+    hidden = tokens[np.repeat(starts, block.counts) + positions]
+    labels_sum, hidden_sum = (_sums(values, block.counts) for values in (labels, hidden))
+    return masked + labels_sum * LABEL_FACTOR, masked + labels_sum - hidden_sum
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of runs of `counts` values each, wrapping around; a run may be empty."""
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])
+    ends = np.cumsum(counts)
+    return totals[ends] - totals[ends - counts]

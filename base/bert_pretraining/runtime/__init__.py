@@ -1,0 +1,1 @@
+"""What a process needs around training: process group, files, signals, seeds, rank reports."""

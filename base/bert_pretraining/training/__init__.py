@@ -1,0 +1,1 @@
+"""One training run: the session, the loop over its updates, evaluation."""

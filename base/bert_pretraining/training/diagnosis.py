@@ -1,0 +1,74 @@
+"""Where a number that is not finite comes from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.model.batch import PackedBatch
+
+
+class Finding(NamedTuple):
+    """What was not finite, and how early in a step: 0 a weight or an activation, 1 a gradient,
+    2 nothing any more."""
+
+    place: int
+    text: str
+
+
+def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> Finding:
+    """Name what is not finite first: a parameter, an activation of these batches, a gradient.
+
+    Runs the batches once more, with other dropout masks: forward, and if that is finite,
+    backward from the mean losses times `scale`. The gradients are lost.
+    """
+    for name, parameter in model.named_parameters():
+        if (what := _fault(parameter)) is not None:
+            return Finding(0, f"parameter {name} holds {what}")
+    for batch in batches:
+        found = _first_activation(model, batch)
+        if found is not None:
+            return Finding(0, found)
+    model.zero_grad()
+    for batch in batches:
+        out = model(batch)
+        mean = out.mlm_loss / max(batch.num_masked, 1)
+        ((mean + out.next_sentence_loss / batch.num_sequences) * scale / len(batches)).backward()
+    # Backward goes from the last parameter to the first.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
+            text = f"parameters and activations are finite; the gradient of {name} holds {what}"
+            return Finding(1, text)
+    return Finding(2, "parameters, activations and gradients were finite when tried again")
+
+
+def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:
+    found: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        for part in parts:
+            if not found and isinstance(part, Tensor) and (what := _fault(part)) is not None:
+                found.append(f"the output of {name or 'the model'} holds {what}")
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """ "n NaN and m infinite of k numbers", or None if all are finite."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+        return None
+    nan, infinite = tensor.isnan().sum().item(), tensor.isinf().sum().item()
+    return f"{nan} NaN and {infinite} infinite of {tensor.numel()} numbers"

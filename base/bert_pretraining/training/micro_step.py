@@ -1,0 +1,155 @@
+"""Forward and backward of one micro-batch: eager, compiled, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.config.settings import Config
+from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
+
+WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
+
+
+def forward_backward(model: nn.Module, batch: PackedBatch, weights: Tensor) -> Tensor:
+    """Add one micro-batch's gradients to the parameters'.
+
+    weights: (2,) float32, what MLM and NSP loss sums are multiplied by (loss scale included).
+    Returns (3,) float32: the sums of MLM loss, correct masked tokens and NSP loss.
+    """
+    out = model(batch)
+    torch.stack([out.mlm_loss, out.next_sentence_loss]).mul(weights).sum().backward()
+    parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
+    return torch.stack([part.detach().float() for part in parts])
+
+
+class MicroStep:
+    """`forward_backward` for a model, in the way that was chosen.
+
+    Args:
+        model: called with a batch; may be compiled or replicated.
+        budgets: the constant shapes to bring batches into, the smallest first; a batch that
+            fits none is taken as it is. Without budgets, all are.
+        graph: replay captured CUDA graphs, one for each budget. `capture` makes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, budgets: tuple[Budget, ...], graph: bool
+    ) -> None:
+        self._model = model
+        self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
+        self._weights = torch.ones(2, device=device)
+        self._captures: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        self._graph = graph
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients must stay where they lie: a captured graph adds to them there."""
+        return self._graph
+
+    def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
+        """As `forward_backward`; the result is overwritten by the next call."""
+        for index, static in enumerate(self._static):
+            if static.budget.fits(batch):
+                loaded = static.load(batch)
+                if not self._graph:
+                    return forward_backward(self._model, loaded, weights)
+                self._weights.copy_(weights)
+                graph, sums = self._captures[index]
+                graph.replay()
+                return sums
+        return forward_backward(self._model, batch, weights)
+
+    def prepare(self, zero_grad: Callable[[], None]) -> None:
+        """Compile and capture for every budget, with dummy tokens only, before time counts.
+
+        zero_grad leaves every parameter's gradient in place, zeroed.
+        """
+        for static in self._static:
+            _dummies_only(static)
+            side = torch.cuda.Stream() if self._graph else None
+            for _ in range(WARM_UP_STEPS):
+                if side is None:
+                    forward_backward(self._model, static.batch, self._weights)
+                    continue
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    forward_backward(self._model, static.batch, self._weights)
+                torch.cuda.current_stream().wait_stream(side)
+            if self._graph:
+                zero_grad()
+                self._captures.append(self._capture(static))
+            zero_grad()
+
+    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Only one graph runs at a time, so that all can use the same memory.
+        pool = self._captures[0][0].pool() if self._captures else None
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                sums = forward_backward(self._model, static.batch, self._weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"use_cuda_graph: these kernels and settings cannot be captured ({reason}); "
+                "leave it out, or try --kernels triton without --checkpoint_activations"
+            ) from error
+        return graph, sums
+
+
+def _dummies_only(static: StaticBatch) -> None:
+    """Sequences of about equal length without any label that counts."""
+    budget, batch = static.budget, static.batch
+    ends = torch.linspace(0, budget.tokens, len(batch.cu_seqlens), device=batch.cu_seqlens.device)
+    batch.cu_seqlens.copy_(ends.to(torch.int32))
+
+
+def choose_step(
+    config: Config, model: nn.Module, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
+) -> MicroStep:
+    """Compiled or captured where it was asked for and can be, with constant shapes then.
+
+    max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
+    UserError if compiling was asked for and cannot be.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    if compiled and on_gpu and importlib.util.find_spec("triton") is None:
+        if config.compile == "on":
+            raise UserError("--compile on: on a GPU it needs triton; pip install triton")
+        say("Notice: not compiled: triton is not installed")
+        compiled = False
+    balanced = config.resolved_batching == "balanced"
+    obstacles = {
+        "it needs a GPU": not on_gpu,
+        "it needs --batching balanced": not balanced,
+        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
+    }
+    why_not = next((why for why, holds in obstacles.items() if holds), None)
+    if config.use_cuda_graph and why_not:
+        say(f"Notice: use_cuda_graph has no effect: {why_not}")
+    sizes: tuple[Budget, ...] = ()
+    if balanced and (compiled or (config.use_cuda_graph and not why_not)):
+        sizes = budgets(
+            config.train_batch_size,
+            max_seqlen,
+            config.static_tokens,
+        )
+        say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
+    if compiled:
+        if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError(
+                "--compile on: on a CPU it needs a C++ compiler; install g++ or set CXX"
+            )
+        say("Compiling the model with torch.compile")
+        model = torch.compile(model, dynamic=not sizes)
+    return MicroStep(model, ranks.device, sizes, config.use_cuda_graph and not why_not)

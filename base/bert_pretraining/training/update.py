@@ -1,0 +1,130 @@
+"""One update: forward and backward of each micro-batch, the reduction, LAMB, the loss scale.
+
+Nothing here waits for the device. Whether an update was made, or skipped because its gradients
+were not finite, stays on the device until `read` asks, which the loop does where something is
+due: so the host can run ahead of a GPU by some steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.errors import TrainingError
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.optim import Lamb, LossScale, Schedule
+from bert_pretraining.optim.loss_scale import MAX_SKIPPED_IN_A_ROW
+from bert_pretraining.runtime import process_group
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.diagnosis import first_non_finite
+from bert_pretraining.training.gradient_reduction import Reduction
+from bert_pretraining.training.loss_weights import loss_weights
+from bert_pretraining.training.micro_step import MicroStep
+
+# Fewer than MAX_SKIPPED_IN_A_ROW, so that a run of skipped steps is seen; few, for a signal to stop
+# is answered only then.
+MAX_UNREAD = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the steps since the last `read`.
+
+    updates, skipped: how many were made, and how many were not finite.
+    last_finite: whether the latest of them was made.
+    loss_scale: the present one.
+    """
+
+    updates: int
+    skipped: int
+    last_finite: bool
+    loss_scale: float
+
+
+class Update:
+    """Called with the micro-batches of one update, on every rank.
+
+    Args:
+        module: the bare model, to look for what is not finite.
+        normalization: see `loss_weights`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        micro_step: MicroStep,
+        reduction: Reduction,
+        optimizer: Lamb,
+        schedule: Schedule,
+        loss_scale: LossScale,
+        normalization: str,
+        ranks: Ranks,
+    ) -> None:
+        self._module, self._micro_step, self._reduction = module, micro_step, reduction
+        self._optimizer, self._schedule, self._loss_scale = optimizer, schedule, loss_scale
+        self._normalization, self._ranks = normalization, ranks
+        self._unread: list[tuple[Tensor, list[PackedBatch]]] = []
+
+    @property
+    def num_unread(self) -> int:
+        """Steps of which nobody knows yet whether they were finite."""
+        return len(self._unread)
+
+    @property
+    def must_read(self) -> bool:
+        """Whether there are enough of them. On a CPU to know costs nothing."""
+        return self.num_unread >= (1 if self._ranks.device.type == "cpu" else MAX_UNREAD)
+
+    def __call__(self, micro_batches: list[PackedBatch]) -> Tensor:
+        """Returns (3,) float32 sums over this rank's micro-batches, as `forward_backward`."""
+        weights = loss_weights(micro_batches, self._normalization, self._ranks)
+        scale = self._loss_scale.scale
+        sums = torch.zeros(3, device=self._ranks.device)
+        self._optimizer.zero_grad(set_to_none=not self._micro_step.keeps_gradients)
+        for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
+            with self._reduction.during(last=number == len(micro_batches)):
+                sums += self._micro_step(batch, weight * scale)
+        self._reduction.finish(scale)
+        rate = self._schedule.at(self._optimizer.num_updates)
+        finite = self._optimizer.step(rate, 1.0 / scale)
+        self._loss_scale.update(finite)
+        self._unread.append((finite, micro_batches))
+        return sums
+
+    def read(self, updates_before: int) -> Outcome:
+        """What became of the unread steps; waits for the device.
+
+        updates_before: made before these, for the message. Raises TrainingError, on every rank,
+        where a step was not finite and no loss scale can help; it names what was not finite
+        first.
+        """
+        flags = [finite for finite, _ in self._unread]
+        batches = [micro_batches for _, micro_batches in self._unread]
+        self._unread = []
+        scale = self._loss_scale
+        figures = [*flags, scale.skipped_in_a_row, scale.scale]
+        *finite, in_a_row, value = torch.stack([one.double() for one in figures]).tolist()
+        made = int(sum(finite))
+        if not scale.dynamic and made < len(flags):
+            mend = "--learning_rate or --precision fp32"
+            if scale.initial != 1.0:
+                mend = "--loss_scale, or 0 for a dynamic one"
+            raise TrainingError(
+                f"a gradient is not finite after {updates_before + made} updates: "
+                f"{self._diagnose(batches[made], scale.initial)}; try a lower {mend}"
+            )
+        if in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"fp16 overflowed {int(in_a_row)} times in a row after {updates_before + made} "
+                f"updates, at last at loss scale {value:g}: {self._diagnose(batches[-1], value)}; "
+                "the weights or the data are broken, or try --precision bf16"
+            )
+        return Outcome(made, len(flags) - made, bool(finite[-1]), value)
+
+    def _diagnose(self, micro_batches: list[PackedBatch], loss_scale: float) -> str:
+        """What was not finite first, on the rank that can tell best; the same on every rank."""
+        found = process_group.gather(first_non_finite(self._module, micro_batches, loss_scale))
+        rank = min(range(len(found)), key=lambda rank: found[rank].place)
+        return found[rank].text if len(found) == 1 else f"rank {rank}: {found[rank].text}"
