@@ -175,7 +175,7 @@ def link_cut(stage: Stage) -> Scene:
         launchers[0].wait_for(MIDDLE)
         hosts.cut(1)
         scene = ending(hosts, launchers, [1, 1], time.monotonic())
-        hosts.mend(1)
+        hosts.fix(1)
         again = hosts.launch_all(stage.folder, *stage.flags("cut"))
         resumed = ending(hosts, again, [3, 3], time.monotonic())
     return {**scene, "resumed": resumed, "equal_to_undisturbed": stage.equal("whole2", "cut")}
@@ -189,7 +189,7 @@ def link_cut_and_restarts(stage: Stage) -> Scene:
         hosts.cut(1)
         cut = time.monotonic()
         time.sleep(40)
-        hosts.mend(1)
+        hosts.fix(1)
         scene = ending(hosts, launchers, [3, 3], cut)
     return {**scene, "equal_to_undisturbed": stage.equal("whole2", "again")}
 

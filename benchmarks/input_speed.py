@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bert_pretraining.bench import record
-from bert_pretraining.data.loader import Feed, TrainingLoader
+from bert_pretraining.data.loader import LoaderConfig, TrainingLoader
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards, write_shard
 
@@ -87,8 +87,8 @@ def packed(directory: Path, batch_size: int, batching: str) -> Iterator[int]:
     """This project's loader: sequences in each batch."""
     shards = list_shards(directory)
     order = SampleOrder([shard.num_sequences for shard in shards], seed=1, lanes=1)
-    feed = Feed(batch_size, 0, 1, VOCABULARY, LENGTH, batching)
-    for batch in TrainingLoader(shards, order, feed):
+    loader_config = LoaderConfig(batch_size, 0, 1, VOCABULARY, LENGTH, batching)
+    for batch in TrainingLoader(shards, order, loader_config):
         yield batch.num_sequences
 
 

@@ -126,7 +126,7 @@ class Hosts:
         """Take a host's link down."""
         ip("-n", self._namespace(host), "link", "set", "eth0", "down")
 
-    def mend(self, host: int) -> None:
+    def fix(self, host: int) -> None:
         ip("-n", self._namespace(host), "link", "set", "eth0", "up")
 
     def launch(

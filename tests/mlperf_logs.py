@@ -13,7 +13,7 @@ import pytest
 
 from bert_pretraining.config import resolve
 from bert_pretraining.logs.run_log import RunLog
-from bert_pretraining.progress import Calendar, RunState, evaluation_interval
+from bert_pretraining.progress import RunState, StepTriggers, evaluation_interval
 from helpers import make_model, tiny_config
 from log_files import accuracy_at
 
@@ -40,7 +40,7 @@ def parameters(layers: int) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def calendar_of(batch_size: int, **changes: int) -> Calendar:
+def calendar_of(batch_size: int, **changes: int) -> StepTriggers:
     """MLPerf's evaluation schedule, without a limit that matters."""
     values = {
         "max_steps": 8103,
@@ -52,7 +52,7 @@ def calendar_of(batch_size: int, **changes: int) -> Calendar:
         "num_samples_per_checkpoint": 0,
         "min_samples_to_start_checkpoints": 0,
     }
-    return Calendar(samples_per_step=batch_size, **{**values, **changes})
+    return StepTriggers(samples_per_step=batch_size, **{**values, **changes})
 
 
 class Recording:
@@ -73,8 +73,8 @@ class Recording:
         resolved = resolve({**values, "output_dir": str(output_dir)})
         self.log = RunLog(resolved, rank, "NVIDIA H200", 8)
         clock.wait(5)
-        self.calendar = calendar_of(batch_size)
-        self.log.hyperparameters(seed, self.calendar)
+        self.triggers = calendar_of(batch_size)
+        self.log.hyperparameters(seed, self.triggers)
 
     def start_clock(self, layers: int = 24) -> None:
         self.log.weights_loaded(parameters(layers))
@@ -106,7 +106,7 @@ class Recording:
         """On MLPerf's schedule, until an evaluation reaches 0.72."""
         state = self.state
         while state.eval_mlm_accuracy < 0.72:
-            steps = self.calendar.updates_to_evaluation(
+            steps = self.triggers.updates_to_evaluation(
                 state.global_steps, state.num_trained_samples
             )
             self.train(steps)

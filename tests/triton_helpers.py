@@ -29,7 +29,7 @@ if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
 triton = pytest.importorskip("triton")
 
 
-def _mend_interpreter() -> None:
+def _fix_interpreter() -> None:
     """Two faults of Triton's interpreter, in 3.6 and the second in 3.7 too.
 
     A run-time number as the bound of a loop is converted by int(array of one element), which
@@ -40,7 +40,7 @@ def _mend_interpreter() -> None:
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
 
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
+    def patch_and_fix(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -53,12 +53,12 @@ def _mend_interpreter() -> None:
     def dot(builder: Any, left: Any, right: Any, *others: Any) -> Any:
         return create_dot(builder, widen(left), widen(right), *others)
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    interpreter._patch_lang_tensor = patch_and_fix
     interpreter.InterpreterBuilder.create_dot = dot
 
 
 if not NATIVE:
-    _mend_interpreter()
+    _fix_interpreter()
 
 # In Triton's interpreter a conversion to bfloat16 truncates: two units in the last of 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2.0**-6}

@@ -33,7 +33,7 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   checkpoint inspect    what a checkpoint of any known kind holds
   checkpoint convert    its weights as a start checkpoint, for Hugging Face, or to resume from
   checkpoint diff       whether two hold the same weights: exit code 0 if so, else 1
-  doctor                what this machine can run, what is missing, and how to mend it
+  doctor                what this machine can run, what is missing, and how to fix it
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives

@@ -1,6 +1,6 @@
 """Exit codes and the two kinds of failure a run can end with.
 
-`UserError` is for everything a user can mend: it is shown as one line, without a
+`UserError` is for everything that a user can fix: it is shown as one line, without a
 traceback. Any other exception is a defect of the program or the machine and keeps
 its traceback.
 """
@@ -16,9 +16,19 @@ EXIT_INTERRUPTED = 130
 class UserError(Exception):
     """Bad usage, configuration, data or checkpoint: exit code 2.
 
-    The message is one line that says what is wrong, where, and how to mend it. Where many
-    tensors are at fault, further lines list them.
+    The message is one line, "problem; fix". Where many tensors are at fault, further lines
+    list them.
+
+    Args:
+        problem: what is wrong, and where.
+        fix: what the user can do, as an order: "pass --data_dir DIR". Empty where `problem`
+            is a whole message that another rank or a library has made.
     """
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(f"{problem}; {fix}" if fix else problem)
+        self.problem = problem
+        self.fix = fix
 
 
 class TrainingError(Exception):

@@ -70,7 +70,7 @@ def evaluation_interval(global_batch_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Calendar:
+class StepTriggers:
     """What is due after which step: 1, 2, ... A step is an update that was made.
 
     samples_per_step: sequences of an update, over all ranks. The others are settings of the same

@@ -127,17 +127,17 @@ def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
     program.write_text(
         "import sys\n"
         "import torch\n"
-        "from bert_pretraining import distributed\n"
-        "ranks = distributed.start('cpu', 'gloo')\n"
+        "from bert_pretraining.runtime import process_group\n"
+        "ranks = process_group.start('cpu', 'gloo')\n"
         "named = {'same': torch.ones(5), 'moved': torch.arange(7.0)}\n"
         "named['half'] = torch.ones(3).half()\n"
-        "same = distributed.differing_replica(named)\n"
+        "same = process_group.differing_replica(named)\n"
         "if ranks.rank == 1:\n"
         "    named['moved'] = named['moved'].flip(0)  # the same numbers in other places\n"
         "    named['half'][1] = 2.0\n"
-        "line = f'{ranks.rank} {same} {distributed.differing_replica(named)}\\n'\n"
+        "line = f'{ranks.rank} {same} {process_group.differing_replica(named)}\\n'\n"
         "sys.stdout.write(line)\n"
-        "distributed.stop()\n"
+        "process_group.stop()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

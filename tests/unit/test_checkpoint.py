@@ -53,8 +53,8 @@ def test_unfit_weights_are_named_and_nothing_is_loaded(
 
 def test_other_contents(tmp_path: Path) -> None:
     torch.save({1: torch.ones(1)}, tmp_path / "numbers.pt")
-    mend = r"holds no named tensors.*; export .*state_dict\(\).*--init_checkpoint"
-    with pytest.raises(UserError, match=mend):
+    fix = r"holds no named tensors.*; export .*state_dict\(\).*--init_checkpoint"
+    with pytest.raises(UserError, match=fix):
         read_weights(tmp_path / "numbers.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds no named tensors"):

@@ -47,7 +47,7 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["torch"].status == PROBLEM
     assert found["torch"].text == "2.9.1+cu128 is older than 2.11"
     assert (found["h5py"].status, found["h5py"].text) == (PROBLEM, "not installed")
-    assert "pip install -r requirements.txt" in found["h5py"].mend
+    assert "pip install -r requirements.txt" in found["h5py"].fix
     assert found["tqdm"].status == OK
     assert found["triton"].status == NOTE
 
@@ -60,7 +60,7 @@ def test_the_wrong_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = by_name(software.findings())["apex"]
     assert found.status == NOTE
     assert "another project" in found.text
-    assert found.mend.startswith("pip uninstall apex")
+    assert found.fix.startswith("pip uninstall apex")
 
 
 Properties = namedtuple("Properties", "name major minor total_memory")
@@ -75,7 +75,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["GPU 3"].text == "NVIDIA H100, capability 9.0, 80 GiB, NUMA node 0"
     assert found["device"].status == OK
     short = by_name(hardware.gpus(settings(nproc_per_node=8), WITH_GPUS))["device"]
-    assert (short.status, short.mend) == (PROBLEM, "pass --nproc_per_node 4, or --device cpu")
+    assert (short.status, short.fix) == (PROBLEM, "pass --nproc_per_node 4, or --device cpu")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_no_gpu_that_pytorch_can_use(
     found = by_name(hardware.gpus(settings(device=device), machine))["device"]
     assert found.status == status
     assert words in found.text
-    assert bool(found.mend) == (status != OK)
+    assert bool(found.fix) == (status != OK)
 
 
 def test_kernels_and_precisions() -> None:
@@ -124,22 +124,22 @@ def test_binding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.open_files((256, 4096)).mend == "ulimit -n 1024"
-    assert run.open_files((256, 512)).mend == "raise nofile in limits.conf"
+    assert run.open_files((256, 4096)).fix == "ulimit -n 1024"
+    assert run.open_files((256, 512)).fix == "raise nofile in limits.conf"
     assert run.open_files((1024, 1024)).status == OK
     assert run.open_files((resource.RLIM_INFINITY,) * 2).text == "no limit"
     assert run.shared_memory(8, tmp_path / "absent").status == NOTE
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 * 2**20))
-    assert run.shared_memory(8, tmp_path).mend == "docker run --shm-size=1g, or --ipc=host"
+    assert run.shared_memory(8, tmp_path).fix == "docker run --shm-size=1g, or --ipc=host"
     assert run.shared_memory(1, tmp_path).status == OK
     assert run.disk("output", tmp_path / "a" / "b").status == PROBLEM
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 2**30))
     assert run.disk("output", tmp_path / "a" / "b").status == NOTE
     monkeypatch.undo()
     (tmp_path / "file").touch()
-    assert run.disk("output", tmp_path / "file").mend == "pass another --output_dir"
-    assert run.disk("log_dir", tmp_path / "file").mend == "pass another --log_dir"
+    assert run.disk("output", tmp_path / "file").fix == "pass another --output_dir"
+    assert run.disk("log_dir", tmp_path / "file").fix == "pass another --log_dir"
 
 
 def test_a_busy_port() -> None:
@@ -150,7 +150,7 @@ def test_a_busy_port() -> None:
         (finding,) = run.port(settings(), busy)
     assert finding.status == PROBLEM
     assert "holds it" in finding.text
-    assert finding.mend.startswith("choose another")
+    assert finding.fix.startswith("choose another")
 
 
 def test_the_command(mini_data: Path, tmp_path: Path) -> None:
@@ -170,6 +170,6 @@ def test_problems_end_with_exit_code_1(
     assert report["ok"] is False
     (problem,) = [found for found in report["findings"] if found["status"] == PROBLEM]
     assert problem["text"] == "no such data_dir: absent"
-    assert "data make-mini --output_dir absent" in problem["mend"]
+    assert "data make-mini --output_dir absent" in problem["fix"]
     assert doctor.main(["--device", "cpu"]) == 0, "data is looked at where it is named"
     assert doctor.main(["--name", "mini", "--config", "CPUx1x2"]) == 1, "or by a configuration"

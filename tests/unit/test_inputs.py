@@ -75,7 +75,7 @@ def test_no_data_at_all(tmp_path: Path) -> None:
     ("flag", "name"),
     [("train_dir", "2048_shards_uncompressed"), ("eval_dir", "eval_set_uncompressed")],
 )
-def test_a_missing_directory_is_mended_by_its_own_flag(
+def test_a_missing_directory_is_fixed_by_its_own_flag(
     data_dir: Path, tmp_path: Path, flag: str, name: str
 ) -> None:
     wrong = settings(data_dir, **{flag: tmp_path / "absent"})

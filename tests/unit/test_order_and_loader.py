@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bert_pretraining.data.balance import balance, window_of
-from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards, write_shard
 from bert_pretraining.errors import UserError
@@ -103,8 +103,8 @@ def take(
 ) -> list:
     shards = list_shards(directory)
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=world_size)
-    feed = Feed(3, rank, world_size, 2000, 16, batching, samples_seen=seen)
-    batches = iter(TrainingLoader(shards, order, feed))
+    loader_config = LoaderConfig(3, rank, world_size, 2000, 16, batching, samples_seen=seen)
+    batches = iter(TrainingLoader(shards, order, loader_config))
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -153,7 +153,7 @@ def test_seeking_reads_nothing_before_it(tmp_path: Path) -> None:
     first = order.locate(np.arange(1))[0].item()
     assert first not in order.locate(np.arange(60, 200))[0]
     shards[first].path.write_bytes(b"gone bad")
-    batches = iter(TrainingLoader(shards, order, Feed(2, 0, 1, 2000, 16, samples_seen=60)))
+    batches = iter(TrainingLoader(shards, order, LoaderConfig(2, 0, 1, 2000, 16, samples_seen=60)))
     assert next(batches).num_sequences == 2
     batches.close()
 
@@ -169,7 +169,7 @@ def test_a_bad_shard_ends_the_loader_with_its_name(shard_dir: Path, fault: str) 
     else:
         write_shard(path, padded_arrays([9] * 8, 16, vocab_size=30000))
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
-    batches = iter(TrainingLoader(shards, order, Feed(3, 0, 1, 2000, 16)))
+    batches = iter(TrainingLoader(shards, order, LoaderConfig(3, 0, 1, 2000, 16)))
     with pytest.raises(UserError, match=path.name):
         for _ in range(20):
             next(batches)
@@ -193,7 +193,7 @@ def test_evaluation_batches_are_the_same_at_any_world_size(
 def test_a_sequence_longer_than_the_model_takes(shard_dir: Path) -> None:
     shards = list_shards(shard_dir)
     order = SampleOrder([shard.num_sequences for shard in shards], seed=7, lanes=1)
-    batches = iter(TrainingLoader(shards, order, Feed(16, 0, 1, 2000, max_seq_length=10)))
+    batches = iter(TrainingLoader(shards, order, LoaderConfig(16, 0, 1, 2000, max_seq_length=10)))
     with pytest.raises(UserError, match="a sequence of 11 tokens"):
         next(batches)
 
@@ -237,7 +237,7 @@ def test_balanced_batches_of_a_rank_are_level(tmp_path: Path) -> None:
     order = SampleOrder([200, 200, 200], seed=1, lanes=2)
     spreads = {}
     for batching in ("random", "balanced"):
-        batches = iter(TrainingLoader(shards, order, Feed(10, 1, 2, 900, 64, batching)))
+        batches = iter(TrainingLoader(shards, order, LoaderConfig(10, 1, 2, 900, 64, batching)))
         totals = [next(batches).num_tokens for _ in range(30)]
         batches.close()
         spreads[batching] = np.ptp(totals)

@@ -15,8 +15,8 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.logs.mlperf import run_status
 from bert_pretraining.optim import LossScale, Schedule
 from bert_pretraining.progress import (
-    Calendar,
     RunState,
+    StepTriggers,
     check_update,
     evaluation_interval,
     stop_reason,
@@ -62,7 +62,7 @@ def test_evaluation_interval_of_the_rules(global_batch_size: int, samples: int) 
     assert evaluation_interval(global_batch_size) == samples
 
 
-def calendar(**changes: int) -> Calendar:
+def triggers(**changes: int) -> StepTriggers:
     values = {
         "samples_per_step": 10,
         "max_steps": 20,
@@ -74,14 +74,14 @@ def calendar(**changes: int) -> Calendar:
         "num_samples_per_checkpoint": 0,
         "min_samples_to_start_checkpoints": 0,
     }
-    return Calendar(**{**values, **changes})
+    return StepTriggers(**{**values, **changes})
 
 
 @pytest.mark.parametrize(("per_step", "interval"), [(448, 150000), (7, 10), (64, 64), (100, 30)])
 def test_evaluation_is_due_at_the_first_step_past_each_interval(
     per_step: int, interval: int
 ) -> None:
-    days = calendar(samples_per_step=per_step, eval_interval_samples=interval)
+    days = triggers(samples_per_step=per_step, eval_interval_samples=interval)
     due = {step for step in range(1, 2000) if days.evaluation_due(step, step * per_step)}
     expected = {
         math.ceil(k * interval / per_step) for k in range(1, 2000 * per_step // interval + 2)
@@ -90,7 +90,7 @@ def test_evaluation_is_due_at_the_first_step_past_each_interval(
 
 
 def test_samples_count_and_not_steps_where_a_run_resumed_with_another_batch() -> None:
-    days = calendar(samples_per_step=25)
+    days = triggers(samples_per_step=25)
     samples = [125, 150, 175, 200]  # after 10 steps of 10
     assert [count for count in samples if days.evaluation_due(0, count)] == [125, 175, 200]
 
@@ -102,7 +102,7 @@ def test_an_update_of_more_than_the_training_set_is_refused() -> None:
 
 
 def test_eval_steps_takes_the_place_of_the_schedule() -> None:
-    days = calendar(eval_steps=3, eval_interval_samples=1)
+    days = triggers(eval_steps=3, eval_interval_samples=1)
     assert [step for step in range(1, 8) if days.evaluation_due(step, step * 10)] == [3, 6]
 
 
@@ -119,9 +119,9 @@ def test_stop_reasons() -> None:
 
 
 def test_the_calendar() -> None:
-    days, steps = calendar(), range(1, 18)
+    days, steps = triggers(), range(1, 18)
 
-    def due(days: Calendar, what: str) -> list[int]:
+    def due(days: StepTriggers, what: str) -> list[int]:
         method = getattr(days, what)
         names = list(inspect.signature(method).parameters)
         arguments = {"step": lambda step: step, "samples": lambda step: 10 * step}
@@ -133,10 +133,10 @@ def test_the_calendar() -> None:
     assert due(days, "end_due") == [15, 16, 17]
     assert due(days, "anything_due") == [1, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 17]
     assert due(days, "checkpoint_due") == []
-    saving = calendar(num_samples_per_checkpoint=35, min_samples_to_start_checkpoints=80)
+    saving = triggers(num_samples_per_checkpoint=35, min_samples_to_start_checkpoints=80)
     assert due(saving, "checkpoint_due") == [11, 14]
     assert 11 in due(saving, "anything_due")
-    seldom = calendar(log_freq=0, check_replicas_every=0, max_samples=10**6, max_steps=16)
+    seldom = triggers(log_freq=0, check_replicas_every=0, max_samples=10**6, max_steps=16)
     assert due(seldom, "logging_due") == [1]
     assert due(seldom, "replica_check_due") == []
     assert due(seldom, "end_due") == [16, 17]
@@ -237,15 +237,15 @@ def test_updates_to_the_next_evaluation(changes: dict, limits: dict) -> None:
     values = {"max_steps": 99, "max_samples": 9999, "eval_steps": 0, "eval_interval_samples": 1000}
     rest = ("log_freq", "check_replicas_every", "num_samples_per_checkpoint")
     zeros = dict.fromkeys((*rest, "min_samples_to_start_checkpoints"), 0)
-    calendar = Calendar(samples_per_step=10, **{**values, **zeros, **changes, **limits})
+    triggers = StepTriggers(samples_per_step=10, **{**values, **zeros, **changes, **limits})
     evaluated = [
         step
         for step in range(1, 21)
-        if calendar.evaluation_due(step, 10 * step) or calendar.end_due(step, 10 * step)
+        if triggers.evaluation_due(step, 10 * step) or triggers.end_due(step, 10 * step)
     ]
     for step in range(evaluated[-1]):
-        ahead = calendar.updates_to_evaluation(step, 10 * step)
+        ahead = triggers.updates_to_evaluation(step, 10 * step)
         assert step + ahead == next(due for due in evaluated if due > step)
-        if calendar.end_due(step + 1, 10 * (step + 1)):
+        if triggers.end_due(step + 1, 10 * (step + 1)):
             break
-    assert calendar.updates_to_evaluation(20, 200) == 0
+    assert triggers.updates_to_evaluation(20, 200) == 0

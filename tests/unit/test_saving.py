@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_written_leaves_the_others_alone(tmp_path: Path) -
 def test_a_lock_is_held_until_its_holder_is_gone(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from bert_pretraining.lock import FolderLock\n"
+        "from bert_pretraining.runtime.lock import FolderLock\n"
         "lock = FolderLock(pathlib.Path(sys.argv[1]))\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"
@@ -129,7 +129,7 @@ def test_a_signal_ends_what_waits_and_is_remembered_in_a_loop() -> None:
 def test_a_second_signal_ends_the_process() -> None:
     program = (
         "import os, signal\n"
-        "from bert_pretraining.signals import StopRequest\n"
+        "from bert_pretraining.runtime.signals import StopRequest\n"
         "stop = StopRequest()\n"
         "with stop.listening(), stop.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

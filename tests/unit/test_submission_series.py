@@ -111,7 +111,7 @@ def test_a_run_that_refuses_its_input_is_no_run(
     assert [run.outcome for run in start(tmp_path).runs] == ["converged"] * 3
 
 
-def test_a_command_that_never_ran_may_be_mended(
+def test_a_command_that_never_ran_may_be_fixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher(monkeypatch, [2, 0, 0])

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from bert_pretraining.bench import record
 from bert_pretraining.config import FlagParser
-from bert_pretraining.data.loader import Feed, TrainingLoader
+from bert_pretraining.data.loader import LoaderConfig, TrainingLoader
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards
 from bert_pretraining.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Print sequences and tokens a second of one rank's feed, for each way of batching."""
+    """Print sequences and tokens a second of one rank's loader, for each way of batching."""
     flags_parser = FlagParser(
         prog="python -m bert_pretraining bench loader", allow_abbrev=False, description=__doc__
     )
@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
     sizes = [shard.num_sequences for shard in shards]
     results = {}
     for batching in ("random", "balanced"):
-        feed = Feed(flags.batch_size, 0, flags.world_size, 2**31, None, batching)
-        batches = iter(TrainingLoader(shards, SampleOrder(sizes, 1, flags.world_size), feed))
+        wanted = LoaderConfig(flags.batch_size, 0, flags.world_size, 2**31, None, batching)
+        batches = iter(TrainingLoader(shards, SampleOrder(sizes, 1, flags.world_size), wanted))
         started = time.perf_counter()
         first = next(batches)
         waited = time.perf_counter() - started

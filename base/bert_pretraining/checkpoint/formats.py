@@ -58,10 +58,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return read_checkpoint(path).weights
 
 
-def read_checkpoint(path: Path, mend: str = OTHER_CHECKPOINT) -> Checkpoint:
+def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
     """Read a PyTorch file, a Hugging Face directory or a TensorFlow 1 checkpoint.
 
-    `mend` tells the user what to pass instead of a path that holds no checkpoint.
+    `fix` tells the user what to pass instead of a path that holds no checkpoint.
     Raises UserError, in one line, for a missing, damaged, unsafe or foreign file.
     """
     readers = {
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path, mend: str = OTHER_CHECKPOINT) -> Checkpoint:
         "hugging_face": _read_hugging_face,
         "tensorflow": _read_tensorflow,
     }
-    return readers[checkpoint_kind(path, mend)](path, mend)
+    return readers[checkpoint_kind(path, fix)](path, fix)
 
 
 def load_weights(model: nn.Module, path: Path) -> Checkpoint:
@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_torch(path: Path, mend: str) -> Checkpoint:
+def _read_torch(path: Path, fix: str) -> Checkpoint:
     content = read_torch_file(path)
     keys = content if isinstance(content, dict) else {}
     wrapper = next((key for key in WRAPPERS if isinstance(keys.get(key), dict)), None)
@@ -101,7 +101,7 @@ def _read_torch(path: Path, mend: str) -> Checkpoint:
     if not found or not _are_named_tensors(found):
         raise UserError(
             f"{path}: holds no named tensors, bare or under a 'model' key; export the model's "
-            f"state_dict() alone, or {mend}"
+            f"state_dict() alone, or {fix}"
         )
     weights, unusual, left_out = _renamed(path, found)
     what = f"'{wrapper}' key" if wrapper else "bare"
@@ -148,16 +148,16 @@ def _step(*places: Mapping[str, object]) -> int | None:
     return None
 
 
-def _read_safetensors(path: Path, mend: str) -> Checkpoint:
+def _read_safetensors(path: Path, fix: str) -> Checkpoint:
     weights, unusual, left_out = _renamed(path, hugging_face.read_weight_file(path))
     described = ", ".join(["safetensors file", *sorted(unusual)])
     return Checkpoint(path, described, weights, left_out)
 
 
-def _read_hugging_face(path: Path, mend: str) -> Checkpoint:
+def _read_hugging_face(path: Path, fix: str) -> Checkpoint:
     name, found = hugging_face.read_directory(path)
     if not _are_named_tensors(found):
-        raise UserError(f"{path / name}: holds more than named tensors; {mend}")
+        raise UserError(f"{path / name}: holds more than named tensors; {fix}")
     weights, unusual, left_out = _renamed(path, found)
     described = ", ".join([name, *sorted(unusual)])
     return Checkpoint(path, f"Hugging Face directory ({described})", weights, left_out)
@@ -198,13 +198,13 @@ def _without_doubles(path: Path, pairs: Iterable[tuple[str, Tensor]]) -> dict[st
     return weights
 
 
-def _read_tensorflow(path: Path, mend: str) -> Checkpoint:
+def _read_tensorflow(path: Path, fix: str) -> Checkpoint:
     bundle = TensorBundle(path.with_suffix("") if path.suffix == ".index" else path)
     variables = set(bundle.entries)
     if names.TENSORFLOW_2_GRAPH in variables:
         raise UserError(
             f"{bundle.index}: a checkpoint of TensorFlow 2's objects, which names no weights; save "
-            f"the model with tf.compat.v1.train.Saver, or {mend}"
+            f"the model with tf.compat.v1.train.Saver, or {fix}"
         )
     pairs, slots, left_out = [], [], {}
     for name in bundle.entries:

@@ -41,7 +41,7 @@ def read_directory(directory: Path) -> tuple[str, dict[str, Tensor]]:
 
 def _parts(index: Path) -> dict[str, set[str]]:
     """Each file of a sharded model -> the tensors in it."""
-    mend = "copy the directory again"
+    fix = "copy the directory again"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         parts: dict[str, set[str]] = {}
@@ -50,14 +50,14 @@ def _parts(index: Path) -> dict[str, set[str]]:
                 raise TypeError(f"{part!r} is no file name")
             parts.setdefault(part, set()).add(tensor)
     except OSError as error:
-        raise UserError(f"cannot read {index} ({error.strerror}); {mend}") from error
+        raise UserError(f"cannot read {index} ({error.strerror}); {fix}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of weights ({error}); {mend}") from error
+        raise UserError(f"{index}: no index of weights ({error}); {fix}") from error
     for part in parts:
         if Path(part).name != part:
-            raise UserError(f"{index}: names {part!r}, which is no file beside it; {mend}")
+            raise UserError(f"{index}: names {part!r}, which is no file beside it; {fix}")
         if not (index.parent / part).is_file():
-            raise UserError(f"no {part} beside {index}, which lists it; {mend}")
+            raise UserError(f"no {part} beside {index}, which lists it; {fix}")
     return parts
 
 

@@ -23,7 +23,7 @@ FORMS = (
     "FILE: a PyTorch file, a Hugging Face directory, a .safetensors file, or a TensorFlow 1 "
     "checkpoint (model.ckpt-28252, whose .index and .data files lie there)"
 )
-MEND = "name a checkpoint (see checkpoint inspect --help)"
+FIX = "name a checkpoint (see checkpoint inspect --help)"
 HUGGING_FACE_CONFIG = "config.json"
 HUGGING_FACE_ENDINGS = (".safetensors", ".bin")
 
@@ -52,7 +52,7 @@ def inspect(arguments: list[str]) -> None:
 
     from bert_pretraining.checkpoint import formats, inspection
 
-    found = inspection.inspect(formats.read_checkpoint(values.file, MEND))
+    found = inspection.inspect(formats.read_checkpoint(values.file, FIX))
     _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
 
 
@@ -74,8 +74,8 @@ def diff(arguments: list[str]) -> int:
     from bert_pretraining.checkpoint import comparison, formats
 
     found = comparison.compare(
-        formats.read_checkpoint(values.first, MEND),
-        formats.read_checkpoint(values.second, MEND),
+        formats.read_checkpoint(values.first, FIX),
+        formats.read_checkpoint(values.second, FIX),
         values.training_state,
     )
     _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
@@ -108,7 +108,7 @@ def convert(arguments: list[str]) -> None:
 
     from bert_pretraining.checkpoint import conversion, formats
 
-    checkpoint = formats.read_checkpoint(values.source, MEND)
+    checkpoint = formats.read_checkpoint(values.source, FIX)
     model, notes = _model(checkpoint, values.bert_config)
     lines = conversion.convert(checkpoint, values.destination, values.to, model, values.trim_vocab)
     print("\n".join([*lines, *notes]))

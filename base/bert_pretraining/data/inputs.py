@@ -77,11 +77,11 @@ def _choose(config: Config) -> DataPaths:
             f"no data: pass --data_dir DIR{parts if given else ''} (see README, 'Data')"
         )
     if root is not None:
-        mend = (
+        fix = (
             "make the mini data set with: "
             f"python -m bert_pretraining data make-mini --output_dir {root}"
         )
-        require_directory(root, "data_dir", mend)
+        require_directory(root, "data_dir", fix)
 
     def choose(override: str | None, name: str) -> Path:
         return Path(override) if override else root / name
@@ -107,12 +107,12 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
         (paths.train_dir, "--train_dir", config.train_dir, TRAIN_NAME),
         (paths.eval_dir, "--eval_dir", config.eval_dir, EVAL_NAME),
     ):
-        mend = f"pass a --data_dir that holds {name}/, or {flag} DIR"
+        fix = f"pass a --data_dir that holds {name}/, or {flag} DIR"
         if given:
-            mend = f"pass the right {flag}"
+            fix = f"pass the right {flag}"
             if config.data_dir:
-                mend += f", or leave it out to take {Path(config.data_dir) / name}"
-        yield partial(shard_files, directory, mend)
+                fix += f", or leave it out to take {Path(config.data_dir) / name}"
+        yield partial(shard_files, directory, fix)
     yield partial(_require_two_sets, paths)
 
 

@@ -25,7 +25,7 @@ BALANCE_WINDOW = 1024  # batches; more are more level, and take longer to the fi
 
 
 @dataclass(frozen=True)
-class Feed:
+class LoaderConfig:
     """Which batches one rank wants.
 
     batch_size: sequences a batch, on this rank. The rank uses the samples g with
@@ -52,19 +52,19 @@ class TrainingLoader:
     Args:
         shards: as `list_shards` gives them, the same on every rank.
         order: the data set's order; the same on every rank.
-        feed: this rank's wishes.
+        config: this rank's wishes.
 
     Iterating raises UserError when a shard is damaged or gone.
     """
 
-    def __init__(self, shards: list[ShardInfo], order: SampleOrder, feed: Feed) -> None:
-        if feed.samples_seen % feed.world_size:
+    def __init__(self, shards: list[ShardInfo], order: SampleOrder, config: LoaderConfig) -> None:
+        if config.samples_seen % config.world_size:
             raise ValueError(
-                f"{feed.samples_seen} samples do not divide by {feed.world_size} ranks"
+                f"{config.samples_seen} samples do not divide by {config.world_size} ranks"
             )
         self._shards = shards
         self._order = order
-        self._feed = feed
+        self._config = config
 
     def __iter__(self) -> Iterator[PackedBatch]:
         groups: queue.Queue[list[PackedBatch] | BaseException] = queue.Queue(GROUPS_AHEAD)
@@ -99,24 +99,24 @@ class TrainingLoader:
             producer.join()
 
     def _groups(self) -> Iterator[list[PackedBatch]]:
-        feed, order = self._feed, self._order
-        number, offset = divmod(feed.samples_seen // feed.world_size, feed.batch_size)
+        config, order = self._config, self._order
+        number, offset = divmod(config.samples_seen // config.world_size, config.batch_size)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
             loaded: dict[int, Future[FlatShard]] = {}
 
             def load(shard: int) -> Future[FlatShard]:
                 if shard not in loaded:
                     path = self._shards[shard].path
-                    arguments = (path, feed.vocab_size, feed.max_seq_length)
+                    arguments = (path, config.vocab_size, config.max_seq_length)
                     loaded[shard] = reader.submit(read_shard, *arguments)
                 return loaded[shard]
 
             while True:
                 window = self._window(number, offset)
                 first, last = (
-                    offset + place * feed.batch_size for place in (window[0], window.stop)
+                    offset + place * config.batch_size for place in (window[0], window.stop)
                 )
-                samples = np.arange(first, last, dtype=np.int64) * feed.world_size + feed.rank
+                samples = np.arange(first, last, dtype=np.int64) * config.world_size + config.rank
                 shard_of, row_of = order.locate(samples)
                 used, index_of = np.unique(shard_of, return_inverse=True)
                 needed = used.tolist() + order.following_shards(samples)
@@ -132,37 +132,37 @@ class TrainingLoader:
                         shards,
                         index_of[places],
                         row_of[places],
-                        feed.batch_size,
-                        feed.pin_memory,
+                        config.batch_size,
+                        config.pin_memory,
                     )
                 number = window.stop
 
     def _window(self, number: int, offset: int) -> range:
         """The batches that are drawn together with batch `number`."""
-        feed, order = self._feed, self._order
-        if feed.batching == "random":
+        config, order = self._config, self._order
+        if config.batching == "random":
             return range(number, number + PACKED_TOGETHER)
-        sample = (offset + number * feed.batch_size) * feed.world_size + feed.rank
+        sample = (offset + number * config.batch_size) * config.world_size + config.rank
         epoch = order.epoch(sample)
         starts = tuple(
-            -(-(which * order.num_sequences - feed.rank) // feed.world_size)
+            -(-(which * order.num_sequences - config.rank) // config.world_size)
             for which in (epoch, epoch + 1)
         )
-        return window_of(number, feed.batch_size, offset, starts, BALANCE_WINDOW)
+        return window_of(number, config.batch_size, offset, starts, BALANCE_WINDOW)
 
     def _deal(
         self, shards: list[FlatShard], index_of: np.ndarray, row_of: np.ndarray, window: range
     ) -> np.ndarray:
         """Which of the window's sequences make up each of its batches: (K, B) places."""
-        feed = self._feed
-        if feed.batching == "random" or len(window) == 1:
-            return np.arange(len(row_of)).reshape(-1, feed.batch_size)
+        config = self._config
+        if config.batching == "random" or len(window) == 1:
+            return np.arange(len(row_of)).reshape(-1, config.batch_size)
         lengths = np.empty(len(row_of), dtype=np.int64)
         for index, shard in enumerate(shards):
             here = index_of == index
             lengths[here] = shard.lengths[row_of[here]]
-        seed = derive(self._order.seed, "balance", feed.rank, feed.world_size, window.start)
-        return balance(lengths, feed.batch_size, np.random.RandomState(seed))
+        seed = derive(self._order.seed, "balance", config.rank, config.world_size, window.start)
+        return balance(lengths, config.batch_size, np.random.RandomState(seed))
 
 
 def load_evaluation_batches(

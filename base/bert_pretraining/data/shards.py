@@ -259,13 +259,13 @@ def _checked(shard: FlatShard, vocab_size: int, where: str) -> FlatShard:
             if _within(ids, limit):
                 continue  # it was only the padding
         wrong = ids.max() if ids.max() >= limit else ids.min()
-        mend = (
+        fix = (
             f"the model's vocabulary has {vocab_size} entries; data and bert_config.json "
             "must be of one vocabulary"
             if limit == vocab_size
             else "only 0 and 1 make sense; make the shard again"
         )
-        raise UserError(f"{where}: {name} has the value {wrong}, but {mend}")
+        raise UserError(f"{where}: {name} has the value {wrong}, but {fix}")
     positions = shard.masked_positions
     ends = np.repeat(shard.lengths, shard.masked_counts)
     if positions.size and (positions.min() < 0 or (positions >= ends).any()):

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can run, what is missing, and how to mend it."""
+"""`doctor`: what this machine can run, what is missing, and how to fix it."""
 
 from __future__ import annotations
 

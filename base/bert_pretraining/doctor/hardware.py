@@ -19,8 +19,8 @@ def findings(settings: Config, flags: LaunchFlags, machine: topology.Machine) ->
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library of CUDA's that is not there
-        mend = "install it anew: python -m pip install --force-reinstall torch"
-        yield Finding("PyTorch", PROBLEM, f"cannot be imported: {error}", mend)
+        fix = "install it anew: python -m pip install --force-reinstall torch"
+        yield Finding("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
     else:
         yield from gpus(settings, machine)
         yield from kernels(settings)
@@ -104,8 +104,8 @@ def binding(settings: Config, flags: LaunchFlags, machine: topology.Machine) -> 
         yield Finding("numactl", OK, "binds ranks to cores and memory")
     else:
         status = PROBLEM if flags.bind == "required" else NOTE
-        mend = "install numactl; in a container add --cap-add SYS_NICE; or leave it so"
-        yield Finding("numactl", status, f"{fault}: CPU affinity takes its place", mend)
+        fix = "install numactl; in a container add --cap-add SYS_NICE; or leave it so"
+        yield Finding("numactl", status, f"{fault}: CPU affinity takes its place", fix)
     num_cores = len(machine.cores)
     threads = sum(len(core.threads) for core in machine.cores)
     text = f"{num_cores} cores, {threads} hardware threads, {len(machine.nodes)} NUMA nodes"
@@ -131,5 +131,5 @@ def memory() -> Finding:
     fields = dict(line.split(":", 1) for line in lines)
     total, free = (int(fields[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     status = NOTE if free < 2 else OK
-    mend = "end something else, or use fewer ranks" if free < 2 else ""
-    return Finding("memory", status, f"{free:.1f} of {total:.1f} GiB available", mend)
+    fix = "end something else, or use fewer ranks" if free < 2 else ""
+    return Finding("memory", status, f"{free:.1f} of {total:.1f} GiB available", fix)

@@ -14,10 +14,10 @@ class Finding:
     what: str
     status: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """what, status, text, mend."""
+        """what, status, text, fix."""
         return asdict(self)
 
 
@@ -27,15 +27,15 @@ def has_problem(findings: list[Finding]) -> bool:
 
 
 def describe(findings: list[Finding]) -> str:
-    """A line a finding, its mend below it, and a verdict."""
+    """A line a finding, its fix below it, and a verdict."""
     lines = []
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         first, *rest = finding.text.splitlines()
         lines.append(f"{finding.status:<7}  {finding.what:<{width}}  {first}")
         lines += [f"{'':<{width + 11}}{line}" for line in rest]
-        if finding.mend:
-            lines.append(f"{'':<{width + 11}}-> {finding.mend}")
+        if finding.fix:
+            lines.append(f"{'':<{width + 11}}-> {finding.fix}")
     problems = sum(finding.status == PROBLEM for finding in findings)
     verdict = "Training can start." if not problems else "Training could not start."
     notes = sum(finding.status == NOTE for finding in findings)

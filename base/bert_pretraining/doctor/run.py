@@ -60,8 +60,8 @@ def open_files(limits: tuple[int, int]) -> Finding:
     if soft >= ENOUGH_OPEN_FILES:
         return Finding("open files", OK, f"limit {soft}")
     possible = hard == resource.RLIM_INFINITY or hard >= ENOUGH_OPEN_FILES
-    mend = f"ulimit -n {ENOUGH_OPEN_FILES}" if possible else "raise nofile in limits.conf"
-    return Finding("open files", NOTE, f"limit {soft}: sockets and shards may exceed it", mend)
+    fix = f"ulimit -n {ENOUGH_OPEN_FILES}" if possible else "raise nofile in limits.conf"
+    return Finding("open files", NOTE, f"limit {soft}: sockets and shards may exceed it", fix)
 
 
 def disk(what: str, directory: Path) -> Finding:
@@ -86,8 +86,8 @@ def data(settings: Config) -> Iterator[Finding]:
     """Data directory, shards, model configuration and start checkpoint."""
     faults = inputs.faults(settings)
     for fault in faults:
-        text, _, mend = fault.partition("; ")
-        yield Finding("data", PROBLEM, text, mend)
+        text, _, fix = fault.partition("; ")
+        yield Finding("data", PROBLEM, text, fix)
     if not faults:
         paths = inputs.data_paths(settings)
         training, evaluation = (
@@ -107,7 +107,7 @@ def port(settings: Config, flags: LaunchFlags) -> Iterator[Finding]:
     try:
         found = free_port(wanted)
     except UserError as error:
-        text, _, mend = str(error).partition("; ")
-        yield Finding("port", PROBLEM, text, mend)
+        text, _, fix = str(error).partition("; ")
+        yield Finding("port", PROBLEM, text, fix)
     else:
         yield Finding("port", OK, f"{found} is free" if wanted else "a free one is there")

@@ -71,8 +71,8 @@ def _apex() -> Finding:
         return Finding("apex", OK, f"NVIDIA's, {_version('apex') or 'version unknown'}")
     if "NVIDIA apex is not installed" in lacking:
         return Finding("apex", OK, "not installed; nothing needs it")
-    text, _, mend = "; ".join(lacking).partition("; ")
-    return Finding("apex", NOTE, text, mend or "--kernels torch or triton do without it")
+    text, _, fix = "; ".join(lacking).partition("; ")
+    return Finding("apex", NOTE, text, fix or "--kernels torch or triton do without it")
 
 
 def _version(package: str) -> str | None:

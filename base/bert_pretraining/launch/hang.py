@@ -6,7 +6,7 @@ import re
 import time
 
 from bert_pretraining.errors import EXIT_CRASH
-from bert_pretraining.launch.processes import Ranks
+from bert_pretraining.launch.processes import RankProcesses
 from bert_pretraining.launch.report import Ending
 from bert_pretraining.runtime import rank_reports
 
@@ -19,7 +19,7 @@ SECONDS_TO_ANSWER = 3.0
 class Watch:
     """When each rank was last seen to make progress."""
 
-    def __init__(self, ranks: Ranks, timeout: float) -> None:
+    def __init__(self, ranks: RankProcesses, timeout: float) -> None:
         """timeout: seconds; 0 watches nothing."""
         self._ranks = ranks
         self._timeout = timeout
@@ -69,7 +69,7 @@ class Watch:
         )
 
 
-def ask_for_stacks(ranks: Ranks) -> dict[int, str]:
+def ask_for_stacks(ranks: RankProcesses) -> dict[int, str]:
     """Every living rank's stacks; empty for one that does not answer in time."""
     living = ranks.living()
     able = rank_reports.read_stacks(ranks.folder).keys() & living.keys()

@@ -16,7 +16,7 @@ _STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting 
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankProcesses:
     """The ranks that have registered in `folder`, as far as they are this process's children."""
 
     folder: Path

@@ -30,7 +30,7 @@ from bert_pretraining.errors import (
 from bert_pretraining.launch import hang, network
 from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
 from bert_pretraining.launch.port import free_port
-from bert_pretraining.launch.processes import Ranks
+from bert_pretraining.launch.processes import RankProcesses
 from bert_pretraining.launch.rank import PLACES_VARIABLE
 from bert_pretraining.launch.report import Ending, explain
 from bert_pretraining.runtime import consistency, rank_reports
@@ -96,7 +96,7 @@ class _Attempt:
         self._folder = folder
         self._log_paths = log_paths
         self._received = received
-        self._ranks = Ranks(folder)
+        self._ranks = RankProcesses(folder)
         self._watch = hang.Watch(self._ranks, plan.flags.hang_timeout)
         self._stopped_by: int | None = None  # the signal that was passed on
         self._signalled_at = 0.0

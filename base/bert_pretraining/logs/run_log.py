@@ -19,7 +19,7 @@ from bert_pretraining.logs.perflog import PerfLog
 from bert_pretraining.logs.run_folder import make_run_folder
 from bert_pretraining.logs.tensor_names import mlperf_tensor_names
 from bert_pretraining.logs.tensorboard import TensorBoard
-from bert_pretraining.progress import Calendar, RunState
+from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime.lock import FolderLock
 
 
@@ -34,7 +34,7 @@ class RunLog:
         self._init_time = self._train_time = self._evaluation_time = 0.0
         self._window_samples = 0
         self._resumed_from: tuple[int, int] | None = None  # steps, sequences
-        self._calendar: Calendar | None = None
+        self._triggers: StepTriggers | None = None
         self._latest = ""  # figures beside the bar
         self.folder: Path | None = None
         self._files: list[LineFile] = []
@@ -78,13 +78,13 @@ class RunLog:
         self._init_started = time.time()
         self.perf.log("INIT_START")
 
-    def hyperparameters(self, seed: int, calendar: Calendar) -> None:
+    def hyperparameters(self, seed: int, triggers: StepTriggers) -> None:
         """The seed and what the closed division wants to know."""
-        config, self._calendar = self.config, calendar
+        config, self._triggers = self.config, triggers
         self.mlperf.hyperparameters(
             seed,
             {
-                "global_batch_size": calendar.samples_per_step,
+                "global_batch_size": triggers.samples_per_step,
                 "gradient_accumulation_steps": config.gradient_accumulation_steps,
                 "opt_base_learning_rate": config.learning_rate,
                 "opt_epsilon": config.opt_lamb_epsilon,
@@ -225,14 +225,14 @@ class RunLog:
 
     def _seconds_to_evaluation(self, state: RunState) -> float | None:
         """At this run's mean speed; None where no update is left."""
-        updates = self._calendar.updates_to_evaluation(
+        updates = self._triggers.updates_to_evaluation(
             state.global_steps, state.num_trained_samples
         )
         trained = self._trained_here(state)
         if not updates or not trained:
             return None
         training = time.time() - self._train_started - self._evaluation_time
-        return updates * self._calendar.samples_per_step * max(training, 0.0) / trained
+        return updates * self._triggers.samples_per_step * max(training, 0.0) / trained
 
     def _trained_here(self, state: RunState) -> int:
         """Sequences that this process trained; of a resumed run, the part after the resumption."""

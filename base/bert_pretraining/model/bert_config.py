@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bert_pretraining.errors import UserError
 
-MEND = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
+FIX = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
 GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # Hugging Face's for the tanh form
 VOCAB_MULTIPLE = 8  # the decoder's matrix product wants rows in multiples of 8
 
@@ -50,9 +50,9 @@ class BertConfig:
                 f"cannot read {path} ({error.strerror}); pass --bert_config_path"
             ) from error
         except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); {MEND}") from error
+            raise UserError(f"{path}: not valid JSON ({error}); {FIX}") from error
         if not isinstance(values, dict):
-            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}; {MEND}")
+            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}; {FIX}")
         if "layer_norm_eps" in values:  # Hugging Face's config.json
             values.setdefault("layer_norm_epsilon", values["layer_norm_eps"])
         # Other tools keep further keys in this file; they do not change the model.
@@ -63,13 +63,13 @@ class BertConfig:
             elif field.default is MISSING:
                 raise UserError(
                     f"{path}: no key '{field.name}', which the model cannot be built without; "
-                    f"add it, or {MEND}"
+                    f"add it, or {FIX}"
                 )
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{path}: hidden_size {config.hidden_size} does not divide by "
-                f"num_attention_heads {config.num_attention_heads}; correct one of them, or {MEND}"
+                f"num_attention_heads {config.num_attention_heads}; correct one of them, or {FIX}"
             )
         if config.hidden_act not in GELU_NAMES:
             raise UserError(

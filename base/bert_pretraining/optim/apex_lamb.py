@@ -22,7 +22,7 @@ CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
 def find_classes() -> dict[str, type]:
     """Those of CLASSES that the installed apex has, by name.
 
-    ImportError, which says how to mend it, if there is none, if apex is not installed or if
+    ImportError, which says how to fix it, if there is none, if apex is not installed or if
     what is installed is PyPI's web toolkit of that name.
     """
     build = "build https://github.com/NVIDIA/apex with its CUDA extensions"

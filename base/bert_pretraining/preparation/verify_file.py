@@ -12,7 +12,7 @@ import numpy as np
 
 from bert_pretraining.data.shards import SCHEMA, VARLENGTH_DATASETS
 from bert_pretraining.preparation import verify_report as report
-from bert_pretraining.preparation.verify_report import MEND, FileSummary
+from bert_pretraining.preparation.verify_report import FIX, FileSummary
 
 BLOCK_ROWS = 2048  # a block's arrays stay in the processor's cache
 LABELS = "next_sentence_labels"
@@ -71,12 +71,12 @@ def check_file(task: Task) -> FileSummary:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fault = ("unreadable file", f"not a readable HDF5 file ({reason})")
     if fault:
-        summary.problems.append((fault[0], f"{name}: {fault[1]}; {MEND}"))
+        summary.problems.append((fault[0], f"{name}: {fault[1]}; {FIX}"))
         return summary
     faults = _Faults()
     _summarize(summary, arrays, task, faults)
     summary.problems += [
-        (fault, f"{name}: {count} sequences {fault} (the first: row {first}); {MEND}")
+        (fault, f"{name}: {count} sequences {fault} (the first: row {first}); {FIX}")
         for fault, (count, first) in faults.items()
     ]
     return summary
@@ -133,7 +133,7 @@ def _summarize(
         if task.wants_md5:
             row_md5s += report.row_md5s(block.ids, ends)
     if not summary.num_masked:
-        summary.problems.append(("no masked tokens", f"{summary.name}: no masked tokens; {MEND}"))
+        summary.problems.append(("no masked tokens", f"{summary.name}: no masked tokens; {FIX}"))
     if not hashes:
         return
     summary.length_counts = np.bincount(np.concatenate(lengths))

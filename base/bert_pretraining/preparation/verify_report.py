@@ -20,7 +20,7 @@ CHECKSUMS = Path(__file__).with_name("checksums")  # the published lists: name, 
 TOLERATED_SHARE = 0.01  # of sequences that repeat, or stand in both sets
 MAX_BINS = 16
 SHOWN_PROBLEMS, SHOWN_NOTES, SHOWN_NOT_CHECKED, SHOWN_SETS = 16, 5, 7, 4
-MEND = "make or copy it again"
+FIX = "make or copy it again"
 NEVER_CHECKED = (
     "text: whether the tokens spell what they should",
     "masking: whether masked tokens were drawn as BERT's procedure draws them",
@@ -122,7 +122,7 @@ class VerifyReport:
 
     @property
     def problems(self) -> list[str]:
-        """One line each: file, what is wrong, how to mend it."""
+        """One line each: file, what is wrong, how to fix it."""
         return [line for lines in self.problems_by_kind.values() for line in lines]
 
     def to_json(self) -> dict:
@@ -394,6 +394,6 @@ def check_published(
     else:
         for file, same in compared:
             if not same:
-                line = f"its md5 {file.md5} is not the published one; {MEND}"
+                line = f"its md5 {file.md5} is not the published one; {FIX}"
                 findings.problem("not the published content", f"{file.name}: {line}")
     return len(compared), matched

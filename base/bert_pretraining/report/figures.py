@@ -41,7 +41,7 @@ class Picture:
 
 
 def require_matplotlib() -> None:
-    """UserError, with the mend, where matplotlib is missing."""
+    """UserError, with the fix, where matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -26,7 +26,7 @@ def describe(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def difference(described: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """One line: what differs first from the first place, and how to mend it; None if nothing.
+    """One line: what differs first from the first place, and how to fix it; None if nothing.
 
     described: where (a machine's or rank's name), and what `describe` gave there.
     """

@@ -25,22 +25,22 @@ HUGGING_FACE_WEIGHTS = (
 )
 
 
-def require_directory(path: Path, what: str, mend: str) -> None:
-    """UserError unless `path` is a directory. `what` names it; `mend`: what to do without it."""
-    status = _status(path, mend)
+def require_directory(path: Path, what: str, fix: str) -> None:
+    """UserError unless `path` is a directory. `what` names it; `fix`: what to do without it."""
+    status = _status(path, fix)
     if status is None:
-        raise UserError(f"no such {what}: {path}; {mend}")
+        raise UserError(f"no such {what}: {path}; {fix}")
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{what} {path} is a file; pass the directory that it lies in")
 
 
-def shard_files(directory: Path, mend: str) -> list[Path]:
+def shard_files(directory: Path, fix: str) -> list[Path]:
     """Every finished file with `part` in its name, sorted by name; UserError if none is there.
 
     One listing of the directory, which is fast on network storage too: a look at each
     file would not be.
     """
-    require_directory(directory, "data directory", mend)
+    require_directory(directory, "data directory", fix)
     try:
         with os.scandir(directory) as entries:
             names = sorted(
@@ -49,39 +49,39 @@ def shard_files(directory: Path, mend: str) -> list[Path]:
                 if "part" in entry.name and not entry.name.endswith(UNFINISHED) and entry.is_file()
             )
     except OSError as error:
-        raise UserError(f"cannot read {directory} ({error.strerror}); {mend}") from error
+        raise UserError(f"cannot read {directory} ({error.strerror}); {fix}") from error
     if not names:
         raise UserError(
-            f"no shards in {directory}: expected HDF5 files with 'part' in the name; {mend}"
+            f"no shards in {directory}: expected HDF5 files with 'part' in the name; {fix}"
         )
     return [directory / name for name in names]
 
 
-def checkpoint_kind(path: Path, mend: str = OTHER_CHECKPOINT) -> str:
+def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
     """What a checkpoint is: "torch", "safetensors", "hugging_face" or "tensorflow".
 
     Told by what lies at `path`, which is not opened.
     A TensorFlow checkpoint is named by its `.index` file, or by that without `.index`.
     Raises UserError where nothing, an empty file or another directory lies at `path`;
-    `mend` says what to pass instead.
+    `fix` says what to pass instead.
     """
-    status = _status(path, mend)
+    status = _status(path, fix)
     if status is None:
-        if _status(with_ending(path, ".index"), mend) is None:
-            raise UserError(f"no checkpoint at {path}; {mend}")
+        if _status(with_ending(path, ".index"), fix) is None:
+            raise UserError(f"no checkpoint at {path}; {fix}")
         return "tensorflow"
     if stat.S_ISDIR(status.st_mode):
         if any((path / name).is_file() for name in HUGGING_FACE_WEIGHTS):
             return "hugging_face"
         indices = [file.with_suffix("") for file in sorted(path.glob("*.index"))]
         inside = [*sorted(path.glob("*.pt")), *indices]
-        flag = "--init_checkpoint " if mend == OTHER_CHECKPOINT else ""
-        more = f"pass {flag}{inside[-1]}" if inside else mend
+        flag = "--init_checkpoint " if fix == OTHER_CHECKPOINT else ""
+        more = f"pass {flag}{inside[-1]}" if inside else fix
         raise UserError(f"{path}: a directory, not a checkpoint; {more}")
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: no regular file, so no checkpoint; {mend}")
+        raise UserError(f"{path}: no regular file, so no checkpoint; {fix}")
     if status.st_size == 0:
-        raise UserError(f"{path}: an empty file, not a checkpoint; copy it again, or {mend}")
+        raise UserError(f"{path}: an empty file, not a checkpoint; copy it again, or {fix}")
     if ".data-" in path.name and path.name.split(".data-")[1][:5].isdigit():
         prefix = path.with_name(path.name.split(".data-")[0])
         raise UserError(f"{path}: one part of a TensorFlow checkpoint; pass {prefix}")
@@ -94,7 +94,7 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def _status(path: Path, mend: str) -> os.stat_result | None:
+def _status(path: Path, fix: str) -> os.stat_result | None:
     """What lies at `path`, None for nothing; UserError where the system does not tell."""
     try:
         return path.stat()
@@ -102,4 +102,4 @@ def _status(path: Path, mend: str) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason}); {mend}") from error
+        raise UserError(f"cannot read {path} ({reason}); {fix}") from error

@@ -11,7 +11,7 @@ from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, train
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.inputs import DataPaths, data_paths
-from bert_pretraining.data.loader import Feed, TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import ShardInfo, list_shards
@@ -74,10 +74,10 @@ def _train(
     torch.manual_seed(seeds.worker_seed(seed, ranks.rank))
     accumulation = config.gradient_accumulation_steps
     samples_per_step = config.train_batch_size * accumulation * ranks.world_size
-    calendar = _calendar(config, samples_per_step)
+    triggers = _triggers(config, samples_per_step)
     warmup = config.resolved_warmup_steps
     schedule = Schedule(config.learning_rate, config.max_steps, warmup, config.start_warmup_step)
-    log.hyperparameters(seed, calendar)
+    log.hyperparameters(seed, triggers)
 
     bert_config = BertConfig.load(paths.bert_config)
     shards: list[ShardInfo] = process_group.from_main(lambda: list_shards(paths.train_dir))
@@ -128,7 +128,7 @@ def _train(
         log.resumed(resumed, run, saved.differences(settings, data_order))
         reason = stop_reason()
         saved.restore_generators(ranks)
-    feed = Feed(
+    loader_config = LoaderConfig(
         config.train_batch_size,
         ranks.rank,
         ranks.world_size,
@@ -138,7 +138,7 @@ def _train(
         samples_seen=run.samples_seen,
         pin_memory=ranks.device.type == "cuda",
     )
-    batches = on_device(iter(TrainingLoader(shards, order, feed)), ranks.device)
+    batches = on_device(iter(TrainingLoader(shards, order, loader_config)), ranks.device)
     writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
 
     def save() -> None:
@@ -171,21 +171,21 @@ def _train(
             run.samples_seen += samples_per_step
             # The host does not wait for the device until something may be due.
             expected = run.after(update.num_unread, samples_per_step)
-            if not update.must_read and not calendar.anything_due(*expected):
+            if not update.must_read and not triggers.anything_due(*expected):
                 continue
             latest = update.read(run.global_steps)
             step = run.account(latest.updates, latest.skipped, latest.last_finite, samples_per_step)
             if latest.skipped:
                 log.skipped(run, latest.skipped, latest.loss_scale)
             stopping = process_group.any_rank(stop.received is not None, ranks.device)
-            if step and calendar.replica_check_due(step):
+            if step and triggers.replica_check_due(step):
                 process_group.check_replicas(dict(module.named_parameters()), run.global_steps)
 
             # ---- evaluate where due, and always at the last step; stop where due
             evaluation = None
             if step:
                 reason = stop_reason()
-                if reason is not None or calendar.evaluation_due(step, run.num_trained_samples):
+                if reason is not None or triggers.evaluation_due(step, run.num_trained_samples):
                     evaluation = run_evaluation()
                 if reason != "target":
                     # The last evaluation may have met the target. One that already had is not
@@ -196,7 +196,7 @@ def _train(
                 reason = "signal"
 
             figures = None
-            if step and (calendar.logging_due(step) or evaluation):
+            if step and (triggers.logging_due(step) or evaluation):
                 masked = sum(batch.num_masked for batch in micro_batches)
                 totals = process_group.sum_over_ranks(torch.cat([sums, sums.new_tensor([masked])]))
                 mlm_loss, correct, next_sentence_loss, masked = totals.tolist()
@@ -213,7 +213,7 @@ def _train(
                 run, latest.updates, samples_per_step, figures, evaluation and evaluation.seconds
             )
             saving = step and config.save_checkpoint and reason is None
-            if saving and calendar.checkpoint_due(run.num_trained_samples):
+            if saving and triggers.checkpoint_due(run.num_trained_samples):
                 save()
             writer.report(log.say)
 
@@ -236,8 +236,8 @@ def _seed(config: Config, saved: Saved | None) -> int:
     return seeds.draw_master_seed() if saved is None else saved.seed
 
 
-def _calendar(config: Config, samples_per_step: int) -> progress.Calendar:
-    return progress.Calendar(
+def _triggers(config: Config, samples_per_step: int) -> progress.StepTriggers:
+    return progress.StepTriggers(
         samples_per_step,
         config.max_steps,
         config.max_samples_termination,

@@ -108,12 +108,12 @@ class Update:
         *finite, in_a_row, value = torch.stack([one.double() for one in figures]).tolist()
         made = int(sum(finite))
         if not scale.dynamic and made < len(flags):
-            mend = "--learning_rate or --precision fp32"
+            fix = "--learning_rate or --precision fp32"
             if scale.initial != 1.0:
-                mend = "--loss_scale, or 0 for a dynamic one"
+                fix = "--loss_scale, or 0 for a dynamic one"
             raise TrainingError(
                 f"a gradient is not finite after {updates_before + made} updates: "
-                f"{self._diagnose(batches[made], scale.initial)}; try a lower {mend}"
+                f"{self._diagnose(batches[made], scale.initial)}; try a lower {fix}"
             )
         if in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
