@@ -23,8 +23,7 @@ from bert_pretraining.bench import step as bench
 from bert_pretraining.bench.kernels import differentiate, inputs_of
 from bert_pretraining.bench.workload import alternate, batch_of, synchronize, timed
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import select
-from bert_pretraining.kernels.table import Target, unavailable
+from bert_pretraining.kernels import Target, select, unavailable
 
 
 def spreads(

@@ -10,7 +10,7 @@ import torch
 
 from bert_pretraining.config import FIELDS
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import OPERATORS, PROVIDERS, select, table, torch_provider
+from bert_pretraining.kernels import OPERATORS, PROVIDERS, select, torch_provider, triton_provider
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -135,7 +135,7 @@ def test_apex_where_it_has_kernels_and_torch_elsewhere(monkeypatch: pytest.Monke
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_provider.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--kernels triton: triton is not installed"):
         select("triton", CUDA, torch.float16)
     monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch_provider, "flash_attention", refuse)
     monkeypatch.setattr(torch_provider, "efficient_attention", refuse)
     tried = []
-    monkeypatch.setattr(torch_provider, "_try_attention", lambda *given: tried.append(given[0]) or (
+    monkeypatch.setattr(torch_provider, "try_attention", lambda *given: tried.append(given[0]) or (
         refuse() if given[0] is refuse else None))  # fmt: skip
     attention, why = torch_provider.attention_for(meta, torch.float16, 64)
     assert attention is torch_provider.padded_attention

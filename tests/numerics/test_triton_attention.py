@@ -23,7 +23,7 @@ from triton_helpers import (
 )
 
 # isort: split
-from bert_pretraining.kernels import reference, triton_attention, triton_provider
+from bert_pretraining.kernels import reference, triton_attention, triton_operators
 
 LENGTHS = [[1], [1, 1, 1], [7, 33, 3], [64, 64], [0, 5, 0, 0, 70, 0]]
 LONG = [[511], [512, 1, 300]]
@@ -32,7 +32,7 @@ LONG = [[511], [512, 1, 300]]
 def check_attention(qkv: Tensor, lengths: list[int], longest: int, tolerance: float) -> None:
     cu_seqlens = bounds(lengths)
     compare(
-        lambda x: triton_provider.attention(x, cu_seqlens, longest, 0.0),
+        lambda x: triton_operators.attention(x, cu_seqlens, longest, 0.0),
         lambda x: reference.attention(x, cu_seqlens, longest, 0.0),
         [qkv],
         tolerance,
@@ -62,7 +62,7 @@ def test_attention_of_long_sequences(lengths: list[int], dtype: torch.dtype) -> 
     def gradient() -> Tensor:
         leaf = qkv.detach().requires_grad_()
         torch.manual_seed(3)
-        output = triton_provider.attention(leaf, bounds(lengths), 512, 0.1)
+        output = triton_operators.attention(leaf, bounds(lengths), 512, 0.1)
         return torch.autograd.grad(output, leaf, output.detach())[0]
 
     assert torch.equal(gradient(), gradient())
@@ -71,18 +71,20 @@ def test_attention_of_long_sequences(lengths: list[int], dtype: torch.dtype) -> 
 def test_attention_strides() -> None:
     cu_seqlens = bounds([5, 6])
     qkv = random(11, 3, 2, 8)
-    expected = triton_provider.attention(qkv, cu_seqlens, 6, 0.0)
+    expected = triton_operators.attention(qkv, cu_seqlens, 6, 0.0)
     parts_first = qkv.transpose(0, 1).contiguous().transpose(0, 1)
     numbers_apart = qkv.transpose(2, 3).contiguous().transpose(2, 3)
     for view in (parts_first, numbers_apart):
         assert not view.is_contiguous()
-        assert torch.equal(triton_provider.attention(view, cu_seqlens, 6, 0.0), expected)
+        assert torch.equal(triton_operators.attention(view, cu_seqlens, 6, 0.0), expected)
         check_attention(view, [5, 6], 6, 1e-5)
     leaf = qkv.clone().requires_grad_()
     ones = torch.ones_like(expected)
-    (wanted,) = torch.autograd.grad(triton_provider.attention(leaf, cu_seqlens, 6, 0.0), leaf, ones)
+    (wanted,) = torch.autograd.grad(
+        triton_operators.attention(leaf, cu_seqlens, 6, 0.0), leaf, ones
+    )
     # The gradient of a sum is one number with strides of 0.
-    triton_provider.attention(leaf, cu_seqlens, 6, 0.0).sum().backward()
+    triton_operators.attention(leaf, cu_seqlens, 6, 0.0).sum().backward()
     assert torch.equal(leaf.grad, wanted)
 
 
@@ -93,7 +95,7 @@ def test_attention_never_reads_padding(longest: int, padding: int) -> None:
     qkv = random(40 + padding, 3, 2, 8)
     qkv[40:] = float("nan")
     leaf = qkv.clone().requires_grad_()
-    output = triton_provider.attention(leaf, cu_seqlens, longest, 0.0)
+    output = triton_operators.attention(leaf, cu_seqlens, longest, 0.0)
     direction = random(*output.shape, seed=1)
     direction[40:] = float("nan")
     (gradient,) = torch.autograd.grad(output, leaf, direction)

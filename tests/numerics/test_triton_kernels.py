@@ -30,7 +30,7 @@ from bert_pretraining.kernels import (
     reference,
     triton_embedding,
     triton_layer_norm,
-    triton_provider,
+    triton_operators,
 )
 
 # Bias and GELU
@@ -39,15 +39,15 @@ from bert_pretraining.kernels import (
 @pytest.mark.parametrize("shape", [(1, 12), (33, 64), (300, 100), (2, 3, 5000), (0, 12)])
 def test_bias_gelu(shape: tuple[int, ...]) -> None:
     inputs = randoms([shape, shape[-1:]])
-    compare(triton_provider.bias_gelu, reference.bias_gelu, inputs, 1e-5)
+    compare(triton_operators.bias_gelu, reference.bias_gelu, inputs, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_gelu_dtypes_and_strides(dtype: torch.dtype) -> None:
     x, bias = random(64, 33, dtype=dtype).T, random(64, seed=1)
-    compare(triton_provider.bias_gelu, reference.bias_gelu, [x, bias], TOLERANCE[dtype])
+    compare(triton_operators.bias_gelu, reference.bias_gelu, [x, bias], TOLERANCE[dtype])
     leaf = x.detach().requires_grad_()
-    triton_provider.bias_gelu(leaf, bias).sum().backward()
+    triton_operators.bias_gelu(leaf, bias).sum().backward()
     exact = x.detach().double().requires_grad_()
     reference.bias_gelu(exact, bias.double()).sum().backward()
     assert_near(leaf.grad, exact.grad, TOLERANCE[dtype])
@@ -55,7 +55,7 @@ def test_bias_gelu_dtypes_and_strides(dtype: torch.dtype) -> None:
 
 def test_bias_gelu_of_large_numbers() -> None:
     x = torch.tensor([[-1e30, -1e4, -11.0, 11.0, 1e4, 1e30]], device=DEVICE, requires_grad=True)
-    output = triton_provider.bias_gelu(x, torch.zeros(6, device=DEVICE))
+    output = triton_operators.bias_gelu(x, torch.zeros(6, device=DEVICE))
     output.sum().backward()
     expected = torch.tensor([[0, 0, 0, 11, 1e4, 1e30]], device=DEVICE)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
@@ -67,7 +67,7 @@ def test_bias_gelu_of_large_numbers() -> None:
 
 def check_norm(inputs: list[Tensor], tolerance: float) -> None:
     compare(
-        lambda *x: triton_provider.bias_dropout_residual_layer_norm(*x, EPSILON, 0.0),
+        lambda *x: triton_operators.bias_dropout_residual_layer_norm(*x, EPSILON, 0.0),
         lambda *x: reference.bias_dropout_residual_layer_norm(*x, EPSILON, 0.0),
         inputs,
         tolerance,
@@ -150,7 +150,7 @@ def test_dropout_masks_look_random(dropout: float) -> None:
 def test_embedding_layer_norm(tokens: int, id_dtype: torch.dtype) -> None:
     ids = [random_ids(tokens, size, id_dtype) for size in (50, 20, 2)]
     compare(
-        lambda *x: triton_provider.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
+        lambda *x: triton_operators.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
         lambda *x: reference.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
         randoms(TABLES),
         1e-5,
@@ -162,7 +162,7 @@ def test_embedding_layer_norm_dtypes_and_strides(dtype: torch.dtype) -> None:
     ids = [random_ids(2 * 20, size)[::2] for size in (50, 20, 2)]
     tables = [each.T.contiguous().T for each in randoms(TABLES[:3], dtype)]
     compare(
-        lambda *x: triton_provider.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
+        lambda *x: triton_operators.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
         lambda *x: reference.embedding_layer_norm_dropout(*ids, *x, EPSILON, 0.0),
         [*tables, *randoms(TABLES[3:])],
         2 * TOLERANCE[dtype],
@@ -200,12 +200,12 @@ def test_masked_cross_entropy(rows: int, columns: int) -> None:
     if rows:
         labels[0] = logits[0].argmax()
     compare(
-        lambda x: triton_provider.masked_cross_entropy(x, labels)[0],
+        lambda x: triton_operators.masked_cross_entropy(x, labels)[0],
         lambda x: reference.masked_cross_entropy(x, labels)[0],
         [logits],
         1e-6,
     )
-    correct = triton_provider.masked_cross_entropy(logits, labels)[1]
+    correct = triton_operators.masked_cross_entropy(logits, labels)[1]
     assert correct.dtype == torch.int64
     assert correct == reference.masked_cross_entropy(logits, labels)[1]
     assert correct > 0 or not rows
@@ -217,7 +217,7 @@ def test_masked_cross_entropy_dtypes_and_strides(dtype: torch.dtype) -> None:
     for logits in (random(7, 60, dtype=dtype)[:, :30], random(30, 7, dtype=dtype).T):
         leaf = logits.detach().requires_grad_()
         exact = logits.detach().double().requires_grad_()
-        ours, _ = triton_provider.masked_cross_entropy(leaf, labels)
+        ours, _ = triton_operators.masked_cross_entropy(leaf, labels)
         plain, _ = reference.masked_cross_entropy(exact, labels)
         assert_near(ours, plain, 1e-6)
         (3 * ours).backward()
@@ -230,15 +230,15 @@ def test_masked_cross_entropy_ties_go_to_the_lowest_index() -> None:
     logits[1, 4500:] = 1.0
     logits[2, 3] = float("nan")
     labels = torch.tensor([0, 4500, 0, 1], device=DEVICE)
-    assert triton_provider.masked_cross_entropy(logits, labels)[1] == 2
-    assert triton_provider.masked_cross_entropy(logits[:2], labels[:2] + 1)[1] == 0
+    assert triton_operators.masked_cross_entropy(logits, labels)[1] == 2
+    assert triton_operators.masked_cross_entropy(logits[:2], labels[:2] + 1)[1] == 0
 
 
 def test_masked_cross_entropy_ignores_negative_labels() -> None:
     logits, labels = random(5, 30), torch.tensor([3, -1, 7, -1, -100], device=DEVICE)
     logits[labels < 0] = float("nan")
     leaf = logits.clone().requires_grad_()
-    loss, correct = triton_provider.masked_cross_entropy(leaf, labels)
+    loss, correct = triton_operators.masked_cross_entropy(leaf, labels)
     loss.backward()
     assert not leaf.grad[labels < 0].any()
     counted = labels >= 0
@@ -254,7 +254,7 @@ def test_masked_cross_entropy_of_excluded_entries() -> None:
     logits, labels = random(2, 5000), torch.tensor([4999, 4990], device=DEVICE)
     logits[:, :4200] = float("-inf")
     compare(
-        lambda x: triton_provider.masked_cross_entropy(x, labels)[0],
+        lambda x: triton_operators.masked_cross_entropy(x, labels)[0],
         lambda x: reference.masked_cross_entropy(x, labels)[0],
         [logits],
         1e-6,
@@ -264,4 +264,4 @@ def test_masked_cross_entropy_of_excluded_entries() -> None:
 def test_a_label_beyond_the_vocabulary_shows_in_the_loss() -> None:
     """And is not looked up in the memory behind the row."""
     logits, labels = random(2, 60)[:, :30], torch.tensor([3, 40], device=DEVICE)
-    assert triton_provider.masked_cross_entropy(logits, labels)[0] == float("inf")
+    assert triton_operators.masked_cross_entropy(logits, labels)[0] == float("inf")

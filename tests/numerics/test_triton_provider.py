@@ -35,7 +35,7 @@ from bert_pretraining.kernels import (
     triton_cross_entropy,
     triton_embedding,
     triton_layer_norm,
-    triton_provider,
+    triton_operators,
 )
 
 
@@ -46,9 +46,9 @@ def dropping_calls(dropout: float) -> dict[str, Callable[[], Tensor]]:
     norm = [each.requires_grad_() for each in norm_inputs(40, 12)]
     tables = [each.requires_grad_() for each in randoms(TABLES)]
     return {
-        "attention": lambda: triton_provider.attention(qkv, cu_seqlens, 33, dropout),
-        "norm": lambda: triton_provider.bias_dropout_residual_layer_norm(*norm, EPSILON, dropout),
-        "embedding": lambda: triton_provider.embedding_layer_norm_dropout(
+        "attention": lambda: triton_operators.attention(qkv, cu_seqlens, 33, dropout),
+        "norm": lambda: triton_operators.bias_dropout_residual_layer_norm(*norm, EPSILON, dropout),
+        "embedding": lambda: triton_operators.embedding_layer_norm_dropout(
             *ids, *tables, EPSILON, dropout
         ),
     }
@@ -78,13 +78,13 @@ def test_impossible_dropout_is_refused(operator: str, dropout: float) -> None:
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     with pytest.raises(TypeError, match="float64"):
-        triton_provider.bias_gelu(random(2, 3).double(), random(3))
+        triton_operators.bias_gelu(random(2, 3).double(), random(3))
     with pytest.raises(ValueError, match="head size 136"):
-        triton_provider.attention(random(2, 3, 1, 136), bounds([2]), 2, 0.0)
+        triton_operators.attention(random(2, 3, 1, 136), bounds([2]), 2, 0.0)
 
 
 def test_every_operator_is_here() -> None:
-    assert all(callable(getattr(triton_provider, operator)) for operator in OPERATORS)
+    assert all(callable(getattr(triton_operators, operator)) for operator in OPERATORS)
 
 
 def test_operators_keep_what_pytorch_asks_of_them() -> None:
@@ -113,16 +113,16 @@ def test_operators_compile_into_one_graph() -> None:
     cu_seqlens, labels = bounds([7, 33]), random_ids(40, 12)
 
     def network(dropout: float, *parameters: Tensor) -> Tensor:
-        hidden = triton_provider.embedding_layer_norm_dropout(
+        hidden = triton_operators.embedding_layer_norm_dropout(
             *ids, *parameters[:5], EPSILON, dropout
         )
         qkv = (hidden @ parameters[5]).view(40, 3, 2, 6)
-        context = triton_provider.attention(qkv, cu_seqlens, 33, dropout).view(40, 12)
-        context = triton_provider.bias_gelu(context, parameters[4])
-        hidden = triton_provider.bias_dropout_residual_layer_norm(
+        context = triton_operators.attention(qkv, cu_seqlens, 33, dropout).view(40, 12)
+        context = triton_operators.bias_gelu(context, parameters[4])
+        hidden = triton_operators.bias_dropout_residual_layer_norm(
             context, parameters[4], hidden, *parameters[3:5], EPSILON, dropout
         )
-        return triton_provider.masked_cross_entropy(hidden, labels)[0]
+        return triton_operators.masked_cross_entropy(hidden, labels)[0]
 
     parameters = [each.requires_grad_() for each in randoms([*TABLES, (12, 36)])]
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

@@ -16,8 +16,7 @@ from torch import Tensor
 from bert_pretraining.bench import record
 from bert_pretraining.bench.step import parser, setting_of
 from bert_pretraining.bench.workload import alternate, batch_of
-from bert_pretraining.kernels import DTYPES, PROVIDERS, select
-from bert_pretraining.kernels.table import Target, unavailable
+from bert_pretraining.kernels import DTYPES, PROVIDERS, Target, select, unavailable
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 

@@ -63,16 +63,19 @@ def _apex() -> Finding:
     """NVIDIA's apex is optional; another project of that name does harm."""
     try:
         from bert_pretraining.kernels import apex_provider
+        from bert_pretraining.kernels.provider import NotInstalled
     except ImportError as error:
         return Finding("apex", NOTE, f"not looked for ({error})")
-    faults = {apex_provider.missing(operator) for operator in apex_provider.NEEDS}
-    lacking = sorted(fault for fault in faults if fault)
+    fault = apex_provider.installation_fault()
+    if isinstance(fault, NotInstalled):
+        return Finding("apex", OK, "not installed; nothing needs it")
+    if fault is not None:
+        return Finding("apex", NOTE, fault.reason, fault.fix)
+    faults = {str(apex_provider.missing(operator) or "") for operator in apex_provider.NEEDS}
+    lacking = "; ".join(sorted(faults - {""}))
     if not lacking:
         return Finding("apex", OK, f"NVIDIA's, {_version('apex') or 'version unknown'}")
-    if "NVIDIA apex is not installed" in lacking:
-        return Finding("apex", OK, "not installed; nothing needs it")
-    text, _, fix = "; ".join(lacking).partition("; ")
-    return Finding("apex", NOTE, text, fix or "--kernels torch or triton do without it")
+    return Finding("apex", NOTE, lacking, "--kernels torch or triton do without it")
 
 
 def _version(package: str) -> str | None:

@@ -1,21 +1,31 @@
 """The operators that an installed NVIDIA apex has kernels for. Shapes: see `reference.py`.
 
-Each function wants a symbol of apex; `missing` says which are absent. What apex has no
-kernel for (attention, since its multi-head attention was removed, and GELU on its own) is
-not here, and another provider takes its place.
+Each function needs a symbol of apex, see NEEDS; `missing` names the one that is absent. apex has
+no kernel for attention (its multi-head attention was removed) and none for GELU alone: another
+provider runs these.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bert_pretraining.kernels.dropout import dropout as apply_dropout
 from bert_pretraining.kernels.dropout import dropout_add
+from bert_pretraining.kernels.provider import (
+    Implementation,
+    NotInstalled,
+    Provider,
+    Target,
+    Unavailable,
+)
 from bert_pretraining.kernels.reference import IGNORED
+
+NAME = "apex"
 
 _LAYER_NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
 _CROSS_ENTROPY = ("apex.contrib.xentropy", "SoftmaxCrossEntropyLoss")
@@ -26,24 +36,53 @@ NEEDS = {
 }
 
 
-def missing(operator: str) -> str | None:
-    """What apex lacks for an operator of NEEDS, or None."""
+def installation_fault() -> Unavailable | None:
+    """Why the installed apex, if there is one, is of no use on any device; None if it is."""
     try:
         apex = importlib.import_module("apex")
     except ImportError:
-        return "NVIDIA apex is not installed"
+        return NotInstalled("NVIDIA apex is not installed")
+    if not _is_nvidias(apex):
+        return Unavailable(
+            "the installed 'apex' is another project (PyPI's web toolkit), not NVIDIA's",
+            "pip uninstall apex, then build https://github.com/NVIDIA/apex",
+        )
+    return None
+
+
+def unavailable(target: Target) -> Unavailable | None:
+    """Why no operator of apex can run on the target, or None."""
+    problem = installation_fault()
+    if problem is None and target.device.type == "cpu":
+        problem = Unavailable("apex has no kernels for cpu")
+    return problem
+
+
+def _is_nvidias(apex: ModuleType) -> bool:
+    if any(hasattr(apex, part) for part in ("normalization", "optimizers", "parallel")):
+        return True
+    try:
+        importlib.import_module(_LAYER_NORM[0])
+    except ImportError:
+        return False
+    return True
+
+
+def missing(operator: str) -> Unavailable | None:
+    """Which symbol of an operator in NEEDS the installed apex lacks, or None."""
     module, symbol = NEEDS[operator]
     try:
-        if not hasattr(importlib.import_module(module), symbol):
-            return f"the installed apex has no {module}.{symbol}"
+        if hasattr(importlib.import_module(module), symbol):
+            return None
     except ImportError as error:
-        if not any(hasattr(apex, part) for part in ("normalization", "optimizers", "parallel")):
-            return (
-                "the installed 'apex' is another project (PyPI's web toolkit), not NVIDIA's; "
-                "pip uninstall apex, then build https://github.com/NVIDIA/apex"
-            )
-        return f"the installed apex cannot load {module} ({error})"
-    return None
+        return Unavailable(f"the installed apex cannot load {module} ({error})")
+    return Unavailable(f"the installed apex has no {module}.{symbol}")
+
+
+def find(operator: str, target: Target) -> Implementation | Unavailable:
+    """The operator, if the installed apex has what it needs. See `Provider`."""
+    problem = unavailable(target) or missing(operator)
+    return problem or Implementation(globals()[operator], NAME)
 
 
 def _symbol(name: tuple[str, str]) -> Callable:
@@ -89,3 +128,6 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     losses = _symbol(_CROSS_ENTROPY).apply(logits, labels.clamp(min=0), 0.0, IGNORED, to_float32)
     losses = torch.where(labels == IGNORED, 0.0, losses)
     return losses.sum(), (logits.argmax(dim=1) == labels).sum()
+
+
+PROVIDER = Provider(NAME, tuple(NEEDS), find, unavailable)

@@ -6,24 +6,36 @@ shapes and formulas are written down.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import apex_provider, reference, torch_provider
-
-OPERATORS = (
-    "attention",
-    "bias_gelu",
-    "bias_dropout_residual_layer_norm",
-    "embedding_layer_norm_dropout",
-    "masked_cross_entropy",
+from bert_pretraining.kernels import (
+    apex_provider,
+    reference,
+    torch_provider,
+    triton_provider,
 )
-PROVIDERS = ("reference", "torch", "triton", "apex")
+from bert_pretraining.kernels.provider import (
+    OPERATORS,
+    Implementation,
+    Provider,
+    Target,
+    Unavailable,
+)
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        reference.PROVIDER,
+        torch_provider.PROVIDER,
+        triton_provider.PROVIDER,
+        apex_provider.PROVIDER,
+    )
+}
+FALLBACK = "torch"  # has every operator, on every device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 
 
@@ -43,15 +55,6 @@ class Kernels:
         return ", ".join(f"{operator}={why}" for operator, why in self.choice.items())
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the operators run on: a device, the dtype of activations, the head size."""
-
-    device: torch.device
-    dtype: torch.dtype
-    head_size: int
-
-
 def select(
     provider: str,
     device: torch.device,
@@ -65,90 +68,67 @@ def select(
     kernel for is taken from `torch`, and `choice` says so. per_operator: operator ->
     provider, in place of `provider`; here a provider without the operator is an error.
 
-    Raises UserError for a provider that does not exist or is not installed.
+    Raises UserError for a provider that does not exist or cannot run on the device.
     """
     target = Target(device, dtype, head_size)
-    functions, choice = {}, {}
-    for operator in OPERATORS:
-        named = (per_operator or {}).get(operator)
-        functions[operator], choice[operator] = _choose(operator, named, provider, target)
-    return Kernels(choice=choice, **functions)
+    chosen = {
+        operator: _choose(operator, (per_operator or {}).get(operator), provider, target)
+        for operator in OPERATORS
+    }
+    return Kernels(
+        choice={operator: found.description for operator, found in chosen.items()},
+        **{operator: found.function for operator, found in chosen.items()},
+    )
 
 
-def _choose(operator: str, named: str | None, general: str, target: Target) -> tuple[Callable, str]:
+def unavailable(provider: str, operator: str, target: Target) -> Unavailable | None:
+    """Why a provider cannot run an operator on the target, or None if it can."""
+    found = _find(provider, operator, target)
+    return found if isinstance(found, Unavailable) else None
+
+
+def _find(name: str, operator: str, target: Target) -> Implementation | Unavailable:
+    provider = PROVIDERS[name]
+    problem = provider.unavailable(target)
+    if problem is None and operator not in provider.operators:
+        problem = Unavailable("has no such kernel")
+    return problem or provider.find(operator, target)
+
+
+def _choose(operator: str, named: str | None, general: str, target: Target) -> Implementation:
     wanted = named or general
     flag = f"--kernels.{operator}" if named else "--kernels"
     if wanted not in ("auto", *PROVIDERS):
-        raise UserError(f"{flag} {wanted}: no such provider; one of auto, {', '.join(PROVIDERS)}")
+        raise UserError(
+            f"{flag} {wanted}: no such provider", f"choose one of auto, {', '.join(PROVIDERS)}"
+        )
     if wanted == "auto":
         return _automatic(operator, target)
-    why_not = unavailable(wanted, operator, target)
-    if why_not is None:
-        return _function(wanted, operator, target)
-    if named or not why_not.startswith("has no"):
-        raise UserError(f"{flag} {wanted}: {why_not}; choose another of auto, {_others(wanted)}")
-    function, why = _function("torch", operator, target)
-    return function, f"{why} ({wanted} {why_not})"
+    found = _find(wanted, operator, target)
+    if isinstance(found, Implementation):
+        return found
+    declared = operator in PROVIDERS[wanted].operators
+    if named or declared or PROVIDERS[wanted].unavailable(target):
+        others = ", ".join(other for other in PROVIDERS if other != wanted)
+        raise UserError(f"{flag} {wanted}: {found}", f"choose another of auto, {others}")
+    return _fallback(operator, target, f"{wanted} {found}")
 
 
-def _others(provider: str) -> str:
-    return ", ".join(other for other in PROVIDERS if other != provider)
-
-
-def unavailable(provider: str, operator: str, target: Target) -> str | None:
-    """Why a provider cannot run an operator on the target, or None if it can."""
-    if provider == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install triton)"
-        return None if _runs_triton(target.device) else f"triton has no kernels for {target.device}"
-    if provider == "apex":
-        if operator not in apex_provider.NEEDS:
-            # An operator that no apex has is no reason to refuse the others.
-            installed = next(iter(apex_provider.NEEDS))
-            absent = apex_provider.missing(installed)
-            is_absent = absent is not None and "not installed" in absent
-            return absent if is_absent or "another project" in str(absent) else "has no such kernel"
-        if target.device.type == "cpu":
-            return apex_provider.missing(operator) or "apex has no kernels for cpu"
-        return apex_provider.missing(operator)
-    return None
-
-
-def _runs_triton(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return True
-    # TRITON_INTERPRET=1 runs the kernels in Python, for tests.
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _automatic(operator: str, target: Target) -> tuple[Callable, str]:
-    """What is thought fastest on the target of what runs there."""
+def _automatic(operator: str, target: Target) -> Implementation:
+    """The provider that is expected to be the fastest of those that run on the target."""
     if target.device.type == "cpu":
-        return _function("torch", operator, target)
+        return _fallback(operator, target)
     if operator == "attention":
-        # Hand-tuned kernels before our own, where they take the device and dtype.
-        function, why = torch_provider.attention_for(target.device, target.dtype, target.head_size)
-        if function is not torch_provider.padded_attention:
-            return function, f"torch ({why})"
-    why_not = unavailable("triton", operator, target)
-    if why_not is None:
-        return _function("triton", operator, target)
-    function, why = _function("torch", operator, target)
-    return function, f"{why} ({why_not})"
+        # PyTorch's hand-tuned attention comes before our own, where it takes device and dtype.
+        found = PROVIDERS[FALLBACK].find(operator, target)
+        if found.function is not torch_provider.padded_attention:
+            return found
+    found = _find("triton", operator, target)
+    if isinstance(found, Implementation):
+        return found
+    return _fallback(operator, target, str(found))
 
 
-def _function(provider: str, operator: str, target: Target) -> tuple[Callable, str]:
-    if provider == "torch" and operator == "attention":
-        function, why = torch_provider.attention_for(target.device, target.dtype, target.head_size)
-        return function, f"torch ({why})"
-    return getattr(_module(provider), operator), provider
-
-
-def _module(provider: str) -> ModuleType:
-    if provider == "triton":
-        from bert_pretraining.kernels import triton_provider
-
-        return triton_provider
-    return {"reference": reference, "torch": torch_provider, "apex": apex_provider}[provider]
+def _fallback(operator: str, target: Target, why: str = "") -> Implementation:
+    found = PROVIDERS[FALLBACK].find(operator, target)
+    return found._replace(description=f"{found.description} ({why})") if why else found

@@ -13,7 +13,10 @@ from bert_pretraining.kernels.cpu_attention import cpu_attention, padded_attenti
 from bert_pretraining.kernels.cuda_attention import efficient_attention, flash_attention
 from bert_pretraining.kernels.dropout import dropout as fast_dropout
 from bert_pretraining.kernels.dropout import dropout_add
+from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 from bert_pretraining.kernels.reference import IGNORED
+
+NAME = "torch"
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Callable, str]:
@@ -31,17 +34,18 @@ def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> t
         ("padded", padded_attention),
     ):
         try:
-            _try_attention(attention, device, dtype, head_size)
+            try_attention(attention, device, dtype, head_size)
         except (RuntimeError, NotImplementedError) as error:
             refusals.append(f"{name} refused: {str(error).splitlines()[0][:80]}")
             continue
         return attention, "; ".join([name, *refusals])
-    raise UserError(f"no attention runs on {device}: {'; '.join(refusals)}; use --device cpu")
+    raise UserError(f"no attention runs on {device}: {'; '.join(refusals)}", "use --device cpu")
 
 
-def _try_attention(
+def try_attention(
     attention: Callable, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> None:
+    """Run two small sequences forward and backward; raises what the operator raises."""
     cu_seqlens = torch.tensor([0, 5, 16], dtype=torch.int32, device=device)
     qkv = torch.ones(16, 3, 2, head_size, device=device, dtype=dtype, requires_grad=True)
     attention(qkv, cu_seqlens, 11, 0.1).sum().backward()
@@ -86,3 +90,14 @@ def embedding_layer_norm_dropout(
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss_sum = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return loss_sum, (logits.argmax(dim=1) == labels).sum()
+
+
+def find(operator: str, target: Target) -> Implementation:
+    """The operator; of attention, the variant that runs on the target. See `Provider`."""
+    if operator != "attention":
+        return Implementation(globals()[operator], NAME)
+    function, why = attention_for(target.device, target.dtype, target.head_size)
+    return Implementation(function, f"{NAME} ({why})")
+
+
+PROVIDER = Provider(NAME, OPERATORS, find)
