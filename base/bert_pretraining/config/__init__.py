@@ -1,5 +1,6 @@
 """Settings: files and flags -> one frozen `Config`."""
 
+from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import FlagParser, add_config_flags, nearest, parse_bool
 from bert_pretraining.config.resolution import (
     Resolved,
@@ -10,7 +11,7 @@ from bert_pretraining.config.resolution import (
     show,
     tomllib,
 )
-from bert_pretraining.config.settings import FIELDS, GROUPS, Config, base_type
+from bert_pretraining.config.settings import FIELDS, Config, base_type
 
 __all__ = [
     "FIELDS",

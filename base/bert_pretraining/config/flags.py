@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from dataclasses import Field
 from typing import NoReturn
 
-from bert_pretraining.config.settings import FIELDS, GROUPS, base_type
+from bert_pretraining.config.fields import GROUPS
+from bert_pretraining.config.settings import FIELDS, base_type
 from bert_pretraining.errors import UserError
 
 
@@ -21,7 +23,7 @@ class FlagParser(argparse.ArgumentParser):
     """Flags with underscores or hyphens; an error is one UserError line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message, f"see {self.prog} --help")
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """Parse all of `arguments`; an unknown flag names its nearest neighbour."""
@@ -33,19 +35,22 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             if not flag.startswith("--"):
-                raise UserError(f"unexpected argument '{flag}'; every value follows a --flag")
+                raise UserError(
+                    f"unexpected argument '{flag}'", "give every value after its --flag"
+                )
             known = [option for option in self._option_string_actions if option.startswith("--")]
-            raise UserError(f"unknown flag {flag}{nearest(flag, known)}")
+            raise UserError(f"unknown flag {flag}{nearest(flag, known)}", "--help lists the flags")
         return values
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for every field of Config; a flag that is not given leaves no trace."""
+    parser.usage = "%(prog)s [flags]"  # the list of all would fill the screen
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in FIELDS.values():
         group = groups[field.metadata["group"]]
         kind = base_type(field)
-        text = field.metadata["help"].replace("%", "%%")
+        text = f"{field.metadata['help']} ({_details(field)})".replace("%", "%%")
         options = {"default": argparse.SUPPRESS, "dest": field.name, "help": text}
         if kind is bool:
             group.add_argument(
@@ -59,6 +64,16 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         else:
             metavar = kind.__name__.upper()
             group.add_argument(f"--{field.name}", type=kind, metavar=metavar, **options)
+
+
+def _details(field: Field) -> str:
+    """A setting's allowed values and its default, where no configuration says otherwise."""
+    minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+    allowed = "|".join(field.metadata["choices"] or ())
+    if minimum is not None:
+        allowed = f"at least {minimum:g}" if maximum is None else f"{minimum:g} to {maximum:g}"
+    default = "none" if field.default is None else f"{field.default}" or "empty"
+    return f"{allowed}; default {default}" if allowed else f"default {default}"
 
 
 def parse_bool(text: str) -> bool:

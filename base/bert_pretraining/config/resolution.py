@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import nearest
-from bert_pretraining.config.settings import FIELDS, GROUPS, Config, base_type
+from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -54,24 +55,52 @@ def parse_topology(config: str) -> tuple[int, int] | None:
 def resolve(flags: dict[str, object]) -> Resolved:
     """Flags (name -> typed value) over the TOML files they name over the defaults.
 
+    A later source wins: a file over what it extends, a flag over any file.
     Raises UserError for an unknown configuration, key, type or value.
     """
     values = {field.name: field.default for field in FIELDS.values()}
     sources = dict.fromkeys(FIELDS, "default")
     name, config = flags.get("name", values["name"]), flags.get("config", values["config"])
     file = _config_path(str(name), str(config))
-    for path, content in _file_layers(file):
-        for key, value in content.items():
-            values[key] = _checked_key(key, value, path)
-            sources[key] = _shown(path)
-    for key, value in flags.items():
-        values[key] = value
-        sources[key] = "flag"
-    if flags.get("fp16") and "precision" not in flags:
-        values["precision"], sources["precision"] = None, "flag"
+    layers = [
+        (_shown(path), {key: _checked_key(key, value, path) for key, value in content.items()})
+        for path, content in _file_layers(file)
+    ]
+    for source, layer in [*layers, ("flag", flags)]:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+        _settle_switches(layer, source, values, sources)
     resolved = Config(**values)
     _validate(resolved, sources)
     return Resolved(resolved, _shown(file), sources)
+
+
+# Upstream's switches beside the setting that says the same and more: switch -> (setting, the
+# value that the switch stands for).
+SWITCHES = {"fp16": ("precision", "fp16"), "exchange_padding": ("batching", "balanced")}
+
+
+def _settle_switches(
+    layer: dict[str, object], source: str, values: dict[str, object], sources: dict[str, str]
+) -> None:
+    """Make a switch and its setting say the same once a layer has named one of them.
+
+    UserError where one layer names both and they contradict each other.
+    """
+    for switch, (setting, meaning) in SWITCHES.items():
+        is_on, value = layer.get(switch), layer.get(setting)
+        if switch in layer and setting in layer:
+            if is_on != (value == meaning):
+                where = "the command line" if source == "flag" else source
+                raise UserError(
+                    f"{where}: {switch} = {str(is_on).lower()} contradicts {setting} = {value!r}",
+                    f"leave {switch} out; {setting} says it all",
+                )
+        elif setting in layer and values[switch] != (value == meaning):
+            values[switch], sources[switch] = value == meaning, source
+        elif switch in layer and (is_on or values[setting] == meaning):
+            # Its default is what the switch stands for.
+            values[setting], sources[setting] = None, source
 
 
 def show(resolved: Resolved) -> str:
@@ -106,7 +135,7 @@ def _config_path(name: str, config: str) -> Path:
     names = sorted({pair[0] for pair in pairs})
     if name not in names:
         raise UserError(
-            f"--name {name}: no such name{nearest(name, names)} (has: {', '.join(names)})"
+            f"--name {name}: no such name{nearest(name, names)}", f"use one of {', '.join(names)}"
         )
     configs = [pair[1] for pair in pairs if pair[0] == name]
     others = [pair[0] for pair in pairs if pair[1] == config]
@@ -115,7 +144,8 @@ def _config_path(name: str, config: str) -> Path:
         hint = f"; it exists under {', '.join(others)}: add --name {others[0]}"
     raise UserError(
         f"--config {config}: no such configuration of {name}{hint} "
-        f"({name} has: {', '.join(configs)})"
+        f"({name} has: {', '.join(configs)})",
+        "'config list' prints all",
     )
 
 
@@ -124,13 +154,18 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     layers: list[tuple[Path, dict]] = []
     while True:
         if any(path.resolve() == seen.resolve() for seen, _ in layers):
-            raise UserError(f"{_shown(path)}: extends itself")
+            raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' of the circle")
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"cannot read configuration {path} ({error.strerror})") from error
+            raise UserError(
+                f"cannot read configuration {path} ({error.strerror})",
+                "correct --config, or the 'extends' that names it",
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{_shown(path)}: not valid TOML ({error})") from error
+            raise UserError(
+                f"{_shown(path)}: not valid TOML ({error})", "correct that line"
+            ) from error
         parent = content.pop("extends", None)
         layers.insert(0, (path, content))
         if parent is None:
@@ -142,16 +177,22 @@ def _checked_key(key: str, value: object, path: Path) -> object:
     if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
         raise UserError(
             f"{_shown(path)}: '{key}' is a table, but settings stand by themselves, "
-            f"as in max_steps = 100; delete the line [{key}]"
+            "as in max_steps = 100",
+            f"delete the line [{key}]",
         )
     if key not in FIELDS or key in ("name", "config"):
         known = [name for name in FIELDS if name not in ("name", "config")]
-        raise UserError(f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}")
+        raise UserError(
+            f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}",
+            "correct or remove it; 'config show' prints all keys",
+        )
     kind = base_type(FIELDS[key])
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}")
+        raise UserError(
+            f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}", "correct it"
+        )
     return value
 
 
@@ -164,13 +205,15 @@ def _validate(config: Config, sources: dict[str, str]) -> None:
         if sources[field.name] not in ("flag", "default"):
             where = f"{sources[field.name]}: {field.name} = {value}"
         choices = field.metadata["choices"]
-        if choices and value not in choices:
-            close = nearest(str(value), list(choices))
-            raise UserError(f"{where}: must be one of {', '.join(choices)}{close}")
         minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
-        if minimum is not None and not value >= minimum:
-            raise UserError(f"{where}: must be at least {minimum:g}")
-        if maximum is not None and not value <= maximum:
-            raise UserError(f"{where}: must be at most {maximum:g}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: must be finite")
+        fault = None
+        if choices and value not in choices:
+            fault = f"must be one of {', '.join(choices)}{nearest(str(value), list(choices))}"
+        elif minimum is not None and not value >= minimum:
+            fault = f"must be at least {minimum:g}"
+        elif maximum is not None and not value <= maximum:
+            fault = f"must be at most {maximum:g}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            fault = "must be finite"
+        if fault:
+            raise UserError(f"{where}: {fault}", f"correct {field.name}")

@@ -6,48 +6,12 @@ keep working. `resolution.py` fills a `Config` from files and flags.
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 
-GROUPS = {
-    "run": "configuration and device",
-    "data": "data and files",
-    "training": "training",
-    "optimizer": "optimizer",
-    "evaluation": "evaluation and target",
-    "logging": "logs and checkpoints",
-    "submission": "MLPerf submission",
-    "upstream": "upstream's switches that this design has no need of; they change nothing",
-}
+from bert_pretraining.config.fields import setting
+from bert_pretraining.config.upstream import UpstreamSwitches
 
-
-def setting(
-    default: object,
-    group: str,
-    help_text: str,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> object:
-    """A dataclass field with its help text and bounds (both inclusive)."""
-    metadata = {
-        "group": group,
-        "help": help_text,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-    }
-    return field(default=default, metadata=metadata)
-
-
-def ignored(default: object, why: str) -> object:
-    """A field of upstream's that is accepted and has no effect, and why."""
-    return setting(default, "upstream", why)
-
-
-_PACKED = "no effect: batches hold no padding"
 _PROVIDERS = ("auto", "reference", "torch", "triton", "apex")
-_KERNELS = "no effect: --kernels chooses the operators"
-_REDUCTION = "no effect: gradients are reduced in overlapping buckets"
 
 
 def _operator(name: str) -> object:
@@ -57,12 +21,17 @@ def _operator(name: str) -> object:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(UpstreamSwitches):
     """One run, fully resolved."""
 
-    name: str = setting("mini", "run", "who tuned the configuration: a folder of configs/")
+    name: str = setting(
+        "mini", "run", "who tuned the configuration: a folder of configs/", changes_numbers=False
+    )
     config: str = setting(
-        "CPUx1x2", "run", "<device>x<nodes>x<processes per node>, or the path of a .toml file"
+        "CPUx1x2",
+        "run",
+        "<device>x<nodes>x<processes per node>, or the path of a .toml file",
+        changes_numbers=False,
     )
     nnodes: int = setting(1, "run", "machines", minimum=1)
     nproc_per_node: int = setting(1, "run", "processes (ranks) on each machine", minimum=1)
@@ -92,17 +61,33 @@ class Config:
         minimum=0,
     )
     seed: int | None = setting(
-        None, "run", "master seed; by default from the system's entropy", minimum=0
+        None,
+        "run",
+        "master seed; by default from the system's entropy",
+        minimum=0,
+        changes_numbers=False,
     )
 
     data_dir: str | None = setting(
-        None, "data", "holds 2048_shards_uncompressed/, eval_set_uncompressed/, bert_config.json"
+        None,
+        "data",
+        "holds 2048_shards_uncompressed/, eval_set_uncompressed/, bert_config.json",
+        changes_numbers=False,
     )
-    train_dir: str | None = setting(None, "data", "training shards, if not in data_dir")
-    eval_dir: str | None = setting(None, "data", "evaluation shards, if not in data_dir")
-    bert_config_path: str | None = setting(None, "data", "bert_config.json, if not in data_dir")
+    train_dir: str | None = setting(
+        None, "data", "training shards, if not in data_dir", changes_numbers=False
+    )
+    eval_dir: str | None = setting(
+        None, "data", "evaluation shards, if not in data_dir", changes_numbers=False
+    )
+    bert_config_path: str | None = setting(
+        None, "data", "bert_config.json, if not in data_dir", changes_numbers=False
+    )
     init_checkpoint: str | None = setting(
-        None, "data", "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none"
+        None,
+        "data",
+        "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none",
+        changes_numbers=False,
     )
     batching: str | None = setting(
         None,
@@ -120,9 +105,13 @@ class Config:
         "shards read side by side, 0 for one a rank; the order of the sequences follows from "
         "this and the seed, whatever the number of ranks",
         minimum=0,
+        changes_numbers=False,
     )
     output_dir: str | None = setting(
-        None, "data", "logs and checkpoints; by default output/<name>_<config>"
+        None,
+        "data",
+        "logs and checkpoints; by default output/<name>_<config>",
+        changes_numbers=False,
     )
 
     train_batch_size: int = setting(18, "training", "sequences a rank and micro-batch", minimum=1)
@@ -132,10 +121,18 @@ class Config:
         "training",
         "updates between checks that all ranks hold the same weights; 0 for only at the start",
         minimum=0,
+        changes_numbers=False,
+    )
+    objective: str = setting(
+        "mlm_nsp",
+        "training",
+        "losses to train with: masked words (mlm) and next sentences (nsp), or masked words alone, "
+        "for which a start checkpoint needs no next-sentence head",
+        choices=("mlm_nsp", "mlm"),
     )
     max_steps: int = setting(1536, "training", "updates after which to stop", minimum=1)
     max_samples_termination: int = setting(
-        14_000_000, "training", "sequences after which to stop", minimum=1
+        14_000_000, "training", "sequences after which to stop", minimum=1, changes_numbers=False
     )
     precision: str | None = setting(
         None, "training", "weights and activations", choices=("fp32", "bf16", "fp16")
@@ -162,8 +159,8 @@ class Config:
     optimizer: str = setting(
         "auto",
         "optimizer",
-        "LAMB's implementation",
-        choices=("auto", "reference", "foreach", "flat", "triton", "apex"),
+        "adamw, or LAMB: auto for its fastest implementation here, or that implementation's name",
+        choices=("auto", "reference", "foreach", "flat", "triton", "apex", "adamw"),
     )
     distributed_lamb: bool = setting(
         False,
@@ -178,14 +175,14 @@ class Config:
         choices=("after_reduction", "before_reduction"),
     )
     learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
-    weight_decay_rate: float = setting(0.01, "optimizer", "LAMB's weight decay", minimum=0.0)
+    weight_decay_rate: float = setting(0.01, "optimizer", "weight decay", minimum=0.0)
     opt_lamb_beta_1: float = setting(
-        0.9, "optimizer", "LAMB's beta 1", minimum=0.0, maximum=0.999999
+        0.9, "optimizer", "beta 1 of LAMB and AdamW", minimum=0.0, maximum=0.999999
     )
     opt_lamb_beta_2: float = setting(
-        0.999, "optimizer", "LAMB's beta 2", minimum=0.0, maximum=0.999999
+        0.999, "optimizer", "beta 2 of LAMB and AdamW", minimum=0.0, maximum=0.999999
     )
-    opt_lamb_epsilon: float = setting(1e-6, "optimizer", "LAMB's epsilon", minimum=1e-12)
+    opt_lamb_epsilon: float = setting(1e-6, "optimizer", "epsilon of LAMB and AdamW", minimum=1e-12)
     max_gradient_norm: float = setting(
         1.0, "optimizer", "gradients of a greater norm are scaled down to it", minimum=1e-12
     )
@@ -207,30 +204,54 @@ class Config:
         "masked-token accuracy on the evaluation set that ends the run",
         minimum=0.0,
         maximum=1.0,
+        changes_numbers=False,
     )
     eval_steps: int = setting(
-        0, "evaluation", "updates between evaluations; 0 for the MLPerf schedule", minimum=0
+        0,
+        "evaluation",
+        "updates between evaluations; 0 for the MLPerf schedule",
+        minimum=0,
+        changes_numbers=False,
     )
     eval_interval_samples: int = setting(
-        0, "evaluation", "sequences between evaluations; 0 for the MLPerf formula", minimum=0
+        0,
+        "evaluation",
+        "sequences between evaluations; 0 for the MLPerf formula",
+        minimum=0,
+        changes_numbers=False,
     )
-    eval_batch_size: int = setting(128, "evaluation", "sequences a batch", minimum=1)
-    num_eval_examples: int = setting(10_000, "evaluation", "sequences to evaluate", minimum=1)
+    eval_batch_size: int = setting(
+        128, "evaluation", "sequences a batch", minimum=1, changes_numbers=False
+    )
+    num_eval_examples: int = setting(
+        10_000, "evaluation", "sequences to evaluate", minimum=1, changes_numbers=False
+    )
 
     log_freq: int = setting(
-        1, "logging", "updates between STEP_END lines; 0 for evaluated steps only", minimum=0
+        1,
+        "logging",
+        "updates between STEP_END lines; 0 for evaluated steps only",
+        minimum=0,
+        changes_numbers=False,
     )
     save_checkpoint: bool = setting(
-        False, "logging", "write model.ckpt-<step>.pt: on the way, and at the end"
+        False,
+        "logging",
+        "write model.ckpt-<step>.pt: on the way, and at the end",
+        changes_numbers=False,
     )
     num_samples_per_checkpoint: int = setting(
-        500_000, "logging", "sequences between checkpoints; 0 for one at the end only", minimum=0
+        500_000,
+        "logging",
+        "sequences between checkpoints; 0 for one at the end only",
+        minimum=0,
+        changes_numbers=False,
     )
     min_samples_to_start_checkpoints: int = setting(
-        3_000_000, "logging", "sequences before the first of them", minimum=0
+        3_000_000, "logging", "sequences before the first of them", minimum=0, changes_numbers=False
     )
     keep_n_most_recent_checkpoints: int = setting(
-        20, "logging", "checkpoints of a run to keep; 0 for all", minimum=0
+        20, "logging", "checkpoints of a run to keep; 0 for all", minimum=0, changes_numbers=False
     )
     resume: str | None = setting(
         None,
@@ -239,54 +260,42 @@ class Config:
         "refuse (required); by default only from an --init_checkpoint that is a training "
         "checkpoint, and with never not even then",
         choices=("auto", "never", "required"),
+        changes_numbers=False,
     )
 
     report: bool = setting(
-        False, "logging", "draw the run into its folder at the end, as 'report' does"
+        False,
+        "logging",
+        "draw the run into its folder at the end, as 'report' does",
+        changes_numbers=False,
     )
     tensorboard_dir: str | None = setting(
-        None, "logging", "also write the figures of steps and evaluations for TensorBoard, here"
+        None,
+        "logging",
+        "also write the figures of steps and evaluations for TensorBoard, here",
+        changes_numbers=False,
     )
 
-    submission_org: str = setting("unknown", "submission", "organisation in the MLPerf log")
-    submission_platform: str = setting("", "submission", "platform; by default the host's name")
+    submission_org: str = setting(
+        "unknown", "submission", "organisation in the MLPerf log", changes_numbers=False
+    )
+    submission_platform: str = setting(
+        "", "submission", "platform; by default the host's name", changes_numbers=False
+    )
     submission_division: str = setting(
-        "closed", "submission", "division in the MLPerf log", choices=("closed", "open")
+        "closed",
+        "submission",
+        "division in the MLPerf log",
+        choices=("closed", "open"),
+        changes_numbers=False,
     )
     submission_status: str = setting(
         "onprem",
         "submission",
         "status in the MLPerf log",
         choices=("cloud", "onprem", "preview", "research"),
+        changes_numbers=False,
     )
-
-    cache_eval_data: bool = ignored(False, "no effect: evaluation batches always stay in memory")
-    unpad: bool = ignored(False, _PACKED)
-    unpad_fmha: bool = ignored(False, _PACKED)
-    pad: bool = ignored(False, _PACKED)
-    dense_seq_output: bool = ignored(False, "no effect: the MLM head sees masked rows only")
-    fused_mha: bool = ignored(False, _KERNELS)
-    fused_gelu_bias: bool = ignored(False, _KERNELS)
-    fused_dropout_add: bool = ignored(False, _KERNELS)
-    enable_fuse_dropout: bool = ignored(False, _KERNELS)
-    disable_fuse_mask: bool = ignored(False, _KERNELS)
-    disable_fuse_scale: bool = ignored(False, _KERNELS)
-    disable_fuse_qkv: bool = ignored(False, _KERNELS)
-    disable_apex_softmax: bool = ignored(False, _KERNELS)
-    ddp_type: str = ignored("native", "no effect: always torch's DistributedDataParallel")
-    allreduce_post_accumulation: bool = ignored(False, _REDUCTION)
-    allreduce_post_accumulation_fp16: bool = ignored(False, _REDUCTION)
-    dwu_group_size: int = ignored(0, "no effect: distributed_lamb shares between all ranks")
-    dwu_num_blocks: int = ignored(4, _REDUCTION)
-    dwu_num_chunks: int = ignored(1, _REDUCTION)
-    dwu_num_rs_pg: int = ignored(2, _REDUCTION)
-    dwu_num_ar_pg: int = ignored(4, _REDUCTION)
-    dwu_num_ag_pg: int = ignored(2, _REDUCTION)
-    dwu_overlap_reductions: bool = ignored(False, _REDUCTION)
-    dwu_e5m2_allgather: bool = ignored(False, "no effect: weights travel in their own precision")
-    do_train: bool = ignored(True, "no effect: a run always trains")
-    bypass_amp: bool = ignored(False, "no effect: there is no AMP")
-    opt_level: str = ignored("O2", "no effect: --precision decides")
 
     @property
     def resolved_precision(self) -> str:
@@ -310,14 +319,9 @@ class Config:
         return {operator: provider for operator, provider in named.items() if provider}
 
     @property
-    def without_effect(self) -> dict[str, list[str]]:
-        """Why -> the switches of upstream's that are on and change nothing."""
-        reasons: dict[str, list[str]] = {}
-        for switch in fields(self):
-            value = getattr(self, switch.name)
-            if switch.metadata["group"] == "upstream" and value is True and not switch.default:
-                reasons.setdefault(switch.metadata["help"], []).append(switch.name)
-        return reasons
+    def optimizer_algorithm(self) -> str:
+        """What `optimizer` computes: "adamw", or "lamb" for each implementation of LAMB."""
+        return "adamw" if self.optimizer == "adamw" else "lamb"
 
     @property
     def resolved_output_dir(self) -> str:
@@ -330,7 +334,13 @@ class Config:
 
     @property
     def world_size(self) -> int:
+        """Ranks."""
         return self.nnodes * self.nproc_per_node
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one update, over all ranks."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 FIELDS = {field.name: field for field in fields(Config)}
