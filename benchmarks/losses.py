@@ -41,15 +41,17 @@ CASES = {
     "three ranks, distributed LAMB in bf16, clipped before": "--config CPUx1x2 --nproc_per_node 3 "
     "--train_batch_size 8 --distributed_lamb --precision bf16 --clip_gradients before_reduction",
 }  # fmt: skip
+# Their embedding gradients are added up by both threads at once, in no fixed order: one thread.
+ONE_THREAD = ("one rank, reference operators and LAMB", "one rank, compiled")
 FIGURES = ("loss", "mlm_acc", "grad_norm", "eval_loss", "eval_mlm_accuracy", "global_steps")
 
 
-def launch(folder: Path, data: Path, flags: str) -> Path:
+def launch(folder: Path, data: Path, flags: str, **environment: str) -> Path:
     """Train; returns the run's folder."""
     words = [*COMMON.split(), *flags.split(), "--data_dir", str(data), "--output_dir", str(folder)]
     done = subprocess.run(
         [sys.executable, "-m", "bert_pretraining", "launch", *words],
-        env={**os.environ, "PYTHONPATH": str(record.ROOT / "base")},
+        env={**os.environ, "PYTHONPATH": str(record.ROOT / "base"), **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 3:
@@ -82,7 +84,8 @@ def measure(data: Path) -> dict[str, dict]:
     results = {}
     for name, flags in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            run = launch(Path(folder), data, flags)
+            threads = {"OMP_NUM_THREADS": "1"} if name in ONE_THREAD else {}
+            run = launch(Path(folder), data, flags, **threads)
             results[name] = {"flags": flags, "figures": events(run), "weights": digest(run, 30)}
         print(f"{name}: {results[name]['figures'][-1]}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

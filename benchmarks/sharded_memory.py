@@ -27,7 +27,7 @@ from bert_pretraining.bench import record
 from bert_pretraining.bench.optimizer import shapes_of
 from bert_pretraining.bench.workload import BERT_LARGE, timed
 from bert_pretraining.kernels import DTYPES
-from bert_pretraining.optim import LambSettings, ShardedLamb, create_optimizer
+from bert_pretraining.optim import OptimizerSettings, create_optimizer
 from bert_pretraining.runtime import process_group
 
 UPDATES = 4
@@ -50,7 +50,7 @@ def run_rank(sharing: str, num_layers: int, precision: str) -> None:
         (name, nn.Parameter(torch.full(shape, 0.02, dtype=dtype))) for name, shape in shapes.items()
     ]
     alone = "alone" if ranks.world_size == 1 else sharing
-    optimizer = create_optimizer("auto", named, LambSettings(), sharing=alone)
+    optimizer = create_optimizer("auto", named, OptimizerSettings(), sharing=alone)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
 
@@ -60,8 +60,8 @@ def run_rank(sharing: str, num_layers: int, precision: str) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.fill_(1e-3)
-        if isinstance(optimizer, ShardedLamb):
-            optimizer.finish()
+        if optimizer.reduces_gradients:
+            optimizer.finish_reduction(None)
         elif ranks.world_size > 1:
             for _, parameter in named:
                 dist.all_reduce(parameter.grad.mul_(1.0 / ranks.world_size))

@@ -19,7 +19,7 @@ from bert_pretraining.bench.workload import alternate, batch_of
 from bert_pretraining.kernels import cpu_attention, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.optim import LambSettings, create_optimizer
+from bert_pretraining.optim import OptimizerSettings, create_optimizer
 
 REPEATS = 9
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[
     """A whole training step: forward, backward, LAMB."""
     kernels = select(provider, CPU, torch.float32)
     model = BertForPreTraining(config, kernels, seed=1)
-    optimizer = create_optimizer("auto", model.named_parameters(), LambSettings())
+    optimizer = create_optimizer("auto", model.named_parameters(), OptimizerSettings())
     batch = batch_of(lengths, config)
 
     def step() -> None:

@@ -15,7 +15,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import DTYPES, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.optim import OPTIMIZERS, LambSettings, choose, create_optimizer
+from bert_pretraining.optim import OPTIMIZERS, OptimizerSettings, choose, create_optimizer
 
 
 def bytes_moved(dtype: torch.dtype) -> int:
@@ -53,7 +53,7 @@ def seconds_of_updates(
         (key, nn.Parameter(torch.full(shape, 0.02, device=device, dtype=dtype)))
         for key, shape in shapes.items()
     ]
-    optimizer = create_optimizer(name, named, LambSettings())
+    optimizer = create_optimizer(name, named, OptimizerSettings())
     seconds = []
     for _ in range(1 + count):
         optimizer.zero_grad()

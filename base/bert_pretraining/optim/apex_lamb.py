@@ -1,4 +1,4 @@
-"""NVIDIA apex's fused LAMB behind the interface of `lamb.Lamb`.
+"""NVIDIA apex's fused LAMB behind the interface of `Optimizer`.
 
 apex comes and goes in parts, so each class is looked for by itself. Preferred is
 `FusedMixedPrecisionLamb`: it keeps float32 masters and never waits for the GPU. `FusedLAMB`
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.optim.lamb import Lamb
+from bert_pretraining.optim.adam import MOMENTS
+from bert_pretraining.optim.optimizer import Optimizer
 
 CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
 
@@ -68,12 +69,14 @@ class _Scaler:
         return self._scale
 
 
-class ApexLamb(Lamb):
+class ApexLamb(Optimizer):
     """apex's LAMB: two parameter groups, with and without weight decay.
 
     As apex's kernels have it, the gradients hold other values after a step. apex keeps a
     float32 master of each 16-bit parameter; `masters` are those very tensors.
     """
+
+    SLOTS = MOMENTS
 
     def _create_state(self, masters: list[Tensor]) -> None:
         super()._create_state(masters)
@@ -120,7 +123,7 @@ class ApexLamb(Lamb):
             **arguments,
         )
         for parameter, first, second in zip(
-            self.parameters, self.first_moments, self.second_moments, strict=True
+            self.parameters, *(self.slots[moment] for moment in MOMENTS), strict=True
         ):
             self.optimizer.state[parameter].update(exp_avg=first, exp_avg_sq=second)
         if mixed:

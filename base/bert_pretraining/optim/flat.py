@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bert_pretraining.optim.lamb import LambSettings
+from bert_pretraining.optim.optimizer import OptimizerSettings
 
 # Elements of a block: one partial norm each. Small, for it is also what a bias is padded to.
 BLOCK = 1024
@@ -101,7 +101,7 @@ class Step:
     updates: 0-d int64, t of the formulas. finite: 0-d bool; False makes the step change nothing.
     """
 
-    settings: LambSettings
+    settings: OptimizerSettings
     factor: Tensor
     updates: Tensor
     finite: Tensor

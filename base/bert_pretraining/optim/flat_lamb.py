@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.optim.adam import MOMENTS
 from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Share, Step
-from bert_pretraining.optim.lamb import Lamb, LambSettings
+from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 
 BLOCKS_AT_A_TIME = 2**13  # that `gradients` gives in a piece
 
 
-class FlatLamb(Lamb):
+class FlatLamb(Optimizer):
     """LAMB whose parameters, gradients and state are views of flat tensors.
 
     Args:
@@ -30,10 +31,12 @@ class FlatLamb(Lamb):
             DistributedDataParallel does: they are then copied at each step.
     """
 
+    SLOTS = MOMENTS
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        settings: LambSettings,
+        settings: OptimizerSettings,
         masters: dict[str, Tensor] | None = None,
         *,
         kernels: FlatKernels,
@@ -56,8 +59,8 @@ class FlatLamb(Lamb):
         self.share = self._share_of(self._gradient, master, rounded, slice(None))
         self._prepare_sums()
         self.masters = self.layout.views(self.share.master)
-        self.first_moments = self.layout.views(self.share.first)
-        self.second_moments = self.layout.views(self.share.second)
+        moments = (self.share.first, self.share.second)
+        self.slots = dict(zip(MOMENTS, map(self.layout.views, moments), strict=True))
 
     def _point_parameters_at(self, values: Tensor) -> None:
         """Make the parameters, and views for their gradients, parts of flat tensors."""
@@ -90,7 +93,7 @@ class FlatLamb(Lamb):
         self._has_ratio = torch.tensor(self.decays, device=device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `Lamb.zero_grad`; gradients in place are zeroed where they lie in any case."""
+        """As `Optimizer.zero_grad`; gradients in place are zeroed where they lie in any case."""
         if not self._gradients_in_place:
             super().zero_grad(set_to_none)
             return
@@ -139,7 +142,7 @@ class FlatLamb(Lamb):
         norm = squares.sum().sqrt() * inverse_scale
         self.gradient_norm = norm.to(share.master.dtype)
         finite = torch.isfinite(self.gradient_norm)
-        if self._may_read and not finite:
+        if self.may_read and not finite:
             return finite
         self.num_updates += finite
         factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)

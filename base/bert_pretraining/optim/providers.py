@@ -1,25 +1,102 @@
-"""LAMB's implementations by name, and the choice for a device."""
+"""The optimizers by name, and the choice for a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.optim.adamw import AdamW
+from bert_pretraining.optim.flat import FlatKernels
 from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.flat_torch import TorchKernels
-from bert_pretraining.optim.lamb import ForeachLamb, Lamb, LambSettings, ReferenceLamb
+from bert_pretraining.optim.lamb import ForeachLamb, ReferenceLamb
+from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 from bert_pretraining.optim.sharded_lamb import ShardedLamb
 
-OPTIMIZERS = ("reference", "foreach", "flat", "triton", "apex")
-FLAT = ("flat", "triton")
-
-# How ranks hold gradients and state: nobody but the optimizer holds a rank's gradients; somebody
-# else does, and makes one of the ranks'; the optimizer makes it, and each rank holds a part.
+# How the ranks hold gradients and optimizer state:
+#   alone       the optimizer holds this rank's gradients, in a flat tensor where it has one
+#   replicated  DistributedDataParallel holds them, and every rank has the whole state
+#   sharded     the optimizer holds and reduces them, and every rank has a share of the state
 Sharing = Literal["alone", "replicated", "sharded"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One entry of the table.
+
+    make: (parameters by name, settings, masters, sharing) -> the optimizer.
+    unavailable: device -> why it cannot run there, or None.
+    shards: whether it can share its state between ranks.
+    """
+
+    make: Callable[..., Optimizer]
+    unavailable: Callable[[torch.device], str | None] = lambda _: None
+    shards: bool = False
+
+
+def _unsharded(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
+    """Makes an optimizer that does not care who holds the gradients."""
+    return lambda named, settings, masters, sharing: optimizer(named, settings, masters)
+
+
+def _flat(
+    named: list[tuple[str, nn.Parameter]],
+    settings: OptimizerSettings,
+    masters: dict[str, Tensor] | None,
+    sharing: Sharing,
+    kernels: FlatKernels | None = None,
+) -> Optimizer:
+    kernels = kernels or TorchKernels()
+    if sharing == "sharded":
+        return ShardedLamb(named, settings, masters, kernels=kernels)
+    in_place = sharing == "alone"
+    return FlatLamb(named, settings, masters, kernels=kernels, gradients_in_place=in_place)
+
+
+def _triton(named: list[tuple[str, nn.Parameter]], *arguments: object) -> Optimizer:
+    from bert_pretraining.optim.flat_triton import TritonKernels
+
+    if named[0][1].dtype == torch.float64:
+        raise UserError("--optimizer triton has no float64", "use another optimizer, which has")
+    return _flat(named, *arguments, kernels=TritonKernels())
+
+
+def _no_triton(device: torch.device) -> str | None:
+    from bert_pretraining.optim import flat_triton
+
+    return flat_triton.unavailable(device)
+
+
+def _apex(
+    named: list[tuple[str, nn.Parameter]],
+    settings: OptimizerSettings,
+    masters: dict[str, Tensor] | None,
+    sharing: Sharing,
+) -> Optimizer:
+    from bert_pretraining.optim.apex_lamb import ApexLamb
+
+    return ApexLamb(named, settings, masters)
+
+
+def _no_apex(device: torch.device) -> str | None:
+    from bert_pretraining.optim import apex_lamb
+
+    return apex_lamb.unavailable(device)
+
+
+OPTIMIZERS: dict[str, Provider] = {
+    "reference": Provider(_unsharded(ReferenceLamb)),
+    "foreach": Provider(_unsharded(ForeachLamb)),
+    "flat": Provider(_flat, shards=True),
+    "triton": Provider(_triton, _no_triton, shards=True),
+    "apex": Provider(_apex, _no_apex),
+    "adamw": Provider(_unsharded(AdamW)),
+}
 
 
 class Choice(NamedTuple):
@@ -34,7 +111,7 @@ class Choice(NamedTuple):
 
 
 def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
-    """The provider called `name` for parameters on `device`; "auto" is the fastest one.
+    """The provider called `name` for parameters on `device`; "auto" is the fastest LAMB.
 
     Raises UserError for an unknown name, and for a provider that cannot run here: the message
     says what is missing.
@@ -43,49 +120,37 @@ def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
         return _fastest(device)
     if name not in OPTIMIZERS:
         raise UserError(
-            f"--optimizer {name}: no such provider; one of auto, {', '.join(OPTIMIZERS)}"
+            f"--optimizer {name}: no such optimizer", f"choose one of auto, {', '.join(OPTIMIZERS)}"
         )
-    if sharded and name not in FLAT:
+    if sharded and not OPTIMIZERS[name].shards:
+        able = " or ".join(one for one, provider in OPTIMIZERS.items() if provider.shards)
         raise UserError(
-            f"--optimizer {name}: with distributed_lamb it must be auto, {' or '.join(FLAT)}, "
-            "which can share their state between ranks; or pass --distributed_lamb false"
+            f"--optimizer {name} cannot share its state between ranks, as distributed_lamb asks",
+            f"pass --optimizer auto, {able}; or pass --distributed_lamb false",
         )
-    problem = _problem(name, device)
+    problem = OPTIMIZERS[name].unavailable(device)
     if problem is not None:
-        raise UserError(f"--optimizer {name}: {problem}; use auto, or flat, which runs anywhere")
+        raise UserError(f"--optimizer {name}: {problem}", "use auto, or flat, which runs anywhere")
     return Choice(name, "as asked")
 
 
 def _fastest(device: torch.device) -> Choice:
     if device.type == "cpu":
         return Choice("flat", "the fastest on a CPU")
-    problem = _problem("triton", device)
+    problem = OPTIMIZERS["triton"].unavailable(device)
     if problem is None:
         return Choice("triton", "the fewest bytes moved on a GPU")
     return Choice("flat", f"triton cannot be had: {problem}")
 
 
-def _problem(name: str, device: torch.device) -> str | None:
-    """Why a provider cannot run on a device, or None."""
-    if name == "triton":
-        from bert_pretraining.optim import flat_triton
-
-        return flat_triton.unavailable(device)
-    if name == "apex":
-        from bert_pretraining.optim import apex_lamb
-
-        return apex_lamb.unavailable(device)
-    return None
-
-
 def create_optimizer(
     name: str,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
-    settings: LambSettings,
+    settings: OptimizerSettings,
     masters: dict[str, Tensor] | None = None,
     sharing: Sharing = "alone",
-) -> Lamb:
-    """The optimizer called `name`, or with "auto" the fastest for the parameters' device.
+) -> Optimizer:
+    """The optimizer called `name`, or with "auto" the fastest LAMB for the parameters' device.
 
     masters: the float32 weights that 16-bit parameters were rounded from, by name.
     The result's `choice` says which provider it is, and why. UserError as `choose`, and for
@@ -93,37 +158,6 @@ def create_optimizer(
     """
     named = list(named_parameters)
     choice = choose(name, named[0][1].device, sharing == "sharded")
-    make = _maker(choice.name, named[0][1].dtype, sharing)
-    optimizer = make(named, settings, masters)
+    optimizer = OPTIMIZERS[choice.name].make(named, settings, masters, sharing)
     optimizer.choice = choice.describe()
     return optimizer
-
-
-def _maker(name: str, dtype: torch.dtype, sharing: Sharing) -> Callable[..., Lamb]:
-    if name == "reference":
-        return ReferenceLamb
-    if name == "foreach":
-        return ForeachLamb
-    if name == "apex":
-        from bert_pretraining.optim.apex_lamb import ApexLamb
-
-        return ApexLamb
-    kernels = TorchKernels()
-    if name == "triton":
-        from bert_pretraining.optim.flat_triton import TritonKernels
-
-        if dtype == torch.float64:
-            raise UserError("--optimizer triton has no float64; the other optimizers have")
-        kernels = TritonKernels()
-
-    def make(
-        named: list[tuple[str, nn.Parameter]],
-        settings: LambSettings,
-        masters: dict[str, Tensor] | None,
-    ) -> Lamb:
-        if sharing == "sharded":
-            return ShardedLamb(named, settings, masters, kernels=kernels)
-        in_place = sharing == "alone"
-        return FlatLamb(named, settings, masters, kernels=kernels, gradients_in_place=in_place)
-
-    return make

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout
 from bert_pretraining.optim.flat_lamb import FlatLamb
-from bert_pretraining.optim.lamb import LambSettings, scale_down
+from bert_pretraining.optim.norms import scale_down
+from bert_pretraining.optim.optimizer import OptimizerSettings
 from bert_pretraining.runtime.process_group import all_gather, reduce_scatter
 
 BUCKET = 2**23  # elements; 16 or 32 MiB to send at a time
@@ -55,18 +56,20 @@ class _UnderWay:
 class ShardedLamb(FlatLamb):
     """`FlatLamb` over the default process group; all ranks must make every call.
 
-    Reduces the gradients itself: around each micro-batch's backward stands `during`, after the
-    last one `finish`. It has no `masters`, `first_moments` and `second_moments`, but a share of
-    them. `state_dict` gives rank 0 the whole state; `load_state_dict` wants it whole on each.
+    It reduces the gradients itself: the caller puts `overlap` around each micro-batch and calls
+    `finish_reduction` after the last one. It has no `masters` and `slots`, but a share of them.
+    `state_dict` gives rank 0 the whole state; `load_state_dict` wants the whole state on each rank.
 
     Args:
         bucket: elements of a bucket, at most; more only where a rank's piece needs them.
     """
 
+    reduces_gradients = True
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        settings: LambSettings,
+        settings: OptimizerSettings,
         masters: dict[str, Tensor] | None = None,
         *,
         kernels: FlatKernels,
@@ -130,7 +133,7 @@ class ShardedLamb(FlatLamb):
         self._under_way = _UnderWay(AT_A_TIME if dist.get_backend() == "gloo" else None)
 
     @contextlib.contextmanager
-    def during(self, last: bool) -> Iterator[None]:
+    def overlap(self, last: bool) -> Iterator[None]:
         """Around the backward of a micro-batch; in the last one, gradients are sent."""
         self._missing = list(self._waits_for)
         self._overlapping = last
@@ -149,11 +152,11 @@ class ShardedLamb(FlatLamb):
         share = self.share.gradient.view(self._buckets, -1)[bucket]
         self._under_way.add(reduce_scatter(share, gradient.view(-1), async_op=True))
 
-    def finish(self, limit: Tensor | None = None) -> None:
+    def finish_reduction(self, limit: Tensor | None = None) -> None:
         """After the last backward: send what was not sent, and wait for all.
 
         limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no
-        limit; only then may `during` have sent anything.
+        limit; only then may `overlap` have sent anything.
         """
         # A parameter that got no gradient has left its buckets to this.
         super()._collect_gradient()
@@ -164,7 +167,7 @@ class ShardedLamb(FlatLamb):
         self._under_way.wait()
 
     def _collect_gradient(self) -> None:
-        """Done by `finish`."""
+        """`finish_reduction` has done it."""
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
         rows = sums.new_empty(self._world_size, *sums.shape)
@@ -180,7 +183,7 @@ class ShardedLamb(FlatLamb):
         self._under_way.wait()
 
     def state_dict(self) -> dict:
-        """As `Lamb.state_dict`, on rank 0 and on the CPU; the other ranks get an empty one."""
+        """As `Optimizer.state_dict`, on rank 0 and on the CPU; the other ranks get an empty one."""
         state: dict[str, object] = {"updates": self.updates}
         for key, share in self._state_shares().items():
             flat = self._gather(share)

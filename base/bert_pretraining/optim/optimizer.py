@@ -1,0 +1,245 @@
+"""What every optimizer shares: parameters, float32 master weights, named state, its file form.
+
+A new optimizer derives from `Optimizer`, or from `TensorListOptimizer` if it updates separate
+tensors; see docs/extending.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.optim.norms import norm_of
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """beta_1, beta_2, epsilon, weight decay, and the gradient norm above which it is clipped."""
+
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+
+
+def has_weight_decay(name: str) -> bool:
+    """Whether a parameter of this name has weight decay (and, in LAMB, a trust ratio)."""
+    return not (name.endswith("bias") or "LayerNorm" in name)
+
+
+class Optimizer:
+    """The base of all optimizers.
+
+    A 16-bit parameter has a float32 master copy here, which the update works on; the
+    parameter is its rounding. A float32 or float64 parameter is its own master.
+
+    Class attributes:
+        SLOTS: the names of the state that each parameter has beside its master weight. They are
+            keys of checkpoints.
+        reduces_gradients: whether the optimizer itself averages gradients over the ranks. Then
+            it has `overlap` and `finish_reduction`, and DistributedDataParallel is not used.
+
+    Attributes:
+        names, parameters, decays: in the order given, one entry a parameter.
+        masters: tensors of the parameters' shapes, in the same order; float32, or float64 for
+            float64 parameters.
+        slots: name in SLOTS -> a list of tensors like `masters`.
+        gradient_norm: 0-d tensor; of the latest step, after `inverse_scale`, before clipping.
+        num_updates: 0-d int64 tensor on the parameters' device. Skipped steps do not count.
+        may_read: whether reading a value costs no waiting, as on a CPU.
+        choice: the provider's name and why it was taken, for the log.
+    """
+
+    SLOTS: tuple[str, ...] = ()
+    reduces_gradients = False
+    choice = ""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: OptimizerSettings,
+        masters: dict[str, Tensor] | None = None,
+    ) -> None:
+        """masters: float32 weights that 16-bit parameters were rounded from, by name."""
+        named = list(named_parameters)
+        self.settings = settings
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.decays = [has_weight_decay(name) for name in self.names]
+        device = self.parameters[0].device
+        self.gradient_norm = torch.zeros((), device=device)
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.may_read = device.type == "cpu"
+        self._create_state(
+            [
+                parameter.detach()
+                if parameter.element_size() >= 4
+                else (masters[name] if masters else parameter.detach().float())
+                for name, parameter in named
+            ]
+        )
+
+    def _create_state(self, masters: list[Tensor]) -> None:
+        """Set `masters` and `slots`. A parameter that is not 16-bit shares its master's memory."""
+        self.masters = masters
+        self.slots = {slot: [torch.zeros_like(master) for master in masters] for slot in self.SLOTS}
+
+    @property
+    def updates(self) -> int:
+        """`num_updates` as a number: waits for a GPU to finish what it was given."""
+        return int(self.num_updates)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or with set_to_none=False zero them where they lie."""
+        for parameter in self.parameters:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def gradients(self) -> list[Tensor]:
+        """All gradients, where they lie; zeros in place of None."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters]
+
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        """One update with the gradients in the parameters' `grad`; None counts as zeros.
+
+        learning_rate, inverse_scale: numbers, or 0-d tensors on the parameters' device.
+        inverse_scale multiplies the gradients first: 1 / loss scale.
+
+        Returns `finite`, a 0-d bool tensor on the parameters' device. Where a gradient is
+        not finite it is False, and masters, slots, parameters and `updates` are what they
+        were. Nothing here waits for a GPU; whoever reads `finite` does. The gradients may be
+        overwritten.
+        """
+        raise NotImplementedError
+
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """With `reduces_gradients`: stands around forward and backward of a micro-batch.
+
+        last: of the update; the optimizer may then reduce gradients while backward goes on.
+        """
+        raise NotImplementedError
+
+    def finish_reduction(self, limit: Tensor | None) -> None:
+        """With `reduces_gradients`: after the last backward pass, reduce what is left.
+
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None: no limit;
+        only then may `overlap` have been told that a micro-batch is the last.
+        """
+        raise NotImplementedError
+
+    def bias_corrections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 - beta_1^t and 1 - beta_2^t for t = `num_updates`; 0-d, on its device."""
+        # In float64 first: in float32, 1 - 0.999 has lost five digits.
+        updates = self.num_updates.double()
+        settings = self.settings
+        first, second = 1.0 - settings.beta_1**updates, 1.0 - settings.beta_2**updates
+        return first.to(dtype), second.to(dtype)
+
+    def _round_masters(self) -> None:
+        """Make 16-bit parameters the rounding of their masters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.dtype != master.dtype:
+                parameter.data.copy_(master)
+
+    def _state(self) -> dict[str, list[Tensor]]:
+        """What is saved for each parameter: the masters and every slot."""
+        return {"master": self.masters, **self.slots}
+
+    def state_dict(self) -> dict:
+        """Plain tensors and numbers: masters and slots by parameter name.
+
+        The tensors are those in use, not copies: the next step changes them. The form is the
+        same for every provider.
+        """
+        named = {
+            key: dict(zip(self.names, tensors, strict=True))
+            for key, tensors in self._state().items()
+        }
+        return {"updates": self.updates, **named}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what any provider's `state_dict` returned, bit for bit.
+
+        The parameters become the loaded masters, or their rounding. UserError, with nothing
+        changed, if the names or shapes are not those of this optimizer's parameters.
+        """
+        if not isinstance(state.get("updates"), int):
+            raise UserError(
+                "the optimizer state lacks its number of updates: the file was cut or edited",
+                "resume from another checkpoint",
+            )
+        other = "pass the checkpoint, the bert_config.json and the --objective of one run"
+        for key in ("master", *self.SLOTS):
+            saved = state.get(key, {})
+            if set(saved) != set(self.names):
+                first = sorted(set(saved) ^ set(self.names))[0]
+                raise UserError(
+                    f"optimizer state of another model: '{first}' is "
+                    f"{'unknown here' if first in saved else 'missing'} in {key}",
+                    other,
+                )
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                if saved[name].shape != parameter.shape:
+                    raise UserError(
+                        f"optimizer state of another model: {key} of '{name}' is "
+                        f"{tuple(saved[name].shape)}, not {tuple(parameter.shape)}",
+                        other,
+                    )
+        self._copy_state(state)
+        self.num_updates.fill_(state["updates"])
+        self._round_masters()
+
+    def _copy_state(self, state: dict) -> None:
+        for key, tensors in self._state().items():
+            for name, tensor in zip(self.names, tensors, strict=True):
+                tensor.copy_(state[key][name])
+
+
+class TensorListOptimizer(Optimizer):
+    """A step over separate tensors: clipping and skipping are here, the formula in `_update`."""
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        gradients = [
+            torch.zeros_like(master)
+            if parameter.grad is None
+            else parameter.grad.to(master.dtype) * inverse_scale
+            for parameter, master in zip(self.parameters, self.masters, strict=True)
+        ]
+        norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
+        self.gradient_norm = norm.to(gradients[0].dtype)
+        finite = torch.isfinite(self.gradient_norm)
+        if self.may_read and not finite:
+            return finite
+        state = [tensor for tensors in self._state().values() for tensor in tensors]
+        # On a GPU the host does not know here whether the gradients are finite: it updates, and
+        # takes the update back if they were not. That costs a copy of the state.
+        before = [] if self.may_read else [tensor.clone() for tensor in state]
+        self.num_updates += finite
+        clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
+        self._update(gradients, clip.to(gradients[0].dtype), learning_rate)
+        if before:
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(torch.where(finite, tensor, old))
+        self._round_masters()
+        return finite
+
+    def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float | Tensor) -> None:
+        """Change `masters` and `slots`.
+
+        gradients: one a parameter, of the masters' dtype, not clipped; may be overwritten.
+        clip: 0-d; what to divide them by. `num_updates` counts this update already.
+        """
+        raise NotImplementedError
