@@ -1,108 +1,105 @@
-"""The terminal: whole lines on stdout, with a progress bar below them on a TTY."""
+"""The lines and the bar that people see of a run."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-from typing import TextIO
+from bert_pretraining.logs.sinks import (
+    EvaluationFigures,
+    Resumption,
+    RunFacts,
+    RunResult,
+    Sink,
+    StepFigures,
+)
+from bert_pretraining.logs.terminal import Terminal, clock, duration, results_table
 
-from tqdm import tqdm
 
-BOLD, NORMAL = "\033[1m", "\033[0m"
-BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
+class Console(Sink):
+    """What people read of a run: see `Terminal`."""
 
+    def __init__(self, terminal: Terminal, run: RunFacts) -> None:
+        self._terminal, self._run = terminal, run
+        self._latest = ""  # figures beside the bar
+        self._target = f"{run.config.target_mlm_accuracy:g}"
 
-class Console:
-    """Lines and, on a terminal, a bar. Only rank 0 shows anything.
+    def said(self, text: str) -> None:
+        self._terminal.line(text)
 
-    Args:
-        enabled: False makes every method do nothing.
-        total_steps: the bar's length.
+    def start_evaluated(self, evaluation: EvaluationFigures) -> None:
+        accuracy = evaluation.mlm_accuracy
+        self._terminal.highlight(
+            f"Start: MLM accuracy {accuracy:.4f} on {evaluation.num_sequences:,} sequences, loss "
+            f"{evaluation.loss:.4f}, target {self._target}"
+        )
+        if accuracy >= self._run.config.target_mlm_accuracy:
+            self.said(
+                f"The start checkpoint already meets the target ({accuracy:.4f} >= "
+                f"{self._target}): stopping after one step"
+            )
 
-    Attributes:
-        wants_step_lines: whether a line a logged step is worth showing: where stdout is no
-            terminal, or no bar tells the same.
-    """
+    def resumed(self, resumption: Resumption) -> None:
+        self._terminal.begin_at(resumption.steps)
+        self.said(
+            f"Resumed: {resumption.checkpoint}, step {resumption.steps}, "
+            f"{resumption.samples:,} sequences"
+        )
+        if resumption.differences:
+            differences = ", ".join(resumption.differences)
+            self.said(f"Notice: not bit-identical to the run without a stop: {differences}")
 
-    def __init__(self, enabled: bool, total_steps: int) -> None:
-        self.enabled = enabled
-        self._bar = None
-        self._bold = enabled and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, bar_format=BAR, dynamic_ncols=True, leave=False)
-        self.wants_step_lines = self._bar is None or not sys.stdout.isatty()
+    def skipped(self, step: int, count: int, skipped_in_all: int, loss_scale: float) -> None:
+        updates = "update" if count == 1 else "updates"
+        self.said(
+            f"Skipped {count} {updates} before step {step + 1}: overflow in fp16; loss scale now "
+            f"{loss_scale:g}"
+        )
 
-    def line(self, text: str) -> None:
-        """One line, above the bar."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        # One write: what an interruption leaves is a whole line or none.
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-        if self._bar is not None:
-            self._bar.refresh()
+    def step_logged(self, figures: StepFigures) -> None:
+        loss, accuracy, rate = (
+            figures.values[name] for name in ("loss", "mlm_acc", "learning_rate")
+        )
+        speed, ahead = figures.sequences_per_second, figures.seconds_to_evaluation
+        # Of a terminal's 80 columns, some are left for the bar itself.
+        self._latest = f"loss {loss:.3f}, MLM acc {accuracy:.3f}, lr {rate:.2e}, {speed:,.0f} seq/s"
+        if not self._terminal.has_bar_alone:
+            words = "" if ahead is None else f", evaluation in {duration(ahead)}"
+            self.said(
+                f"Step {figures.step}/{self._run.config.max_steps}: loss {loss:.4f}, MLM accuracy "
+                f"{accuracy:.4f}, learning rate {rate:.4g}, {speed:,.0f} sequences/s{words}"
+            )
 
-    def highlight(self, text: str) -> None:
-        """One or more lines that stand out: bold on a terminal."""
-        self.line(f"{BOLD}{text}{NORMAL}" if self._bold else text)
+    def advanced(self, steps: int, seconds_to_evaluation: float | None) -> None:
+        ahead = seconds_to_evaluation
+        short = "" if ahead is None else f", eval in {clock(ahead)}"
+        self._terminal.advance(steps, self._latest + short)
 
-    def begin_at(self, step: int) -> None:
-        """The bar starts with so many steps done."""
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.refresh()
+    def evaluated(self, evaluation: EvaluationFigures) -> None:
+        self._terminal.highlight(
+            f"Evaluation: MLM accuracy {evaluation.mlm_accuracy:.4f}, target {self._target}, "
+            f"loss {evaluation.loss:.4f}, after {evaluation.samples:,} sequences"
+        )
 
-    def advance(self, steps: int, figures: str) -> None:
-        """Advance the bar, with `figures` beside it."""
-        if self._bar is not None:
-            self._bar.set_description_str(figures, refresh=False)
-            self._bar.update(steps)
+    def finished(self, result: RunResult) -> None:
+        self._terminal.close()
+        reached = "reached" if result.converged else f"not reached (stopped by {result.reason})"
+        self._terminal.highlight(
+            f"Target {self._target} {reached} after {result.step} steps, {result.samples} sequences"
+        )
+        if result.resumed_from is not None:
+            self.said(
+                f"Resumed from step {result.resumed_from}: times and sequences per second are of "
+                "what came after it; MLPerf has no resumed runs"
+            )
+        self.said(f"Logs: {self._run.folder}\n")
+        config = self._run.config
+        table = {
+            "Model": f"BERT {config.name} {config.config}",
+            "GPUs": f"{self._run.device_name} x{self._run.world_size}",
+            "E2E": f"{result.e2e_time:.2f}s",
+            "MLM Accuracy": f"{result.eval_mlm_accuracy:.3f}",
+            "training_sequences_per_second": f"{result.sequences_per_second:.3f}",
+            "final_loss": f"{result.eval_loss:.3f}",
+        }
+        self._terminal.highlight(results_table(table))
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-class LineFile:
-    """A new file of whole lines, each flushed as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = open(path, "x", encoding="utf-8")  # noqa: SIM115
-
-    def line(self, text: str) -> None:
-        self._file.write(text + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def duration(seconds: float) -> str:
-    """ "8 s", "3 min 20 s" or "2 h 5 min"."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def clock(seconds: float) -> str:
-    """ "00:08", "03:20" or "2:05:00"."""
-    return tqdm.format_interval(max(0, round(seconds)))
-
-
-def results_table(rows: dict[str, str]) -> str:
-    """One row of figures under their names, as a Markdown table."""
-    widths = [max(len(name), len(value)) for name, value in rows.items()]
-
-    def line(cells: list[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(list(rows)), rule, line(list(rows.values()))])
+        self._terminal.close()

@@ -3,87 +3,82 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from bert_pretraining.logs.mllog_line import END, POINT, START, line_maker
+from bert_pretraining.logs.sinks import Hyperparameters, Resumption, RunFacts, Sink
+from bert_pretraining.logs.source import calling_frame
+from bert_pretraining.logs.tensor_names import mlperf_tensor_names
 
 BLOCK = {"first_epoch_num": 1}  # MLPerf's tools want a block, and a run is one
 
 
-class MlperfLog:
+class MlperfLog(Sink):
     """Every MLPerf event of a run, in the order that the compliance checker wants.
 
     Args:
-        sinks: called with each line; none on ranks other than 0.
+        writers: called with each line.
     """
 
-    def __init__(self, sinks: Sequence[Callable[[str], None]]) -> None:
-        self._sinks = sinks
+    def __init__(self, writers: Sequence[Callable[[str], None]]) -> None:
+        self._writers = writers
         self._line = line_maker()
         self._clock_runs = False
         self._evaluating: int | None = None  # the epoch_num of an eval_start without its end
 
-    def submission(self, division: str, org: str, submitter_platform: str, status: str) -> None:
-        """Who submits what, on which platform, in which division."""
-        self._write(POINT, "submission_benchmark", "bert")
-        self._write(POINT, "submission_org", org)
-        self._write(POINT, "submission_division", division)
-        self._write(POINT, "submission_status", status)
-        self._write(
-            POINT, "submission_platform", submitter_platform or platform.node() or "unknown"
-        )
-
-    def init_start(self, started: float, caches_cleared: bool) -> None:
-        """The program started at `started` (Unix time, seconds).
-
-        caches_cleared: what really happened.
-        """
-        time_ms = int(started * 1000)
-        self._write(POINT, "cache_clear", caches_cleared, time_ms=time_ms)
+    def launched(self, run: RunFacts) -> None:
+        config, time_ms = run.config, int(run.started * 1000)
+        self._write(POINT, "cache_clear", run.caches_cleared, time_ms=time_ms)
         self._write(START, "init_start", time_ms=time_ms)
+        self._write(POINT, "submission_benchmark", "bert")
+        self._write(POINT, "submission_org", config.submission_org)
+        self._write(POINT, "submission_division", config.submission_division)
+        self._write(POINT, "submission_status", config.submission_status)
+        platform_name = config.submission_platform or platform.node() or "unknown"
+        self._write(POINT, "submission_platform", platform_name)
 
-    def hyperparameters(self, seed: int, values: dict[str, float | int]) -> None:
-        """The seed and every hyperparameter that the closed division asks for."""
-        self._write(POINT, "seed", seed)
-        for key, value in values.items():
+    def hyperparameters(self, values: Hyperparameters) -> None:
+        self._write(POINT, "seed", values.seed)
+        for key, value in values.values.items():
             self._write(POINT, key, value)
 
-    def weights_initialized(self, tensors: Iterable[str]) -> None:
-        """Which tensors, by MLPerf's names, start from the checkpoint's weights."""
-        for tensor in tensors:
+    def weights_loaded(self, parameters: Sequence[str]) -> None:
+        for tensor in mlperf_tensor_names(parameters):
             self._write(POINT, "weights_initialization", metadata={"tensor": tensor})
 
-    def run_start(self) -> None:
-        """The clock starts: from here on data may be touched."""
+    def clock_started(self) -> None:
         self._write(END, "init_stop")
         self._write(START, "run_start")
         self._write(START, "block_start", metadata={**BLOCK, "epoch_count": 1})
         self._write(START, "epoch_start", metadata={"epoch_num": 0})
         self._clock_runs = True
 
-    def resumed(self, steps: int, samples: int) -> None:
-        """This run goes on where another had trained so much: its clock tells only the rest.
+    def resumed(self, resumption: Resumption) -> None:
+        """Say that the clock tells only a part of the training.
 
         MLPerf has no such run, and its tools do not look for it; `submission check` does.
         """
-        self._write(POINT, "resumed_from", samples, {"epoch_num": samples, "global_steps": steps})
+        samples = resumption.samples
+        counters = {"epoch_num": samples, "global_steps": resumption.steps}
+        self._write(POINT, "resumed_from", samples, counters)
 
-    def evaluation_start(self, samples: int) -> None:
-        """An evaluation begins, after `samples` trained sequences."""
+    def evaluation_started(self, samples: int) -> None:
         self._write(START, "eval_start", metadata={"epoch_num": samples})
         self._evaluating = samples
 
-    def evaluation_stop(self, accuracy: float, samples: int) -> None:
-        """That evaluation's masked-token accuracy."""
-        self._write(POINT, "eval_accuracy", accuracy, {"epoch_num": samples})
+    def evaluation_stopped(self, samples: int, mlm_accuracy: float) -> None:
+        self._write(POINT, "eval_accuracy", mlm_accuracy, {"epoch_num": samples})
         self._write(END, "eval_stop", metadata={"epoch_num": samples})
         self._evaluating = None
 
-    def run_stop(self, status: str, train_samples: int, eval_samples: int) -> None:
-        """The clock stops; nothing, if it does not run.
+    def training_ended(self, samples: int, eval_samples: int, converged: bool) -> None:
+        self._run_stop(run_status(converged), samples, eval_samples)
 
-        status: see `run_status`. eval_samples: sequences of an evaluation.
-        """
+    def aborted(self, samples: int, eval_samples: int) -> None:
+        self._run_stop(run_status(False), samples, eval_samples)
+
+    def _run_stop(self, status: str, train_samples: int, eval_samples: int) -> None:
+        """The clock stops; nothing, if it does not run. eval_samples: of one evaluation."""
         if not self._clock_runs:
             return
         self._clock_runs = False
@@ -103,17 +98,11 @@ class MlperfLog:
         metadata: dict | None = None,
         time_ms: int | None = None,
     ) -> None:
-        if not self._sinks:
-            return
-        # The place to name is where the method that called this one was called.
-        line = self._line(kind, key, value, metadata, time_ms, 2)
-        for sink in self._sinks:
-            sink(line)
+        line = self._line(kind, key, value, metadata, time_ms, calling_frame()[1])
+        for write in self._writers:
+            write(line)
 
 
-def run_status(converged: bool, failed: bool = False) -> str:
-    """The status of `run_stop`: to reach the target and to end well is the only success.
-
-    failed: the run ended by an error or from outside.
-    """
-    return "success" if converged and not failed else "aborted"
+def run_status(converged: bool) -> str:
+    """The status of `run_stop`: to reach the target and to end well is the only success."""
+    return "success" if converged else "aborted"

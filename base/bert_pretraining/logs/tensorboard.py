@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.logs.sinks import EvaluationFigures, Sink, StepFigures
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Scalars by update. The package is imported here alone: it is optional, and heavy.
 
     Args:
@@ -24,14 +25,31 @@ class TensorBoard:
             self._writer = SummaryWriter(str(folder))
         except OSError as error:
             raise UserError(
-                f"cannot write to tensorboard_dir {folder.parent} ({error.strerror}); pass "
-                "another --tensorboard_dir"
+                f"cannot write to tensorboard_dir {folder.parent} ({error.strerror})",
+                "pass another --tensorboard_dir",
             ) from error
 
-    def scalars(self, step: int, figures: dict[str, float]) -> None:
-        """figures: by tag, as in "training/loss"."""
-        for tag, value in figures.items():
-            self._writer.add_scalar(tag, value, step)
+    def start_evaluated(self, evaluation: EvaluationFigures) -> None:
+        self.evaluated(evaluation)
+
+    def step_logged(self, figures: StepFigures) -> None:
+        values = figures.values
+        shown = {
+            "training/loss": values["loss"],
+            "training/mlm_accuracy": values["mlm_acc"],
+            "training/learning_rate": values["learning_rate"],
+            "training/sequences_per_second": figures.sequences_per_second,
+        }
+        self._write(figures.step, shown)
+
+    def evaluated(self, evaluation: EvaluationFigures) -> None:
+        figures = {"loss": evaluation.loss, "mlm_accuracy": evaluation.mlm_accuracy}
+        shown = {f"evaluation/{name}": value for name, value in figures.items()}
+        self._write(evaluation.step, shown)
 
     def close(self) -> None:
         self._writer.close()
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        for tag, value in figures.items():
+            self._writer.add_scalar(tag, value, step)
