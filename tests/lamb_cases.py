@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining.optim import Lamb, LambSettings, create_optimizer
+from bert_pretraining.optim import Optimizer, OptimizerSettings, create_optimizer
 
 NAMES = {
     "bert.embeddings.word_embeddings.weight": (17, 6),
@@ -22,7 +22,7 @@ DECAYED = {
     "bert.encoder.layer.0.attention.self.query.weight",
     "cls.seq_relationship.weight",
 }
-SETTINGS = LambSettings(0.9, 0.999, 1e-6, 0.01, max_gradient_norm=1.0)
+SETTINGS = OptimizerSettings(0.9, 0.999, 1e-6, 0.01, max_gradient_norm=1.0)
 Arrays = dict[str, np.ndarray]
 
 
@@ -75,7 +75,7 @@ def give(parameters: dict[str, Tensor], gradients: Arrays, factor: float = 1.0) 
         parameter.grad = value.to(dtype=parameter.dtype, device=parameter.device)
 
 
-def make(name: str, parameters: dict[str, Tensor], **arguments: object) -> Lamb:
+def make(name: str, parameters: dict[str, Tensor], **arguments: object) -> Optimizer:
     return create_optimizer(name, parameters.items(), SETTINGS, **arguments)
 
 
@@ -110,13 +110,13 @@ def assert_near(found: dict[str, Tensor], expected: Arrays, tolerance: float) ->
         )
 
 
-def snapshot(optimizer: Lamb) -> list[Tensor]:
+def snapshot(optimizer: Optimizer) -> list[Tensor]:
     """Copies of all that a skipped step must leave alone."""
     tensors = [
         *optimizer.parameters,
         *optimizer.masters,
-        *optimizer.first_moments,
-        *optimizer.second_moments,
+        *optimizer.slots["first_moment"],
+        *optimizer.slots["second_moment"],
     ]
     return [torch.tensor(optimizer.updates), *(tensor.detach().clone() for tensor in tensors)]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_pretraining.optim import Lamb, ShardedLamb, create_optimizer
+from bert_pretraining.optim import Optimizer, ShardedLamb, create_optimizer
 from bert_pretraining.optim.flat_torch import TorchKernels
 from bert_pretraining.optim.sharded_lamb import AT_A_TIME
 from bert_pretraining.runtime import process_group
@@ -70,7 +70,7 @@ def reduce_by_hand(parameters: dict[str, Tensor], world_size: int) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def values_of(optimizer: Lamb) -> list[Tensor]:
+def values_of(optimizer: Optimizer) -> list[Tensor]:
     return [optimizer.gradient_norm, *(parameter.detach() for parameter in optimizer.parameters)]
 
 

@@ -42,9 +42,10 @@ class RunState:
         return self.global_steps + updates, self.num_trained_samples + updates * samples_per_step
 
     def take_over(self, other: RunState) -> None:
-        """Go on where another run was."""
+        """Go on where another run was. Whether the target is met is for this run to say."""
         for field in fields(self):
             setattr(self, field.name, getattr(other, field.name))
+        self.converged = False
 
 
 def check_update(samples_per_step: int, num_sequences: int) -> None:
@@ -56,8 +57,8 @@ def check_update(samples_per_step: int, num_sequences: int) -> None:
     if samples_per_step > num_sequences:
         raise UserError(
             f"an update takes {samples_per_step:,} sequences (train_batch_size x "
-            f"gradient_accumulation_steps x ranks), but the training set holds {num_sequences:,}; "
-            "pass a lower --train_batch_size"
+            f"gradient_accumulation_steps x ranks), but the training set holds {num_sequences:,}",
+            "pass a lower --train_batch_size",
         )
 
 

@@ -16,7 +16,7 @@ from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import (
     OPTIMIZERS,
-    LambSettings,
+    OptimizerSettings,
     choose,
     create_optimizer,
     flat_torch,
@@ -135,7 +135,7 @@ def test_a_step_that_may_not_look_at_the_norm(name: str, dtype: torch.dtype) -> 
     weights, gradients, rates = case(seed=11, scale=0.1, steps=4)
     parameters, looking = parameters_of(weights, dtype), parameters_of(weights, dtype)
     optimizer, other = make(name, parameters), make(name, looking)
-    optimizer._may_read = False
+    optimizer.may_read = False
     for gradient, rate in zip(gradients, rates, strict=True):
         give(parameters, gradient)
         parameters["cls.predictions.bias"].grad[0] = torch.nan
@@ -308,7 +308,7 @@ def test_scaling_down_to_a_norm() -> None:
 @each_provider
 def test_without_weight_decay_a_gradient_of_zeros_moves_nothing(name: str) -> None:
     """The update's norm is 0 then, and the trust ratio 1."""
-    settings = LambSettings(weight_decay=0.0)
+    settings = OptimizerSettings(weight_decay=0.0)
     parameters = parameters_of(case(1, 1.0)[0], torch.float64)
     before = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = create_optimizer(name, parameters.items(), settings)
@@ -359,7 +359,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_reach_every_provider() -> None:
-    settings = LambSettings(0.8, 0.95, 1e-3, 0.1, max_gradient_norm=0.25)
+    settings = OptimizerSettings(0.8, 0.95, 1e-3, 0.1, max_gradient_norm=0.25)
     weights, gradients, rates = case(seed=8, scale=0.3)
     results = {}
     for name in ON_CPU:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.optim import LambSettings, choose
+from bert_pretraining.optim import OptimizerSettings, choose
 from bert_pretraining.optim.apex_lamb import ApexLamb
 from lamb_cases import assert_same_bits, case, give, parameters_of, snapshot
 
 GPU = torch.device("cuda")
-SETTINGS = LambSettings(0.8, 0.99, 1e-5, 0.02, max_gradient_norm=0.5)
+SETTINGS = OptimizerSettings(0.8, 0.99, 1e-5, 0.02, max_gradient_norm=0.5)
 
 
 class RecordingLamb(torch.optim.Optimizer):

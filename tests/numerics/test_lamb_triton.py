@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 # ruff: noqa: E402  the lines above must come first
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.optim import Lamb, choose, flat
+from bert_pretraining.optim import Optimizer, choose, flat
 from helpers import ROOT
 from lamb_cases import (
     Arrays,
@@ -53,7 +53,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(flat, "BLOCK", 16)
 
 
-def triton_lamb(weights: Arrays, dtype: torch.dtype) -> tuple[Lamb, dict[str, Tensor]]:
+def triton_lamb(weights: Arrays, dtype: torch.dtype) -> tuple[Optimizer, dict[str, Tensor]]:
     parameters = parameters_of(weights, dtype, DEVICE)
     return make("triton", parameters), parameters
 

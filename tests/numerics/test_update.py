@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bert_pretraining.errors import TrainingError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.optim import Lamb, LambSettings, LossScale, Schedule, create_optimizer
+from bert_pretraining.optim import (
+    LossScale,
+    Optimizer,
+    OptimizerSettings,
+    Schedule,
+    create_optimizer,
+)
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.gradient_reduction import NoReduction
 from bert_pretraining.training.micro_step import MicroStep
@@ -23,9 +29,9 @@ SCHEDULE = Schedule(1e-3, max_steps=100, warmup_steps=10)
 
 def make(
     dtype: torch.dtype, loss_scale: LossScale, optimizer: str = "flat"
-) -> tuple[BertForPreTraining, Lamb, Update]:
+) -> tuple[BertForPreTraining, Optimizer, Update]:
     model = make_model(tiny_config(), dtype=dtype)
-    lamb = create_optimizer(optimizer, model.named_parameters(), LambSettings())
+    lamb = create_optimizer(optimizer, model.named_parameters(), OptimizerSettings())
     micro_step = MicroStep(model, CPU, (), graph=False)
     update = Update(
         model, micro_step, NoReduction(model), lamb, SCHEDULE, loss_scale, "rank", Ranks(0, 1, CPU)
@@ -157,7 +163,7 @@ class NoReading(TorchDispatchMode):
 def test_no_update_waits_for_the_device(optimizer: str, precision: str) -> None:
     dtype = torch.float16 if precision == "fp16" else torch.float32
     _, lamb, update = make(dtype, LossScale.for_precision(precision, 0.0), optimizer)
-    lamb._may_read = False  # as on a GPU
+    lamb.may_read = False  # as on a GPU
     micro_batches: list[PackedBatch] = BATCHES[:2]
     update(micro_batches)
     with NoReading():

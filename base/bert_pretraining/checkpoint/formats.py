@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bert_pretraining.checkpoint import hugging_face, names
-from bert_pretraining.checkpoint.structure import fit, tie_output_bias
+from bert_pretraining.checkpoint.structure import NEXT_SENTENCE_HEAD, fit, tie_output_bias
 from bert_pretraining.checkpoint.tensor_bundle import TensorBundle
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime.files import OTHER_CHECKPOINT, checkpoint_kind
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that hold the weights
@@ -73,14 +74,17 @@ def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
     return readers[checkpoint_kind(path, fix)](path, fix)
 
 
-def load_weights(model: nn.Module, path: Path) -> Checkpoint:
-    """Copy a checkpoint's weights into `model`, a BertForPreTraining on any device.
+def load_weights(model: BertForPreTraining, path: Path) -> Checkpoint:
+    """Copy a checkpoint's weights into `model`, on any device.
 
-    Rows of the vocabulary's padding that the checkpoint lacks become 0. Nothing is copied
-    unless everything fits. Returns what was read, for its `summary()`.
+    Rows of the vocabulary's padding that the checkpoint lacks become 0. The next-sentence head
+    is left out where the model has none. Nothing is copied unless everything fits. Returns what
+    was read, for its `summary()`.
     Raises UserError that lists every missing, unexpected and misshapen tensor.
     """
     checkpoint = read_checkpoint(path)
+    if "nsp" not in model.losses:
+        checkpoint = _without_next_sentence_head(checkpoint)
     own = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     weights = fit(path, checkpoint.weights, shapes, model.config.vocab_size)
@@ -91,6 +95,15 @@ def load_weights(model: nn.Module, path: Path) -> Checkpoint:
             own[name][: len(value)].copy_(value)
             own[name][len(value) :] = 0.0
     return checkpoint
+
+
+def _without_next_sentence_head(checkpoint: Checkpoint) -> Checkpoint:
+    head = [name for name in checkpoint.weights if name.startswith(NEXT_SENTENCE_HEAD)]
+    if not head:
+        return checkpoint
+    kept = {name: value for name, value in checkpoint.weights.items() if name not in head}
+    left_out = {**checkpoint.left_out, "next-sentence head": tuple(head)}
+    return replace(checkpoint, weights=kept, left_out=left_out)
 
 
 def _read_torch(path: Path, fix: str) -> Checkpoint:

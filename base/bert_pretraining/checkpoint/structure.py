@@ -19,6 +19,8 @@ from bert_pretraining.checkpoint.names import (
 )
 from bert_pretraining.errors import UserError
 
+# Tensors that only a model with the next-sentence loss has.
+NEXT_SENTENCE_HEAD = ("bert.pooler.", "cls.seq_relationship.")
 LISTED_AT_MOST = 40  # tensors of one kind in a report
 
 
@@ -128,7 +130,7 @@ def fit(
         ],
     }
     if any(lines.values()):
-        raise UserError(_report(path, weights, lines))
+        raise UserError(*_report(path, weights, lines))
     if not torch.equal(found[DECODER], found[WORD_EMBEDDING]):
         raise UserError(
             f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor; "
@@ -143,19 +145,25 @@ def _fits(name: str, value: Tensor, shape: tuple[int, ...], vocab_size: int) -> 
     return tuple(value.shape) == shape or (name in VOCABULARY_ROWS and value.shape == rows)
 
 
-def _report(path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str]]) -> str:
+def _report(
+    path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str]]
+) -> tuple[str, str]:
+    """The problem in one line; the fix, and below it a line for each tensor."""
     counts = ", ".join(f"{len(those)} {what}" for what, those in lines.items() if those)
     sizes = sizes_of(weights)
     holds = f" (it holds {sizes})" if sizes else ""
-    report = [
-        f"{path} does not fit the model of bert_config.json{holds}: tensors {counts}; "
-        "pass the checkpoint and bert_config.json of one model"
-    ]
+    problem = f"{path} does not fit the model of bert_config.json{holds}: tensors {counts}"
+    report = ["pass the checkpoint and bert_config.json of one model"]
+    missing = [line for what, those in lines.items() if what == "missing" for line in those]
+    if len(missing) == sum(map(len, lines.values())) and all(
+        line.startswith(NEXT_SENTENCE_HEAD) for line in missing
+    ):
+        report = ["it has no next-sentence head: pass --objective mlm to train without one"]
     for what, those in lines.items():
         report += [f"  {what}: {line}" for line in those[:LISTED_AT_MOST]]
         if len(those) > LISTED_AT_MOST:
             report.append(f"  {what}: {len(those) - LISTED_AT_MOST} more")
-    return "\n".join(report)
+    return problem, "\n".join(report)
 
 
 def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:

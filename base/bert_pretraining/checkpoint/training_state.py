@@ -1,9 +1,10 @@
-"""All that a run must know to go on as if it had never stopped, and its way to a file and back.
+"""What a run needs to go on as if it had never stopped: captured, found and restored.
 
 A training checkpoint is {"model", "optimizer", "state"}, plain tensors, numbers and texts:
 
     model       the weights under the model's names, as every start checkpoint has them
-    optimizer   updates, and by parameter name: master (float32), first_moment, second_moment
+    optimizer   updates, and by parameter name: master (float32) and the optimizer's slots, as
+                first_moment and second_moment
     state       the counters of `RunState`; upstream's global_steps, epoch, iter_dataloader_idx,
                 learning_rate; loss_scale; random (each rank's generators); order (what decides
                 which sequence comes when); config, config_hash, versions, job
@@ -23,20 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
-from bert_pretraining.config import Config
+from bert_pretraining.config import FIELDS, Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.optim import Lamb, LossScale
+from bert_pretraining.optim import LossScale, Optimizer
 from bert_pretraining.progress import RunState
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.files import checkpoint_kind
 from bert_pretraining.runtime.process_group import Ranks
-
-# Settings that do not change the numbers of a run, in groups and by name.
-WITHOUT_INFLUENCE = frozenset({"logging", "submission", "upstream", "evaluation"})
-ELSEWHERE = frozenset(
-    "name config output_dir data_dir train_dir eval_dir bert_config_path init_checkpoint resume "
-    "seed data_lanes max_samples_termination check_replicas_every".split()
-)
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,15 @@ class DataOrder:
         return hashlib.sha256(json.dumps(self.shard_sizes).encode()).hexdigest()
 
 
-def influential(config: Config, world_size: int) -> dict[str, object]:
+def settings_of(config: Config) -> dict[str, object]:
     """The settings that a run's numbers follow from."""
     named = {
         setting.name: getattr(config, setting.name)
-        for setting in dataclasses.fields(config)
-        if setting.metadata["group"] not in WITHOUT_INFLUENCE and setting.name not in ELSEWHERE
+        for setting in FIELDS.values()
+        if setting.metadata["changes_numbers"]
     }
-    named.update(nnodes=1, nproc_per_node=world_size)  # how ranks lie on machines does not matter
-    return named
+    # How the ranks lie on machines does not change the numbers, how many they are does.
+    return {**named, "nnodes": 1, "nproc_per_node": config.world_size}
 
 
 def config_hash(settings: dict[str, object]) -> str:
@@ -68,56 +62,74 @@ def config_hash(settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def capture(
-    module: nn.Module,
-    optimizer: Lamb,
-    loss_scale: LossScale,
-    counters: dict[str, object],
-    config: Config,
-    order: DataOrder,
-    versions: dict[str, str],
-    ranks: Ranks,
-) -> dict[str, dict] | None:
-    """Copies, in main memory, of what is to be saved; None on all ranks but the main one.
+@dataclass(frozen=True)
+class TrainingState:
+    """The live parts of a run that a checkpoint holds.
 
-    Every rank must call it. counters: numbers of the run.
+    settings: as `settings_of` gives them.
     """
-    optimizer_state = optimizer.state_dict()
-    generators = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    random = process_group.gather(generators)
-    scaling = loss_scale.state_dict()
-    if not ranks.is_main:
-        return None
-    settings = influential(config, ranks.world_size)
-    copies: dict[tuple, Tensor] = {}
 
-    def copied(value: object) -> object:
+    module: nn.Module
+    optimizer: Optimizer
+    loss_scale: LossScale
+    order: DataOrder
+    settings: dict[str, object]
+
+    def capture(
+        self, counters: dict[str, object], versions: dict[str, str], ranks: Ranks
+    ) -> dict[str, dict] | None:
+        """Copies, in main memory, of what is to be saved; None on all ranks but the main one.
+
+        Every rank must call it. counters: numbers of the run.
+        """
+        optimizer_state = self.optimizer.state_dict()
+        generators = {"cpu": torch.get_rng_state()}
+        if ranks.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(ranks.device)
+        random = process_group.gather(generators)
+        scaling = self.loss_scale.state_dict()
+        if not ranks.is_main:
+            return None
+        copy = _Copier()
+        return {
+            "model": copy(self.module.state_dict()),
+            "optimizer": copy(optimizer_state),
+            "state": {
+                **counters,
+                "loss_scale": scaling,
+                "random": random,
+                "order": {
+                    "seed": self.order.seed,
+                    "lanes": self.order.lanes,
+                    "shards": self.order.digest(),
+                },
+                "config": self.settings,
+                "config_hash": config_hash(self.settings),
+                "versions": versions,
+                "job": job(),
+            },
+        }
+
+
+class _Copier:
+    """Copies nested dictionaries of tensors to main memory.
+
+    Tensors that share their memory, as a float32 weight and its master, stay one in the copy,
+    and so in the file.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple, Tensor] = {}
+
+    def __call__(self, value: object) -> object:
         if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
+            return {key: self(item) for key, item in value.items()}
         if not isinstance(value, Tensor):
             return value
-        # Tensors that are one, as a float32 weight and its master, stay one in the file.
         key = (value.data_ptr(), value.dtype, value.shape)
-        if key not in copies or value.numel() == 0:
-            copies[key] = value.detach().to("cpu", copy=True)
-        return copies[key]
-
-    return {
-        "model": copied(module.state_dict()),
-        "optimizer": copied(optimizer_state),
-        "state": {
-            **counters,
-            "loss_scale": scaling,
-            "random": random,
-            "order": {"seed": order.seed, "lanes": order.lanes, "shards": order.digest()},
-            "config": settings,
-            "config_hash": config_hash(settings),
-            "versions": versions,
-            "job": job(),
-        },
-    }
+        if key not in self._copies or value.numel() == 0:
+            self._copies[key] = value.detach().to("cpu", copy=True)
+        return self._copies[key]
 
 
 @dataclass(frozen=True)
@@ -144,12 +156,8 @@ class Saved:
     def lanes(self) -> int:
         return self.state["order"]["lanes"]
 
-    def restore(self, optimizer: Lamb, loss_scale: LossScale) -> None:
-        """Weights, moments and loss scale. UserError if they are another model's."""
-        masters = self.checkpoint.optimizer.get("master")
-        if not masters:
-            raise UserError(f"{self.checkpoint.path}: has no 'master' weights; it was written by "
-                            "another program; pass it as --init_checkpoint")  # fmt: skip
+    def restore(self, optimizer: Optimizer, loss_scale: LossScale) -> None:
+        """Weights, the optimizer's slots and loss scale. UserError if they are another model's."""
         optimizer.load_state_dict(self.checkpoint.optimizer)
         loss_scale.load_state_dict(self.state["loss_scale"])
 
@@ -164,11 +172,12 @@ class Saved:
 
     def differences(self, settings: dict[str, object], order: DataOrder) -> list[str]:
         """What of this run is not as it was when the file was written; empty: bit-identical."""
-        saved = self.state["config"]
+        # A setting that is newer than the file had its default's effect.
+        saved = {name: FIELDS[name].default for name in settings} | self.state["config"]
         found = [
-            f"{name} {saved.get(name)} -> {value}"
+            f"{name} {saved[name]} -> {value}"
             for name, value in settings.items()
-            if saved.get(name) != value
+            if saved[name] != value
         ]
         if self.seed != order.seed:
             found.append(f"seed {self.seed} -> {order.seed}")
@@ -180,7 +189,7 @@ class Saved:
 def is_training_checkpoint(checkpoint: Checkpoint) -> bool:
     """Whether a run of this package can go on from it."""
     optimizer, state = checkpoint.optimizer, checkpoint.state
-    return bool(optimizer and state) and "first_moment" in optimizer and "order" in state
+    return bool(optimizer and state) and "master" in optimizer and "order" in state
 
 
 def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None]) -> Path | None:
@@ -210,8 +219,8 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
         return given
     if config.resume == "required":
         raise UserError(
-            f"--resume required: no whole training checkpoint in {config.resolved_output_dir}; "
-            "pass its --output_dir, or --resume auto to start from the start weights"
+            f"--resume required: no whole training checkpoint in {config.resolved_output_dir}",
+            "pass its --output_dir, or --resume auto to start from the start weights",
         )
     return None
 

@@ -40,6 +40,10 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
+    def num_predictions(self, loss: str) -> int:
+        """How many predictions the loss of that name ("mlm", "nsp") is a sum over."""
+        return {"mlm": self.num_masked, "nsp": self.num_sequences}[loss]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -56,7 +60,7 @@ class PackedBatch:
 
 
 def smallest_batch(device: torch.device) -> PackedBatch:
-    """One sequence of two tokens, one of them masked: for a pass that nobody counts."""
+    """One sequence of two tokens, one of them masked: for a warm-up pass."""
 
     def zeros(count: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(count, dtype=dtype, device=device)

@@ -172,15 +172,20 @@ class Pooler(nn.Module):
 
 
 class Bert(nn.Module):
-    """Embeddings, encoder and pooler."""
+    """Embeddings and encoder, and a pooler where a head needs it.
 
-    def __init__(self, config: BertConfig, kernels: Kernels, checkpoint_activations: bool) -> None:
+    forward gives every token's hidden state; `pooler` makes every sequence's of them.
+    """
+
+    def __init__(
+        self, config: BertConfig, kernels: Kernels, checkpoint_activations: bool, with_pooler: bool
+    ) -> None:
         super().__init__()
         self.embeddings = Embeddings(config, kernels)
         self.encoder = Encoder(config, kernels, checkpoint_activations)
-        self.pooler = Pooler(config)
+        if with_pooler:
+            self.pooler = Pooler(config)
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Returns every token's (T, hidden) and every sequence's (B, hidden)."""
-        hidden = self.encoder(self.embeddings(batch), batch)
-        return hidden, self.pooler(hidden, batch)
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Returns (T, hidden)."""
+        return self.encoder(self.embeddings(batch), batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,7 @@ from bert_pretraining.kernels import Kernels
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert import Bert, DenseGelu, LayerNormParameters
 from bert_pretraining.model.bert_config import BertConfig
-
-
-class PretrainingSums(NamedTuple):
-    """Sums over a batch, so that any average over batches and ranks can be formed.
-
-    mlm_loss, next_sentence_loss: float32 scalars, nats. mlm_correct: int64 scalar.
-    """
-
-    mlm_loss: Tensor
-    mlm_correct: Tensor
-    next_sentence_loss: Tensor
+from bert_pretraining.model.losses import OBJECTIVES, LossSum
 
 
 class Transform(DenseGelu):
@@ -64,22 +54,31 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """`predictions` (MLM) and `seq_relationship` (NSP)."""
+    """`predictions` (MLM) and, where it is trained, `seq_relationship` (NSP)."""
 
-    def __init__(self, config: BertConfig, kernels: Kernels, word_embedding: nn.Parameter) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        kernels: Kernels,
+        word_embedding: nn.Parameter,
+        losses: Sequence[str],
+    ) -> None:
         super().__init__()
         self.predictions = MaskedLanguageModelHead(config, kernels, word_embedding)
-        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+        if "nsp" in losses:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
 class BertForPreTraining(nn.Module):
-    """BERT with both heads; returns sums of losses.
+    """BERT with its heads; returns sums of losses by name.
 
     Args:
         config: the model's sizes.
         kernels: the operators to run.
         seed: of the random initial weights, N(0, initializer_range); biases are 0.
         checkpoint_activations: keep only each layer's input for the backward pass.
+        losses: the losses to train with, in their order: "mlm", and "nsp" or not. Without "nsp"
+            the model has neither a pooler nor `cls.seq_relationship`.
     """
 
     def __init__(
@@ -88,12 +87,14 @@ class BertForPreTraining(nn.Module):
         kernels: Kernels,
         seed: int,
         checkpoint_activations: bool = False,
+        losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
     ) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.bert = Bert(config, kernels, checkpoint_activations)
-        self.cls = Heads(config, kernels, self.bert.embeddings.word_embeddings.weight)
+        self.losses = tuple(losses)
+        self.bert = Bert(config, kernels, checkpoint_activations, with_pooler="nsp" in losses)
+        self.cls = Heads(config, kernels, self.bert.embeddings.word_embeddings.weight, losses)
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -106,11 +107,13 @@ class BertForPreTraining(nn.Module):
         # Rows beyond the vocabulary belong to no token.
         self.bert.embeddings.word_embeddings.weight.data[self.config.vocab_size :] = 0.0
 
-    def forward(self, batch: PackedBatch) -> PretrainingSums:
-        hidden, pooled = self.bert(batch)
+    def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
+        """The sums of the batch by the loss's name, in the order of `losses`."""
+        hidden = self.bert(batch)
+        pooled = self.bert.pooler(hidden, batch) if "nsp" in self.losses else None
         logits = self.cls.predictions(hidden[batch.masked_positions])
-        mlm_loss, mlm_correct = self.kernels.masked_cross_entropy(logits, batch.masked_labels)
-        next_sentence_loss, _ = self.kernels.masked_cross_entropy(
-            self.cls.seq_relationship(pooled), batch.next_sentence_labels
-        )
-        return PretrainingSums(mlm_loss, mlm_correct, next_sentence_loss)
+        sums = {"mlm": LossSum(*self.kernels.masked_cross_entropy(logits, batch.masked_labels))}
+        if pooled is not None:
+            logits, labels = self.cls.seq_relationship(pooled), batch.next_sentence_labels
+            sums["nsp"] = LossSum(*self.kernels.masked_cross_entropy(logits, labels))
+        return sums

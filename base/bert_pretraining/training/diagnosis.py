@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 from bert_pretraining.model.batch import PackedBatch
 
 
-class Finding(NamedTuple):
-    """What was not finite, and how early in a step: 0 a weight or an activation, 1 a gradient,
-    2 nothing any more."""
+class NonFinite(NamedTuple):
+    """What was not finite first, in words.
+
+    place: how early in a step that is; 0 a weight or an activation, 1 a gradient, 2 nowhere any
+    more.
+    """
 
     place: int
     text: str
 
 
-def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> Finding:
+def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> NonFinite:
     """Name what is not finite first: a parameter, an activation of these batches, a gradient.
 
     Runs the batches once more, with other dropout masks: forward, and if that is finite,
@@ -26,31 +30,31 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float 
     """
     for name, parameter in model.named_parameters():
         if (what := _fault(parameter)) is not None:
-            return Finding(0, f"parameter {name} holds {what}")
+            return NonFinite(0, f"parameter {name} holds {what}")
     for batch in batches:
         found = _first_activation(model, batch)
         if found is not None:
-            return Finding(0, found)
+            return NonFinite(0, found)
     model.zero_grad()
     for batch in batches:
-        out = model(batch)
-        mean = out.mlm_loss / max(batch.num_masked, 1)
-        ((mean + out.next_sentence_loss / batch.num_sequences) * scale / len(batches)).backward()
+        means = [
+            sums.loss / max(batch.num_predictions(name), 1) for name, sums in model(batch).items()
+        ]
+        (sum(means) * scale / len(batches)).backward()
     # Backward goes from the last parameter to the first.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
             text = f"parameters and activations are finite; the gradient of {name} holds {what}"
-            return Finding(1, text)
-    return Finding(2, "parameters, activations and gradients were finite when tried again")
+            return NonFinite(1, text)
+    return NonFinite(2, "parameters, activations and gradients were finite when tried again")
 
 
 def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:
     found: list[str] = []
 
     def look(name: str, output: object) -> None:
-        parts = output if isinstance(output, tuple) else (output,)
-        for part in parts:
-            if not found and isinstance(part, Tensor) and (what := _fault(part)) is not None:
+        for part in _tensors(output):
+            if not found and (what := _fault(part)) is not None:
                 found.append(f"the output of {name or 'the model'} holds {what}")
 
     hooks = [
@@ -64,6 +68,15 @@ def _first_activation(model: nn.Module, batch: PackedBatch) -> str | None:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in what a module returned."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 def _fault(tensor: Tensor) -> str | None:

@@ -6,25 +6,37 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.losses import LossMeans, LossTotals
 from bert_pretraining.runtime import rank_reports
 from bert_pretraining.runtime.process_group import Ranks, sum_over_ranks
 
 
 class Evaluation(NamedTuple):
-    """loss: MLM mean over masked tokens + NSP mean over sequences, in nats."""
+    """losses: means over all masked tokens (mlm) and all sequences (nsp) of the set."""
 
-    loss: float
-    mlm_accuracy: float
+    losses: LossMeans
     num_sequences: int
     seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The sum of the losses' means, in nats."""
+        return self.losses.loss
+
+    @property
+    def mlm_accuracy(self) -> float:
+        return self.losses.accuracy["mlm"]
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, num_batches: int, batches: list[tuple[int, PackedBatch]], ranks: Ranks
+    model: BertForPreTraining,
+    num_batches: int,
+    batches: list[tuple[int, PackedBatch]],
+    ranks: Ranks,
 ) -> Evaluation:
     """Evaluate `model` on all batches of all ranks.
 
@@ -38,22 +50,16 @@ def evaluate(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    rows = torch.zeros(num_batches, 5, dtype=torch.float64, device=ranks.device)
+    columns = LossTotals.columns(model.losses) + 1
+    rows = torch.zeros(num_batches, columns, dtype=torch.float64, device=ranks.device)
     for number, batch in batches:
-        sums = model(batch.to(ranks.device))
-        rows[number, 0] = sums.mlm_loss
-        rows[number, 1] = sums.mlm_correct
-        rows[number, 2] = sums.next_sentence_loss
-        rows[number, 3] = batch.num_masked
-        rows[number, 4] = batch.num_sequences
+        totals = LossTotals(model.losses, ranks.device, torch.float64)
+        totals.add(model(batch.to(ranks.device)), batch)
+        totals.write_to(rows[number, :-1])
+        rows[number, -1] = batch.num_sequences
         rank_reports.heartbeat()
-    mlm_loss, correct, next_sentence_loss, masked, sequences = (
-        sum_over_ranks(rows).cpu().sum(dim=0).tolist()
-    )
+    *sums, sequences = sum_over_ranks(rows).cpu().sum(dim=0).tolist()
     model.train(was_training)
     return Evaluation(
-        loss=mlm_loss / max(masked, 1) + next_sentence_loss / sequences,
-        mlm_accuracy=correct / max(masked, 1),
-        num_sequences=int(sequences),
-        seconds=time.perf_counter() - started,
+        LossMeans.of(model.losses, sums), int(sequences), time.perf_counter() - started
     )

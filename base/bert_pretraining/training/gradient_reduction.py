@@ -1,9 +1,8 @@
-"""How the ranks' gradients become one: their mean, exchanged once an update."""
+"""How the ranks' gradients are averaged, once an update."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining.model.batch import smallest_batch
-from bert_pretraining.optim import Lamb, ShardedLamb, scale_down
+from bert_pretraining.optim import Optimizer, scale_down
 from bert_pretraining.runtime.process_group import Ranks
 
 
 class Reduction(Protocol):
-    """What stands around the micro-batches of an update.
+    """What the update does around its micro-batches, so that all ranks have the mean gradient.
 
     Attributes:
         model: what to call in place of the module.
@@ -25,20 +24,23 @@ class Reduction(Protocol):
 
     model: nn.Module
 
-    def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; gradients travel in the last one."""
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Stands around forward and backward of a micro-batch; last: of the update.
+
+        Gradients may be sent during the last one only.
+        """
 
     def finish(self, loss_scale: Tensor) -> None:
-        """After the last one: the optimizer can take its step."""
+        """After the last micro-batch: the optimizer can take its step afterwards."""
 
 
 class NoReduction:
-    """One rank: its gradients are those of the update."""
+    """One rank: its gradients are the mean already."""
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module
 
-    def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
         return contextlib.nullcontext()
 
@@ -46,12 +48,13 @@ class NoReduction:
         """See `Reduction`."""
 
 
-class DuringBackward:
-    """torch's DistributedDataParallel: all-reduce in buckets while backward goes on.
+class DdpReduction:
+    """PyTorch's DistributedDataParallel (DDP): all-reduce in buckets while backward goes on.
 
-    It cuts its buckets anew after the first backward, by the order in which gradients came. With
-    more than two ranks, in which order a gradient's parts are added depends on the buckets. So a
-    pass that nobody counts comes first, lest a resumed run's first step differ in the last bit.
+    DDP cuts its buckets anew after the first backward pass, by the order in which gradients
+    came. With more than two ranks the buckets decide in which order the ranks' parts of a
+    gradient are added, and so its last bit. Two passes that change nothing therefore come before
+    training: then the first step of a resumed run uses the buckets of the run it goes on with.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -60,12 +63,12 @@ class DuringBackward:
             module, device_ids=device_ids, gradient_as_bucket_view=True
         )
         with torch.random.fork_rng(devices=device_ids or []):
-            for _ in range(2):  # new buckets are made as the second pass begins
-                out = self.model(smallest_batch(device))
-                (out.mlm_loss + out.next_sentence_loss).backward()
+            for _ in range(2):  # DDP makes the new buckets as the second pass begins
+                sums = self.model(smallest_batch(device))
+                sum(task.loss for task in sums.values()).backward()
         module.zero_grad()
 
-    def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
         return contextlib.nullcontext() if last else self.model.no_sync()
 
@@ -73,18 +76,18 @@ class DuringBackward:
         """See `Reduction`."""
 
 
-class AfterClipping:
-    """Each rank's gradient is clipped by its own norm, and only then all-reduced.
+class ClippedReduction:
+    """Each rank clips its gradient by its own norm; then the gradients are all-reduced.
 
     limit: the norm. The mean's norm is not above it, so that the optimizer clips no more.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Lamb, limit: float) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float) -> None:
         self.model = module
         self._optimizer = optimizer
         self._limit = limit
 
-    def during(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
         return contextlib.nullcontext()
 
@@ -98,30 +101,28 @@ class AfterClipping:
             work.wait()
 
 
-class Sharded:
-    """The optimizer reduces, each rank getting its share.
+class OptimizerReduction:
+    """The optimizer reduces the gradients itself.
 
-    limit: as in `AfterClipping`; None clips the mean, in the optimizer.
+    limit: as in `ClippedReduction`; None: the optimizer clips the mean.
     """
 
-    def __init__(self, module: nn.Module, optimizer: ShardedLamb, limit: float | None) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float | None) -> None:
         self.model = module
         self._optimizer = optimizer
         self._limit = limit
 
-    @contextlib.contextmanager
-    def during(self, last: bool) -> Iterator[None]:
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
-        with self._optimizer.during(last and self._limit is None):
-            yield
+        return self._optimizer.overlap(last and self._limit is None)
 
     def finish(self, loss_scale: Tensor) -> None:
         """See `Reduction`."""
-        self._optimizer.finish(None if self._limit is None else self._limit * loss_scale)
+        self._optimizer.finish_reduction(None if self._limit is None else self._limit * loss_scale)
 
 
 def make_reduction(
-    module: nn.Module, optimizer: Lamb, ranks: Ranks, clip_first: float | None
+    module: nn.Module, optimizer: Optimizer, ranks: Ranks, clip_first: float | None
 ) -> Reduction:
     """The reduction for these ranks and this optimizer.
 
@@ -129,8 +130,8 @@ def make_reduction(
     """
     if ranks.world_size == 1:
         return NoReduction(module)
-    if isinstance(optimizer, ShardedLamb):
-        return Sharded(module, optimizer, clip_first)
+    if optimizer.reduces_gradients:
+        return OptimizerReduction(module, optimizer, clip_first)
     if clip_first is not None:
-        return AfterClipping(module, optimizer, clip_first)
-    return DuringBackward(module, ranks.device)
+        return ClippedReduction(module, optimizer, clip_first)
+    return DdpReduction(module, ranks.device)

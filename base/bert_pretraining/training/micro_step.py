@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,24 @@ from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.losses import OBJECTIVES, LossSum
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
 
 
-def forward_backward(model: nn.Module, batch: PackedBatch, weights: Tensor) -> Tensor:
+def forward_backward(
+    model: nn.Module, batch: PackedBatch, weights: Mapping[str, Tensor]
+) -> dict[str, LossSum]:
     """Add one micro-batch's gradients to the parameters'.
 
-    weights: (2,) float32, what MLM and NSP loss sums are multiplied by (loss scale included).
-    Returns (3,) float32: the sums of MLM loss, correct masked tokens and NSP loss.
+    weights: by the loss's name, 0-d float32, what its sum is multiplied by (loss scale included).
+    Returns the sums by name, detached.
     """
-    out = model(batch)
-    torch.stack([out.mlm_loss, out.next_sentence_loss]).mul(weights).sum().backward()
-    parts = (out.mlm_loss, out.mlm_correct, out.next_sentence_loss)
-    return torch.stack([part.detach().float() for part in parts])
+    sums = model(batch)
+    torch.stack([part.loss * weights[name] for name, part in sums.items()]).sum().backward()
+    return {name: LossSum(part.loss.detach(), part.correct.detach()) for name, part in sums.items()}
 
 
 class MicroStep:
@@ -39,16 +41,22 @@ class MicroStep:
         model: called with a batch; may be compiled or replicated.
         budgets: the constant shapes to bring batches into, the smallest first; a batch that
             fits none is taken as it is. Without budgets, all are.
-        graph: replay captured CUDA graphs, one for each budget. `capture` makes them.
+        graph: replay captured CUDA graphs, one for each budget. `prepare` captures them.
+        losses: the names of the model's losses.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, budgets: tuple[Budget, ...], graph: bool
+        self,
+        model: nn.Module,
+        device: torch.device,
+        budgets: tuple[Budget, ...],
+        graph: bool,
+        losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
     ) -> None:
         self._model = model
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
-        self._weights = torch.ones(2, device=device)
-        self._captures: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        self._weights = {name: torch.ones((), device=device) for name in losses}
+        self._captures: list[tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]] = []
         self._graph = graph
 
     @property
@@ -56,14 +64,15 @@ class MicroStep:
         """Whether gradients must stay where they lie: a captured graph adds to them there."""
         return self._graph
 
-    def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
+    def __call__(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
         """As `forward_backward`; the result is overwritten by the next call."""
         for index, static in enumerate(self._static):
             if static.budget.fits(batch):
                 loaded = static.load(batch)
                 if not self._graph:
                     return forward_backward(self._model, loaded, weights)
-                self._weights.copy_(weights)
+                for name, weight in self._weights.items():
+                    weight.copy_(weights[name])
                 graph, sums = self._captures[index]
                 graph.replay()
                 return sums
@@ -90,7 +99,7 @@ class MicroStep:
                 self._captures.append(self._capture(static))
             zero_grad()
 
-    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]:
         graph = torch.cuda.CUDAGraph()
         # Only one graph runs at a time, so that all can use the same memory.
         pool = self._captures[0][0].pool() if self._captures else None
@@ -100,8 +109,8 @@ class MicroStep:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"use_cuda_graph: these kernels and settings cannot be captured ({reason}); "
-                "leave it out, or try --kernels triton without --checkpoint_activations"
+                f"use_cuda_graph: these kernels and settings cannot be captured ({reason})",
+                "leave it out, or try --kernels triton without --checkpoint_activations",
             ) from error
         return graph, sums
 
@@ -125,7 +134,7 @@ def choose_step(
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
     if compiled and on_gpu and importlib.util.find_spec("triton") is None:
         if config.compile == "on":
-            raise UserError("--compile on: on a GPU it needs triton; pip install triton")
+            raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
         say("Notice: not compiled: triton is not installed")
         compiled = False
     balanced = config.resolved_batching == "balanced"
@@ -139,17 +148,14 @@ def choose_step(
         say(f"Notice: use_cuda_graph has no effect: {why_not}")
     sizes: tuple[Budget, ...] = ()
     if balanced and (compiled or (config.use_cuda_graph and not why_not)):
-        sizes = budgets(
-            config.train_batch_size,
-            max_seqlen,
-            config.static_tokens,
-        )
+        sizes = budgets(config.train_batch_size, max_seqlen, config.static_tokens)
         say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
     if compiled:
         if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError(
-                "--compile on: on a CPU it needs a C++ compiler; install g++ or set CXX"
+                "--compile on: on a CPU it needs a C++ compiler", "install g++ or set CXX"
             )
         say("Compiling the model with torch.compile")
         model = torch.compile(model, dynamic=not sizes)
-    return MicroStep(model, ranks.device, sizes, config.use_cuda_graph and not why_not)
+    graph = config.use_cuda_graph and not why_not
+    return MicroStep(model, ranks.device, sizes, graph, OBJECTIVES[config.objective])

@@ -1,4 +1,4 @@
-"""One update: forward and backward of each micro-batch, the reduction, LAMB, the loss scale.
+"""One update: forward and backward of each micro-batch, reduction, optimizer, loss scale.
 
 Nothing here waits for the device. Whether an update was made, or skipped because its gradients
 were not finite, stays on the device until `read` asks, which the loop does where something is
@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bert_pretraining.errors import TrainingError
 from bert_pretraining.model.batch import PackedBatch
-from bert_pretraining.optim import Lamb, LossScale, Schedule
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.losses import LossTotals
+from bert_pretraining.optim import LossScale, Optimizer, Schedule
 from bert_pretraining.optim.loss_scale import MAX_SKIPPED_IN_A_ROW
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
@@ -23,13 +25,14 @@ from bert_pretraining.training.gradient_reduction import Reduction
 from bert_pretraining.training.loss_weights import loss_weights
 from bert_pretraining.training.micro_step import MicroStep
 
-# Fewer than MAX_SKIPPED_IN_A_ROW, so that a run of skipped steps is seen; few, for a signal to stop
-# is answered only then.
+# Updates that the host may be ahead of a GPU. Fewer than MAX_SKIPPED_IN_A_ROW, so that a series of
+# skipped updates is noticed. No more than a few, because a signal to stop is acted on only after
+# `read`.
 MAX_UNREAD = 10
 
 
 @dataclass(frozen=True)
-class Outcome:
+class UpdateResult:
     """What became of the steps since the last `read`.
 
     updates, skipped: how many were made, and how many were not finite.
@@ -47,16 +50,17 @@ class Update:
     """Called with the micro-batches of one update, on every rank.
 
     Args:
-        module: the bare model, to look for what is not finite.
+        module: the bare model, in which `read` looks for what is not finite.
         normalization: see `loss_weights`.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        *,
+        module: BertForPreTraining,
         micro_step: MicroStep,
         reduction: Reduction,
-        optimizer: Lamb,
+        optimizer: Optimizer,
         schedule: Schedule,
         loss_scale: LossScale,
         normalization: str,
@@ -77,23 +81,23 @@ class Update:
         """Whether there are enough of them. On a CPU to know costs nothing."""
         return self.num_unread >= (1 if self._ranks.device.type == "cpu" else MAX_UNREAD)
 
-    def __call__(self, micro_batches: list[PackedBatch]) -> Tensor:
-        """Returns (3,) float32 sums over this rank's micro-batches, as `forward_backward`."""
-        weights = loss_weights(micro_batches, self._normalization, self._ranks)
-        scale = self._loss_scale.scale
-        sums = torch.zeros(3, device=self._ranks.device)
+    def __call__(self, micro_batches: list[PackedBatch]) -> LossTotals:
+        """Train on one update's micro-batches; returns this rank's loss sums over them."""
+        losses, scale = self._module.losses, self._loss_scale.scale
+        weights = loss_weights(micro_batches, losses, self._normalization, self._ranks, scale)
+        totals = LossTotals(losses, self._ranks.device)
         self._optimizer.zero_grad(set_to_none=not self._micro_step.keeps_gradients)
         for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
-            with self._reduction.during(last=number == len(micro_batches)):
-                sums += self._micro_step(batch, weight * scale)
+            with self._reduction.overlap(last=number == len(micro_batches)):
+                totals.add(self._micro_step(batch, weight), batch)
         self._reduction.finish(scale)
         rate = self._schedule.at(self._optimizer.num_updates)
         finite = self._optimizer.step(rate, 1.0 / scale)
         self._loss_scale.update(finite)
         self._unread.append((finite, micro_batches))
-        return sums
+        return totals
 
-    def read(self, updates_before: int) -> Outcome:
+    def read(self, updates_before: int) -> UpdateResult:
         """What became of the unread steps; waits for the device.
 
         updates_before: made before these, for the message. Raises TrainingError, on every rank,
@@ -121,7 +125,7 @@ class Update:
                 f"updates, at last at loss scale {value:g}: {self._diagnose(batches[-1], value)}; "
                 "the weights or the data are broken, or try --precision bf16"
             )
-        return Outcome(made, len(flags) - made, bool(finite[-1]), value)
+        return UpdateResult(made, len(flags) - made, bool(finite[-1]), value)
 
     def _diagnose(self, micro_batches: list[PackedBatch], loss_scale: float) -> str:
         """What was not finite first, on the rank that can tell best; the same on every rank."""

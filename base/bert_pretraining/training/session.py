@@ -1,0 +1,204 @@
+"""A run on one rank, new or resumed: everything that its loop works on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bert_pretraining import progress
+from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, training_state
+from bert_pretraining.checkpoint.training_state import DataOrder, Saved, TrainingState
+from bert_pretraining.config import Config
+from bert_pretraining.data.inputs import DataPaths
+from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.order import SampleOrder
+from bert_pretraining.data.packing import on_device
+from bert_pretraining.data.shards import ShardInfo, list_shards
+from bert_pretraining.logs.run_folder import versions
+from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.optim import Schedule
+from bert_pretraining.progress import RunState, StepTriggers
+from bert_pretraining.runtime import process_group, seeds
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.build import Setup, Training, build
+from bert_pretraining.training.evaluate import Evaluation, evaluate
+
+
+class Session:
+    """What a run is made of. Its making takes three steps, all of which every rank takes:
+
+    the constructor    finds out what to start from, and builds all that needs no data
+    `read_data`        starts MLPerf's clock, and opens the data sets
+    `begin`            evaluates the start weights, or goes on where the run was
+
+    Attributes:
+        config, ranks, log: what it was made with.
+        run: the counters, equal on all ranks.
+        triggers: what is due after which step.
+        schedule: the learning rate by the number of updates made.
+        training: model, optimizer, loss scale and update.
+        order: which sample comes when; from `read_data` on.
+    """
+
+    order: SampleOrder
+
+    def __init__(
+        self, config: Config, paths: DataPaths, ranks: Ranks, log: RunLog, run: RunState
+    ) -> None:
+        self.config, self.ranks, self.log, self.run = config, ranks, log, run
+        self._paths = paths
+        self._resumed_from: Path | None = process_group.from_main(
+            lambda: training_state.find(config, paths.init_checkpoint, log.say)
+        )
+        self._saved = Saved(read_checkpoint(self._resumed_from)) if self._resumed_from else None
+        self._seed: int = process_group.from_main(self._choose_seed)
+        torch.manual_seed(seeds.worker_seed(self._seed, ranks.rank))
+        self.triggers = _triggers(config)
+        self.schedule = Schedule(
+            config.learning_rate,
+            config.max_steps,
+            config.resolved_warmup_steps,
+            config.start_warmup_step,
+        )
+        log.hyperparameters(self._seed, self.triggers)
+        self._bert_config = BertConfig.load(paths.bert_config)
+        self.training: Training = build(
+            Setup(
+                config=config,
+                bert_config=self._bert_config,
+                start=self._saved or paths.init_checkpoint,
+                seed=self._seed,
+                schedule=self.schedule,
+                ranks=ranks,
+                log=log,
+            )
+        )
+        self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
+
+    def _choose_seed(self) -> int:
+        if self.config.seed is not None:
+            return self.config.seed
+        return self._saved.seed if self._saved else seeds.draw_master_seed()
+
+    def read_data(self) -> None:
+        """Start the clock, then open both data sets: MLPerf lets no data be read before.
+
+        UserError where a shard is damaged, or an update takes more than the training set holds.
+        """
+        config, ranks = self.config, self.ranks
+        process_group.barrier(ranks.device)
+        self.log.clock_started()
+        process_group.barrier(ranks.device)
+        self._shards: list[ShardInfo] = process_group.from_main(
+            lambda: list_shards(self._paths.train_dir)
+        )
+        sizes = [shard.num_sequences for shard in self._shards]
+        lanes = config.data_lanes or (self._saved.lanes if self._saved else ranks.world_size)
+        self.order = SampleOrder(sizes, self._seed, lanes)
+        progress.check_update(config.global_batch_size, self.order.num_sequences)
+        self._state = TrainingState(
+            self.training.module,
+            self.training.optimizer,
+            self.training.loss_scale,
+            DataOrder(self._seed, lanes, sizes),
+            training_state.settings_of(config),
+        )
+        self._num_eval_batches, self._eval_batches = load_evaluation_batches(
+            self._paths.eval_dir,
+            config.num_eval_examples,
+            config.eval_batch_size,
+            self._bert_config.vocab_size,
+            self._bert_config.max_position_embeddings,
+            ranks.rank,
+            ranks.world_size,
+        )
+
+    def begin(self) -> str | None:
+        """Evaluate the start weights, or take over the saved run; then training begins.
+
+        Returns why there is nothing to train, as `stop_reason`, or None.
+        """
+        self.training.module.train()
+        if self._saved is None:
+            self.log.start_evaluated(self.run, self.evaluate().seconds)
+            return None
+        self.run.take_over(self._saved.run)
+        differences = self._saved.differences(self._state.settings, self._state.order)
+        self.log.resumed(self._resumed_from, self.run, differences)
+        self._saved.restore_generators(self.ranks)
+        return self.stop_reason()
+
+    def micro_batches(self) -> Iterator[PackedBatch]:
+        """This rank's batches on its device, without end, from the first sample not yet seen."""
+        loader_config = LoaderConfig(
+            self.config.train_batch_size,
+            self.ranks.rank,
+            self.ranks.world_size,
+            self._bert_config.vocab_size,
+            self._bert_config.max_position_embeddings,
+            self.config.resolved_batching,
+            samples_seen=self.run.samples_seen,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+        loader = TrainingLoader(self._shards, self.order, loader_config)
+        return on_device(iter(loader), self.ranks.device)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the model on the whole set, and keep the figures in `run`."""
+        run, log = self.run, self.log
+        log.evaluation_started(run)
+        result = evaluate(
+            self.training.module, self._num_eval_batches, self._eval_batches, self.ranks
+        )
+        log.evaluation_stopped(run, result.mlm_accuracy)
+        run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
+        run.eval_sequences = result.num_sequences
+        return result
+
+    def stop_reason(self) -> str | None:
+        """Why training ends now, or None; keeps in `run` whether the target is reached."""
+        config = self.config
+        reason = progress.stop_reason(
+            self.run, config.target_mlm_accuracy, config.max_steps, config.max_samples_termination
+        )
+        self.run.converged = reason == "target"
+        return reason
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this moment; `report_saved` tells what became of it."""
+        counters = {
+            **dataclasses.asdict(self.run),
+            "epoch": self.order.epoch(self.run.samples_seen),
+            "iter_dataloader_idx": self.order.shard_ordinal(self.run.samples_seen),
+            "learning_rate": self.schedule(self.run.global_steps),
+        }
+        content = self._state.capture(counters, versions(), self.ranks)
+        if content is not None:
+            self._writer.write(self.run.global_steps, content)
+
+    def report_saved(self, wait: bool = False) -> None:
+        """Say what became of the checkpoints that were begun; wait for the last if asked to."""
+        self._writer.report(self.log.say, wait=wait)
+
+
+def _triggers(config: Config) -> StepTriggers:
+    samples_per_step = config.global_batch_size
+    return StepTriggers(
+        samples_per_step=samples_per_step,
+        max_steps=config.max_steps,
+        max_samples=config.max_samples_termination,
+        log_freq=config.log_freq,
+        eval_steps=config.eval_steps,
+        eval_interval_samples=config.eval_interval_samples
+        or progress.evaluation_interval(samples_per_step),
+        check_replicas_every=config.check_replicas_every,
+        num_samples_per_checkpoint=config.num_samples_per_checkpoint
+        if config.save_checkpoint
+        else 0,
+        min_samples_to_start_checkpoints=config.min_samples_to_start_checkpoints,
+    )
