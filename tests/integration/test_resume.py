@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, command
+from helpers import ROOT, command, error_lines
 
 STEPS, HALF = 12, 6
 RUN = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
@@ -246,7 +246,8 @@ def test_a_second_run_into_one_folder_is_refused(mini_data: Path, tmp_path: Path
     try:
         second = launch(mini_data, tmp_path / "out", "--max_steps", 1)
         assert second.returncode == 2
-        assert second.stderr.startswith(
+        (line,) = error_lines(second.stderr)
+        assert line.startswith(
             f"Error: output_dir {tmp_path}/out is in use by another run (process "
         )
         assert len(list((tmp_path / "out").glob("run-*"))) == 1
