@@ -135,7 +135,7 @@ def test_a_step_that_may_not_look_at_the_norm(name: str, dtype: torch.dtype) -> 
     weights, gradients, rates = case(seed=11, scale=0.1, steps=4)
     parameters, looking = parameters_of(weights, dtype), parameters_of(weights, dtype)
     optimizer, other = make(name, parameters), make(name, looking)
-    optimizer._may_read = False
+    optimizer.may_read = False
     for gradient, rate in zip(gradients, rates, strict=True):
         give(parameters, gradient)
         parameters["cls.predictions.bias"].grad[0] = torch.nan

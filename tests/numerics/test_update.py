@@ -157,7 +157,7 @@ class NoReading(TorchDispatchMode):
 def test_no_update_waits_for_the_device(optimizer: str, precision: str) -> None:
     dtype = torch.float16 if precision == "fp16" else torch.float32
     _, lamb, update = make(dtype, LossScale.for_precision(precision, 0.0), optimizer)
-    lamb._may_read = False  # as on a GPU
+    lamb.may_read = False  # as on a GPU
     micro_batches: list[PackedBatch] = BATCHES[:2]
     update(micro_batches)
     with NoReading():

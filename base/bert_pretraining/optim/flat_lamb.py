@@ -139,7 +139,7 @@ class FlatLamb(Lamb):
         norm = squares.sum().sqrt() * inverse_scale
         self.gradient_norm = norm.to(share.master.dtype)
         finite = torch.isfinite(self.gradient_norm)
-        if self._may_read and not finite:
+        if self.may_read and not finite:
             return finite
         self.num_updates += finite
         factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)

@@ -71,7 +71,7 @@ class Lamb:
         device = self.parameters[0].device
         self.gradient_norm = torch.zeros((), device=device)
         self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
-        self._may_read = device.type == "cpu"  # whether to look at a value costs no waiting
+        self.may_read = device.type == "cpu"
         self._create_state(
             [
                 parameter.detach()
@@ -222,12 +222,12 @@ class TensorListLamb(Lamb):
         norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
         self.gradient_norm = norm.to(gradients[0].dtype)
         finite = torch.isfinite(self.gradient_norm)
-        if self._may_read and not finite:
+        if self.may_read and not finite:
             return finite
         state = [*self.masters, *self.first_moments, *self.second_moments]
         # On a GPU the outcome is not known here: update, then take it back if need be. That
         # costs a copy of the state; `triton` is the version for speed.
-        before = [] if self._may_read else [tensor.clone() for tensor in state]
+        before = [] if self.may_read else [tensor.clone() for tensor in state]
         self.num_updates += finite
         clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
         self._update(gradients, clip.to(gradients[0].dtype), learning_rate)
