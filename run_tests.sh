@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Lint and all tests. Installs what is missing into .venv. Arguments go to pytest.
+# Lint and all tests but the slow ones, on all cores. Installs what is missing into .venv.
+# Arguments go to pytest: bash run_tests.sh tests/unit -k name; -m slow runs the slow tests;
+# -n 0 runs all in one process.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$root"
-extra_modules="pytest ruff mlperf_logging"
+extra_modules="pytest xdist ruff mlperf_logging"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 prepare_python requirements.txt requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"

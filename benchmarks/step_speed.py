@@ -19,6 +19,7 @@ from bert_pretraining.bench.workload import alternate, batch_of
 from bert_pretraining.kernels import cpu_attention, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.losses import mean_loss
 from bert_pretraining.optim import OptimizerSettings, create_optimizer
 
 REPEATS = 9
@@ -45,8 +46,7 @@ def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[
 
     def step() -> None:
         optimizer.zero_grad()
-        sums = model(batch)
-        (sums.mlm_loss / batch.num_masked + sums.next_sentence_loss / len(lengths)).backward()
+        mean_loss(model(batch), batch).backward()
         optimizer.step(1e-4)
 
     return step

@@ -1,18 +1,105 @@
-"""Fixtures that are made once a session."""
+"""What every test finds: one thread a process, no cluster, and data that is made once a session.
+
+Tests marked `slow` run only where they are asked for: by `-m slow`, or by name.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
+# Before PyTorch is imported: several processes share the cores, and results do not depend on how
+# many there are.
+os.environ["OMP_NUM_THREADS"] = "1"
+# A test is one machine's, also where the tests run inside a job of a cluster.
+for name in list(os.environ):
+    if name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_", "BERT_PRETRAINING_")):
+        del os.environ[name]
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)
+# Programs inherit it where these are ignored: under nohup, and in a shell's background.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(
+            number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL)
+        )
 
-from bert_pretraining.preparation.mini import MiniSettings, make_mini
+import pytest  # noqa: E402
+
+from bert_pretraining.preparation.mini import MiniSettings, make_mini  # noqa: E402
+
+RUN_SLOW = "bash run_tests.sh -m slow"
+not_run_key = pytest.StashKey[int]()
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mini data set, with its start checkpoint."""
-    directory = tmp_path_factory.mktemp("data") / "bert_mini"
-    report = make_mini(MiniSettings(directory))
-    assert report.has_start_checkpoint
-    return directory
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """make_once(name, make): a folder that `make` fills, once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def mini_data(make_once: MakeOnce) -> Path:
+    """The mini data set, with its start checkpoint. Tests only read it."""
+
+    def make(directory: Path) -> None:
+        assert make_mini(MiniSettings(directory)).has_start_checkpoint
+
+    return make_once("bert_mini", make)
+
+
+# ---- tests that are marked slow
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out, unless -m or a test's own name asks for them."""
+    asked = config.option.markexpr or any("::" in word for word in config.args)
+    slow = [] if asked else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+    config.stash[not_run_key] = len(slow)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Say last how many slow tests were left out. Under pytest-xdist, only workers know it."""
+    result = yield
+    not_run = session.config.stash.get(not_run_key, 0)
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["not_run"] = not_run
+    elif not_run:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"Not run: {not_run} slow tests; {RUN_SLOW} runs them")
+    return result
+
+
+class FromWorkers:
+    """Hooks of pytest-xdist, which may not be installed."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        node.config.stash[not_run_key] = getattr(node, "workeroutput", {}).get("not_run", 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FromWorkers())

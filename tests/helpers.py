@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from bert_pretraining import __main__ as command_line
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.shards import flatten
 from bert_pretraining.kernels import select
@@ -110,3 +117,60 @@ def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.Com
         timeout=600,
         check=False,
     )
+
+
+def in_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What `command` does, in this process: no time for a new one, and for its imports.
+
+    For all that starts no further processes of ranks: `train` of one rank, errors, data commands.
+    """
+    words = [str(part) for part in arguments]
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["bert_pretraining", *words]),
+        mock.patch.dict(os.environ),
+        working_directory(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        random_state_kept(),
+    ):
+        try:
+            code = command_line.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def working_directory(path: Path) -> Iterator[None]:
+    """As contextlib.chdir of Python 3.11."""
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The generators go on afterwards as if nothing had drawn from them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def error_lines(errors: str) -> list[str]:
+    """The lines of stderr but notices, which depend on the machine: whether it has numactl, say."""
+    return [line for line in errors.splitlines() if not line.startswith("Notice: ")]
+
+
+def perf_events(output: str, name: str | None = None) -> list[dict]:
+    """The records of PerfLog in what a run printed; with a name, the values of that event."""
+    lines = [line for line in output.splitlines() if line.startswith("[PerfLog] ")]
+    records = [json.loads(line.removeprefix("[PerfLog] ")) for line in lines]
+    return [record["value"] for record in records if record["event"] == name] if name else records

@@ -13,6 +13,7 @@ import pytest
 
 from bert_pretraining.config import resolve
 from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.logs.sinks import RunFacts
 from bert_pretraining.progress import RunState, StepTriggers, evaluation_interval
 from helpers import make_model, tiny_config
 from log_files import accuracy_at
@@ -34,13 +35,21 @@ class Clock:
         self.now += seconds
 
 
+def facts(caches_cleared: bool = False, **flags: object) -> RunFacts:
+    """A launch at 1,700,000,000.5 that writes nowhere."""
+    resolved = resolve(flags)
+    return RunFacts(
+        resolved.config, resolved.path, 1_700_000_000.5, caches_cleared, "CPU", 1, folder=None
+    )
+
+
 def parameters(layers: int) -> list[str]:
     """The names of a model's parameters; of 24 layers, BERT-large's."""
     model = make_model(tiny_config(num_hidden_layers=layers))
     return [name for name, _ in model.named_parameters()]
 
 
-def calendar_of(batch_size: int, **changes: int) -> StepTriggers:
+def triggers_of(batch_size: int, **changes: int) -> StepTriggers:
     """MLPerf's evaluation schedule, without a limit that matters."""
     values = {
         "max_steps": 8103,
@@ -67,31 +76,32 @@ class Recording:
         rank: int = 0,
         **flags: object,
     ) -> None:
-        values = {"name": "nvidia", "config": "H200x1x8", "max_steps": 8103, **flags}
+        shape = {"train_batch_size": batch_size // 8, "gradient_accumulation_steps": 1}
+        values = {"name": "nvidia", "config": "H200x1x8", "max_steps": 8103, **shape, **flags}
         self.clock, self.batch_size = clock, batch_size
         self.state = RunState()
         resolved = resolve({**values, "output_dir": str(output_dir)})
         self.log = RunLog(resolved, rank, "NVIDIA H200", 8)
         clock.wait(5)
-        self.triggers = calendar_of(batch_size)
+        self.triggers = triggers_of(batch_size)
         self.log.hyperparameters(seed, self.triggers)
 
     def start_clock(self, layers: int = 24) -> None:
         self.log.weights_loaded(parameters(layers))
         self.clock.wait(30)
-        self.log.mlperf.run_start()
+        self.log.clock_started()
 
     def evaluate(self, accuracy: float) -> None:
         state = self.state
-        self.log.mlperf.evaluation_start(state.num_trained_samples)
+        self.log.evaluation_started(state)
         self.clock.wait(1)
-        self.log.mlperf.evaluation_stop(accuracy, state.num_trained_samples)
+        self.log.evaluation_stopped(state, accuracy)
         state.eval_loss, state.eval_mlm_accuracy = 4.47 - 4.4 * accuracy, accuracy
         state.eval_sequences = 10_000
 
     def start_evaluated(self, accuracy: float = 0.341) -> None:
         self.evaluate(accuracy)
-        self.log.start_evaluated(self.state.eval_loss, accuracy, 10_000, 1.0)
+        self.log.start_evaluated(self.state, 1.0)
 
     def train(self, steps: int) -> None:
         self.clock.wait(steps * self.batch_size / 4000)
@@ -116,7 +126,7 @@ class Recording:
 
     def finish(self, reason: str = "target") -> Path:
         """Its MLPerf log."""
-        self.log.trained(self.state, self.state.eval_sequences)
+        self.log.trained(self.state)
         self.log.finished(self.state, reason)
         self.log.close()
         return self.log.folder / "mllog.txt"

@@ -56,8 +56,8 @@ def kernels(dropout: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     norm = {"COLUMNS": 1024, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, **mask}
     listed = []
     for module in (triton_layer_norm, triton_embedding):
-        listed.append((module._forward_kernel, norm, {"num_warps": warps}))
-        listed.append((module._backward_kernel, norm | {"PROGRAM_ROWS": 32}, {"num_warps": warps}))
+        listed.append((module.forward_kernel, norm, {"num_warps": warps}))
+        listed.append((module.backward_kernel, norm | {"PROGRAM_ROWS": 32}, {"num_warps": warps}))
     for head_size in (64, 128) if dropout else (64,):
         tiling = triton_attention.tiling(head_size, torch.bfloat16)
         constants = {
@@ -74,14 +74,14 @@ def kernels(dropout: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             listed.append((getattr(triton_attention_kernels, name), constants, options))
     if dropout:
         return listed
-    rows, columns = triton_bias_gelu._blocks(triton_bias_gelu._FORWARD_BLOCK, 4096)
+    rows, columns = triton_bias_gelu.block_shape(triton_bias_gelu.FORWARD_BLOCK, 4096)
     gelu = {"COLUMNS": 4096, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
-    listed.append((triton_bias_gelu._forward_kernel, gelu, {}))
-    rows, columns = triton_bias_gelu._blocks(triton_bias_gelu._BACKWARD_BLOCK, 4096)
+    listed.append((triton_bias_gelu.forward_kernel, gelu, {}))
+    rows, columns = triton_bias_gelu.block_shape(triton_bias_gelu.BACKWARD_BLOCK, 4096)
     gelu = gelu | {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "PROGRAM_ROWS": 128}
-    listed.append((triton_bias_gelu._backward_kernel, gelu, {}))
-    block, warps = triton_cross_entropy._block(30528)
-    for name in ("_forward_kernel", "_backward_kernel"):
+    listed.append((triton_bias_gelu.backward_kernel, gelu, {}))
+    block, warps = triton_cross_entropy.block_and_warps(30528)
+    for name in ("forward_kernel", "backward_kernel"):
         constants = {"COLUMNS": 30528, "BLOCK": block}
         listed.append((getattr(triton_cross_entropy, name), constants, {"num_warps": warps}))
     return listed

@@ -11,7 +11,9 @@ import pytest
 from helpers import ROOT
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+)
 def test_sharded_lamb_is_the_unsharded_one(ranks: int) -> None:
     paths = os.pathsep.join(str(ROOT / part) for part in ("base", "tests"))
     done = subprocess.run(

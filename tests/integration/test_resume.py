@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,16 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, command
+from conftest import MakeOnce
+from helpers import ROOT, command, error_lines, in_process, perf_events
 
-STEPS, HALF = 12, 6
-RUN = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
-       "--train_batch_size", 8, "--save_checkpoint", "--min_samples_to_start_checkpoints",
-       0)  # fmt: skip
+STEPS, HALF = 6, 3
+FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
+         "--train_batch_size", 8, "--num_eval_examples", 64, "--save_checkpoint",
+         "--min_samples_to_start_checkpoints", 0)  # fmt: skip
+SHARDED = ("--nproc_per_node", 2, "--distributed_lamb", "--batching", "balanced", "--eval_steps", 5)
+
+
+def train(data: Path, output_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    """One rank, in this process."""
+    words = (*FLAGS, "--data_dir", data, "--output_dir", output_dir, *flags)
+    return in_process("train", *words, cwd=output_dir.parent)
 
 
 def launch(data: Path, output_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    words = (*RUN, "--data_dir", data, "--output_dir", output_dir, *flags)
+    words = (*FLAGS, "--data_dir", data, "--output_dir", output_dir, *flags)
     return command("launch", *words, cwd=output_dir.parent)
 
 
@@ -34,18 +41,12 @@ def saved(output_dir: Path, step: int) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def events(output: str, name: str) -> list[dict]:
-    lines = [line for line in output.splitlines() if line.startswith("[PerfLog] ")]
-    records = [json.loads(line.removeprefix("[PerfLog] ")) for line in lines]
-    return [record["value"] for record in records if record["event"] == name]
-
-
 def losses(output: str) -> dict[int, tuple]:
     """What a step computes, without what depends on the clock."""
     keys = ("loss", "mlm_acc", "grad_norm", "learning_rate", "epoch", "iter_dataloader_idx")
     return {
         event["global_steps"]: tuple(event[key] for key in keys)
-        for event in events(output, "STEP_END")
+        for event in perf_events(output, "STEP_END")
     }
 
 
@@ -72,52 +73,65 @@ def assert_equal(one: object, other: object, where: str = "") -> None:
     ("ranks", "flags"),
     [
         (1, ("--gradient_accumulation_steps", 3)),
-        (2, ("--distributed_lamb", "--batching", "balanced")),
-        (4, ()),
+        pytest.param(2, SHARDED, marks=pytest.mark.slow),
+        pytest.param(4, (), marks=pytest.mark.slow),
     ],
     ids=["1 rank, accumulation", "2 ranks, distributed LAMB, balanced", "4 ranks"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     mini_data: Path, tmp_path: Path, ranks: int, flags: tuple
 ) -> None:
-    flags = (*flags, "--nproc_per_node", ranks, "--eval_steps", 5)
+    """Two ranks: see also the test of torn files."""
+    flags = (*flags, "--nproc_per_node", ranks, "--eval_steps", 5, "--max_steps", STEPS)
+    run = train if ranks == 1 else launch
     per_step = 8 * ranks * (3 if ranks == 1 else 1)
-    whole = launch(mini_data, tmp_path / "whole", *flags, "--max_steps", STEPS,
-                   "--num_samples_per_checkpoint", HALF * per_step)  # fmt: skip
+    whole = run(
+        mini_data, tmp_path / "whole", *flags, "--num_samples_per_checkpoint", HALF * per_step
+    )
     assert whole.returncode == 3, whole.stderr
 
     (made,) = (tmp_path / "whole").glob(f"run-2*/model.ckpt-{HALF}.pt")
     # In the middle of a shard, and of an epoch.
     state = torch.load(made, weights_only=True)["state"]
     assert 0 < state["samples_seen"] == HALF * per_step
-    resumed = launch(mini_data, tmp_path / "resumed", *flags, "--max_steps", STEPS,
-                     "--init_checkpoint", made)  # fmt: skip
+    resumed = run(mini_data, tmp_path / "resumed", *flags, "--init_checkpoint", made)
     assert resumed.returncode == 3, resumed.stderr
     assert f"Resumed: {made}, step {HALF}, {HALF * per_step} sequences\n" in resumed.stdout
     assert "not bit-identical" not in resumed.stdout
-    expected = losses(whole.stdout)
-    assert losses(resumed.stdout) == {step: expected[step] for step in range(HALF + 1, STEPS + 1)}
+    assert_same_from(HALF, whole.stdout, resumed.stdout)
     assert_equal(saved(tmp_path / "whole", STEPS), saved(tmp_path / "resumed", STEPS))
-    evaluations = [
-        {event["global_steps"]: (event["eval_loss"], event["eval_mlm_accuracy"])
-         for event in events(run.stdout, "EVALUATION")}
-        for run in (whole, resumed)
-    ]  # fmt: skip
-    assert evaluations[1] == {step: evaluations[0][step] for step in (10, 12)}
     # Speed is that of the part that was trained here.
-    finished = events(resumed.stdout, "FINISHED")[0]
+    (finished,) = perf_events(resumed.stdout, "FINISHED")
     here = finished["training_sequences_per_second"] * finished["raw_train_time"]
     assert here == pytest.approx((STEPS - HALF) * per_step, rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def series(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 2 ranks with checkpoints of steps 2, 4 and 6."""
-    output_dir = tmp_path_factory.mktemp("series") / "output"
-    done = launch(mini_data, output_dir, "--nproc_per_node", 2, "--max_steps", HALF,
-                  "--num_samples_per_checkpoint", 32)  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    (folder,) = output_dir.glob("run-*")
+def assert_same_from(step: int, whole: str, resumed: str) -> None:
+    """What was printed of the steps and evaluations after `step` of runs of STEPS steps."""
+    expected = losses(whole)
+    assert losses(resumed) == {after: expected[after] for after in range(step + 1, STEPS + 1)}
+    evaluations = [
+        {event["global_steps"]: (event["eval_loss"], event["eval_mlm_accuracy"])
+         for event in perf_events(output, "EVALUATION")}
+        for output in (whole, resumed)
+    ]  # fmt: skip
+    assert set(evaluations[0]) == {5, 6}
+    assert evaluations[1] == evaluations[0]
+
+
+@pytest.fixture(scope="session")
+def series(mini_data: Path, make_once: MakeOnce) -> Path:
+    """The folder of a run of 2 ranks with checkpoints of steps 2, 4 and 6, and its output.txt."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        done = launch(mini_data, folder / "output", *SHARDED, "--max_steps", STEPS,
+                      "--num_samples_per_checkpoint", 32)  # fmt: skip
+        assert done.returncode == 3, done.stderr
+        (made,) = (folder / "output").glob("run-*")
+        (made / "output.txt").write_text(done.stdout)
+
+    (folder,) = (make_once("series", make) / "output").glob("run-*")
     assert sorted(path.name for path in folder.glob("*.pt")) == [
         f"model.ckpt-{step}.pt" for step in (2, 4, 6)
     ]
@@ -127,14 +141,14 @@ def series(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_number_of_ranks_and_another_batch_go_on_at_the_same_place(
     mini_data: Path, tmp_path: Path, series: Path
 ) -> None:
-    done = launch(mini_data, tmp_path / "out", "--nproc_per_node", 1, "--train_batch_size", 4,
-                  "--max_steps", 9, "--init_checkpoint", series / "model.ckpt-6.pt")  # fmt: skip
+    done = train(mini_data, tmp_path / "out", "--nproc_per_node", 1, "--train_batch_size", 4,
+                 "--max_steps", 9, "--init_checkpoint", series / "model.ckpt-6.pt")  # fmt: skip
     assert done.returncode == 3, done.stderr
     (notice,) = (line for line in done.stdout.splitlines() if "not bit-identical" in line)
     assert "train_batch_size 8 -> 4" in notice
     assert "nproc_per_node 2 -> 1" in notice
     assert "max_steps 6 -> 9" in notice
-    steps = events(done.stdout, "STEP_END")
+    steps = perf_events(done.stdout, "STEP_END")
     assert [event["num_trained_samples"] for event in steps] == [100, 104, 108]
     state = saved(tmp_path / "out", 9)["state"]
     assert state["samples_seen"] == 6 * 16 + 3 * 4
@@ -156,8 +170,7 @@ def test_what_is_torn_or_foreign_is_passed_over(
     (folder / "model.ckpt-8.pt.partial").write_bytes(contents[6])
     weights = torch.load(series / "model.ckpt-6.pt", weights_only=True)["model"]
     torch.save({"model": weights}, folder / "model.ckpt-9.pt")
-    done = launch(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", HALF,
-                  "--resume", "auto")  # fmt: skip
+    done = launch(mini_data, tmp_path / "out", *SHARDED, "--max_steps", STEPS, "--resume", "auto")
     assert done.returncode == 3, done.stderr
     assert f"Resumed: {folder}/model.ckpt-2.pt, step 2, 32 sequences\n" in done.stdout
     passed = [line for line in done.stdout.splitlines() if "passed over" in line]
@@ -170,32 +183,32 @@ def test_what_is_torn_or_foreign_is_passed_over(
     mine["state"]["config"], mine["state"]["config_hash"] = (
         whole["state"]["config"], whole["state"]["config_hash"])  # fmt: skip
     assert_equal(whole, mine)
+    assert_same_from(2, (series / "output.txt").read_text(), done.stdout)
 
 
 def test_required_never_and_a_run_that_had_finished(
     mini_data: Path, tmp_path: Path, series: Path
 ) -> None:
-    refused = launch(mini_data, tmp_path / "out", "--resume", "required")
+    refused = train(mini_data, tmp_path / "out", "--resume", "required")
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith(
         f"Error: --resume required: no whole training checkpoint in {tmp_path}/out; pass its"
     )
     last = series / "model.ckpt-6.pt"
-    anew = launch(mini_data, tmp_path / "out", "--init_checkpoint", last, "--resume", "never",
-                  "--max_steps", 1)  # fmt: skip
+    anew = train(mini_data, tmp_path / "out", "--init_checkpoint", last, "--resume", "never",
+                 "--max_steps", 1)  # fmt: skip
     assert anew.returncode == 3
     assert f"Start weights: {last}" in anew.stdout
     assert "Resumed" not in anew.stdout
-    done = launch(mini_data, tmp_path / "out", "--init_checkpoint", last, "--max_steps", HALF,
-                  "--nproc_per_node", 2)  # fmt: skip
+    done = train(mini_data, tmp_path / "out", "--init_checkpoint", last, "--max_steps", STEPS)
     assert done.returncode == 3, done.stderr
-    assert events(done.stdout, "STEP_END") == []
+    assert perf_events(done.stdout, "STEP_END") == []
     assert "not reached (stopped by max_steps) after 6 steps" in done.stdout
 
 
 def test_checkpoints_are_kept_by_number(mini_data: Path, tmp_path: Path) -> None:
-    done = launch(mini_data, tmp_path / "out", "--max_steps", 5, "--num_samples_per_checkpoint", 8,
-                  "--keep_n_most_recent_checkpoints", 2)  # fmt: skip
+    done = train(mini_data, tmp_path / "out", "--max_steps", 5, "--num_samples_per_checkpoint", 8,
+                 "--keep_n_most_recent_checkpoints", 2)  # fmt: skip
     assert done.returncode == 3, done.stderr
     names = sorted(path.name for path in (tmp_path / "out").glob("run-*/*.pt*"))
     assert names == ["model.ckpt-4.pt", "model.ckpt-5.pt"]
@@ -203,7 +216,7 @@ def test_checkpoints_are_kept_by_number(mini_data: Path, tmp_path: Path) -> None
 
 def start(data: Path, output_dir: Path, *flags: object) -> subprocess.Popen[str]:
     """A run in the background, once it trains."""
-    words = ("launch", *RUN, "--data_dir", data, "--output_dir", output_dir, *flags)
+    words = ("launch", *FLAGS, "--data_dir", data, "--output_dir", output_dir, *flags)
     process = subprocess.Popen(
         [sys.executable, "-m", "bert_pretraining", *(str(word) for word in words)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
@@ -218,7 +231,14 @@ def start(data: Path, output_dir: Path, *flags: object) -> subprocess.Popen[str]
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_finishes_the_step_saves_and_says_so(
     mini_data: Path, tmp_path: Path, number: int
 ) -> None:
@@ -235,8 +255,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     if number != signal.SIGTERM:
         return
     step = torch.load(path, weights_only=True)["state"]["global_steps"]
-    again = launch(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", step + 2,
-                   "--resume", "required")  # fmt: skip
+    again = train(mini_data, tmp_path / "out", "--max_steps", step + 2, "--resume", "required")
     assert again.returncode == 3, again.stderr
     assert f"Resumed: {path}, step {step}," in again.stdout
 
@@ -244,9 +263,10 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
 def test_a_second_run_into_one_folder_is_refused(mini_data: Path, tmp_path: Path) -> None:
     process = start(mini_data, tmp_path / "out", "--max_steps", 100000)
     try:
-        second = launch(mini_data, tmp_path / "out", "--max_steps", 1)
+        second = train(mini_data, tmp_path / "out", "--max_steps", 1)
         assert second.returncode == 2
-        assert second.stderr.startswith(
+        (line,) = error_lines(second.stderr)
+        assert line.startswith(
             f"Error: output_dir {tmp_path}/out is in use by another run (process "
         )
         assert len(list((tmp_path / "out").glob("run-*"))) == 1
@@ -254,13 +274,13 @@ def test_a_second_run_into_one_folder_is_refused(mini_data: Path, tmp_path: Path
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     assert process.returncode == 4
-    assert launch(mini_data, tmp_path / "out", "--max_steps", 1).returncode == 3
+    assert train(mini_data, tmp_path / "out", "--max_steps", 1).returncode == 3
 
 
 def test_a_full_disk_ends_no_run_and_no_file(mini_data: Path, tmp_path: Path) -> None:
     """A limit on the size of files, below a checkpoint's and above a log's."""
     output_dir = tmp_path / "out"
-    words = ("launch", *RUN, "--data_dir", mini_data, "--output_dir", output_dir, "--max_steps", 3,
+    words = ("train", *FLAGS, "--data_dir", mini_data, "--output_dir", output_dir, "--max_steps", 3,
              "--num_samples_per_checkpoint", 8)  # fmt: skip
     program = 'ulimit -f 1024; exec "$@"'  # KiB
     done = subprocess.run(
@@ -291,20 +311,9 @@ def saving_run(mini_data: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_killed_run_goes_on_from_what_it_had_saved(
+def test_a_killed_rank_is_restarted_and_a_killed_run_goes_on(
     mini_data: Path, tmp_path: Path, saving_run: subprocess.Popen[str]
 ) -> None:
-    for pid in [*processes_below(saving_run.pid), saving_run.pid]:
-        os.kill(pid, signal.SIGKILL)
-    saving_run.communicate(timeout=60)
-    again = launch(mini_data, tmp_path / "out", "--nproc_per_node", 2, "--max_steps", 1,
-                   "--resume", "required")  # fmt: skip
-    # More steps than that were made before: nothing is left to do.
-    assert again.returncode == 3, again.stderr
-    assert "Resumed: " in again.stdout
-
-
-def test_a_restart_resumes(tmp_path: Path, saving_run: subprocess.Popen[str]) -> None:
     (victim,) = (
         pid
         for pid in processes_below(saving_run.pid)
@@ -316,10 +325,18 @@ def test_a_restart_resumes(tmp_path: Path, saving_run: subprocess.Popen[str]) ->
             break
     else:
         raise AssertionError(saving_run.stderr.read())
-    saving_run.send_signal(signal.SIGTERM)
-    _, errors = saving_run.communicate(timeout=60)
-    assert saving_run.returncode in (4, 143), errors  # 143: before the first step
-    assert "Restart 1 of 1\n" in errors
+    for pid in [*processes_below(saving_run.pid), saving_run.pid]:
+        os.kill(pid, signal.SIGKILL)
+    _, errors = saving_run.communicate(timeout=120)
+    assert error_lines(errors)[:2] == [
+        "Error: rank 1 was killed by SIGKILL (by hand, or for want of memory); all ranks were "
+        "ended",
+        "Restart 1 of 1",
+    ]
+    again = train(mini_data, tmp_path / "out", "--max_steps", 1, "--resume", "required")
+    # More steps than that were made before: nothing is left to do.
+    assert again.returncode == 3, again.stderr
+    assert "Resumed: " in again.stdout
 
 
 def environment_of(pid: int) -> bytes:

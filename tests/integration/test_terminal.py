@@ -16,7 +16,7 @@ import pytest
 
 from bert_pretraining.logs.console import BOLD, NORMAL
 from bert_pretraining.logs.reading.events import mllog_events, read_log
-from helpers import ROOT, command
+from helpers import ROOT, command, error_lines
 from mlperf_logs import BELOW_TARGET, failures
 
 MINI = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--data_dir")
@@ -47,7 +47,7 @@ def on_a_terminal(cwd: Path, columns: int, *flags: str) -> str:
             break
         shown += part
     os.close(ours)
-    assert process.wait(timeout=60) == 3
+    assert process.wait(timeout=300) == 3
     return shown.decode()
 
 
@@ -60,7 +60,8 @@ def test_on_a_terminal_a_bar_tells_how_far_it_is(mini_data: Path, tmp_path: Path
     assert re.fullmatch(
         r"12/12 \S+ +loss \d\.\d{3}, MLM acc 0\.\d{3}, lr \d\.\d\de-\d\d, [\d,]+ seq/s", last
     ), last
-    assert any(re.search(r"\b4/12 .*seq/s, eval in 00:\d\d$", bar) for bar in bars), bars
+    # Not every step is drawn: a fast one comes before the next drawing is due.
+    assert any(re.search(r"\b\d+/12 .*seq/s, eval in 00:\d\d$", bar) for bar in bars), bars
     assert all(len(bar) < COLUMNS for bar in bars)
     # The bar takes the place of a line a step; what matters is bold.
     assert "\nStep " not in shown
@@ -121,7 +122,7 @@ def test_without_mlperf_logging_a_run_writes_the_log_that_the_checkers_want(
     """All but the target: a few steps do not reach it."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlperf_logging'] = None\n")
     done = command(
-        "launch", *MINI, mini_data, *SHORT, "--submission_division", "open", cwd=tmp_path,
+        "train", *MINI, mini_data, *SHORT, "--submission_division", "open", cwd=tmp_path,
         PYTHONPATH=f"{tmp_path}:{ROOT / 'base'}",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
@@ -150,6 +151,6 @@ def test_a_missing_package_is_named_before_ranks_start(
         PYTHONPATH=f"{tmp_path}:{ROOT / 'base'}",
     )  # fmt: skip
     assert done.returncode == 2
-    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("Notice: "))
+    (line,) = error_lines(done.stderr)
     assert line.startswith(f"Error: {flags[0]}: {package} is not installed; leave it out, or: ")
     assert not (tmp_path / "output").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bert_pretraining.model.losses import mean_loss
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,8 +63,7 @@ def test_loss_and_all_gradients(provider: str) -> None:
     expected.backward()
 
     batch = packed(arrays)
-    out = ours(batch)
-    loss = out.mlm_loss / batch.num_masked + out.next_sentence_loss / batch.num_sequences
+    loss = mean_loss(ours(batch), batch)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     gradients = {name: value.grad for name, value in theirs.named_parameters()}

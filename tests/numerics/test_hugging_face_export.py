@@ -15,6 +15,7 @@ from bert_pretraining.checkpoint import load_weights, write_weights
 from bert_pretraining.commands import checkpoint
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.losses import mean_loss
 from helpers import REFERENCE, make_model, needs_reference, packed, padded_arrays
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -64,8 +65,7 @@ def their_loss(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> torch.T
 def our_loss(model: BertForPreTraining, arrays: dict[str, np.ndarray]) -> torch.Tensor:
     batch = packed(arrays)
     with torch.no_grad():
-        out = model.eval()(batch)
-    return out.mlm_loss / batch.num_masked + out.next_sentence_loss / batch.num_sequences
+        return mean_loss(model.eval()(batch), batch)
 
 
 @needs_reference

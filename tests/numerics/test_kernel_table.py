@@ -153,13 +153,15 @@ def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no kernel for this device")
 
     meta = torch.device("meta")
+
+    def padded(qkv: torch.Tensor, *_: object) -> torch.Tensor:
+        return qkv[:, 2]
+
     monkeypatch.setattr(torch_provider, "flash_attention", refuse)
     monkeypatch.setattr(torch_provider, "efficient_attention", refuse)
-    tried = []
-    monkeypatch.setattr(torch_provider, "try_attention", lambda *given: tried.append(given[0]) or (
-        refuse() if given[0] is refuse else None))  # fmt: skip
+    monkeypatch.setattr(torch_provider, "padded_attention", padded)
     attention, why = torch_provider.attention_for(meta, torch.float16, 64)
-    assert attention is torch_provider.padded_attention
+    assert attention is padded
     assert why.startswith("padded; flash refused: no kernel for this device; memory-efficient")
     monkeypatch.setattr(torch_provider, "padded_attention", refuse)
     with pytest.raises(UserError, match="no attention runs on meta"):

@@ -8,13 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bert_pretraining.kernels import (
     cpu_attention,
-    cuda_attention,
     reference,
     torch_provider,
 )
 from bert_pretraining.kernels.dropout import dropout, dropout_add, keep_mask, keep_scale
 
 CPU = torch.device("cpu")
+OURS = torch.ops.bert_pretraining  # where cuda_attention registers its operators
 ATTENTIONS = (
     cpu_attention.cpu_attention,
     cpu_attention.looped_attention,
@@ -250,8 +250,8 @@ def test_cuda_operators_have_shape_functions() -> None:
         qkv = torch.empty(40, 3, 4, 64, dtype=torch.float16, device="meta")
         cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
         for forward, backward in (
-            (cuda_attention._flash, cuda_attention._flash_backward),
-            (cuda_attention._efficient, cuda_attention._efficient_backward),
+            (OURS.flash_attention, OURS.flash_attention_backward),
+            (OURS.efficient_attention, OURS.efficient_attention_backward),
         ):
             context, log_sum_exp, seed, offset = forward(qkv, cu_seqlens, 20, 0.1)
             assert (context.shape, context.dtype) == ((40, 4, 64), torch.float16)
@@ -272,5 +272,5 @@ def test_the_caller_keeps_its_gradient() -> None:
 
 def test_operators_that_draw_masks_say_so() -> None:
     """Else a compiled model that computes a layer anew would draw other masks."""
-    for operator in (cuda_attention._flash, cuda_attention._efficient):
-        assert torch.Tag.nondeterministic_seeded in operator._opoverload.tags
+    for operator in (OURS.flash_attention, OURS.efficient_attention):
+        assert torch.Tag.nondeterministic_seeded in operator.default.tags

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bert_pretraining.model.losses import mean_loss
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.loss_weights import loss_weights
 from helpers import make_model, packed, padded_arrays, tiny_config
@@ -18,19 +19,18 @@ def gradients(normalization: str) -> list[torch.Tensor]:
     """Of an update of three micro-batches, as the training loop adds them up."""
     model = make_model(tiny_config())
     batches = [packed(ARRAYS, rows) for rows in ROWS]
-    for batch, (mlm, next_sentence) in zip(
-        batches, loss_weights(batches, normalization, ALONE), strict=True
+    for batch, weights in zip(
+        batches, loss_weights(batches, model.losses, normalization, ALONE), strict=True
     ):
-        out = model(batch)
-        (out.mlm_loss * mlm + out.next_sentence_loss * next_sentence).backward()
+        sums = model(batch)
+        sum(sums[name].loss * weight for name, weight in weights.items()).backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
 def test_global_is_one_batch_of_all() -> None:
     model = make_model(tiny_config())
     batch = packed(ARRAYS)
-    out = model(batch)
-    loss = out.mlm_loss / batch.num_masked + out.next_sentence_loss / batch.num_sequences
+    loss = mean_loss(model(batch), batch)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     for ours, theirs in zip(gradients("global"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -41,9 +41,7 @@ def test_rank_is_the_mean_of_the_micro_batches_means() -> None:
     loss = 0.0
     for rows in ROWS:
         batch = packed(ARRAYS, rows)
-        out = model(batch)
-        loss = loss + out.mlm_loss / batch.num_masked / 3
-        loss = loss + out.next_sentence_loss / batch.num_sequences / 3
+        loss = loss + mean_loss(model(batch), batch) / 3
     expected = torch.autograd.grad(loss, list(model.parameters()))
     for ours, theirs in zip(gradients("rank"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -53,5 +51,5 @@ def test_rank_is_the_mean_of_the_micro_batches_means() -> None:
 def test_a_batch_without_masked_tokens_divides_by_nothing(normalization: str) -> None:
     arrays = padded_arrays([4, 4], 16, 101)
     arrays["masked_lm_ids"][:] = 0
-    ((mlm, next_sentence),) = loss_weights([packed(arrays)], normalization, ALONE)
-    assert (float(mlm), float(next_sentence)) == (1.0, 0.5)
+    (weights,) = loss_weights([packed(arrays)], ("mlm", "nsp"), normalization, ALONE)
+    assert {name: float(weight) for name, weight in weights.items()} == {"mlm": 1.0, "nsp": 0.5}

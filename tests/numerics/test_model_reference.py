@@ -16,6 +16,7 @@ from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.commands import checkpoint
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.losses import mean_loss
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
     Vocabulary,
@@ -55,8 +56,7 @@ def loss_of(model: BertForPreTraining, arrays: dict, rows: slice) -> tuple[torch
     """Upstream's loss (MLM mean + NSP mean) and accuracy of one batch."""
     batch = packed(arrays, rows)
     sums = model(batch)
-    loss = sums.mlm_loss / batch.num_masked + sums.next_sentence_loss / batch.num_sequences
-    return loss, sums.mlm_correct.item() / batch.num_masked
+    return mean_loss(sums, batch), sums["mlm"].correct.item() / batch.num_masked
 
 
 @needs_reference

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 LENGTHS = np.random.RandomState(4).randint(5, 65, 24)
 ARRAYS = padded_arrays(LENGTHS.tolist(), 64, 101, seed=2)
 FIRST, SECOND = packed(ARRAYS, slice(0, 8)), packed(ARRAYS, slice(8, 16))
-WEIGHTS = torch.tensor([0.01, 0.2])
+WEIGHTS = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:

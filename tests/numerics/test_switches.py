@@ -21,7 +21,7 @@ SWITCHES = (
 )  # fmt: skip
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
-WEIGHTS = torch.tensor([0.01, 0.2])
+WEIGHTS = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -48,11 +48,6 @@ def test_every_combination_of_switches_trains(first: bool) -> None:
             name for name in SWITCHES if values[name] and name not in (
                 "exchange_padding", "use_cuda_graph", "checkpoint_activations")
         }  # fmt: skip
-
-
-def test_batching_takes_the_place_of_exchange_padding() -> None:
-    flags = {"exchange_padding": True, "batching": "random"}
-    assert config.resolve(flags).config.resolved_batching == "random"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -91,7 +91,7 @@ def test_residual_layer_norm_dtypes_and_strides(dtype: torch.dtype) -> None:
 
 
 def test_residual_layer_norm_sums_over_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_layer_norm, "_BACKWARD_PROGRAMS", 3)
+    monkeypatch.setattr(triton_layer_norm, "BACKWARD_PROGRAMS", 3)
     check_norm(norm_inputs(150, 12), 1e-5)
 
 
@@ -173,7 +173,7 @@ def test_embedding_layer_norm_dtypes_and_strides(dtype: torch.dtype) -> None:
 def test_embedding_dropout_forward_and_backward(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_layer_norm, "_BACKWARD_PROGRAMS", 3)
+    monkeypatch.setattr(triton_layer_norm, "BACKWARD_PROGRAMS", 3)
     ids = [random_ids(150, size) for size in (50, 20, 2)]
     inputs, arguments = randoms(TABLES), (fixed_seed(), EPSILON, dropout)
     mask = triton_embedding.embedding_layer_norm(*ids, *inputs, *arguments)[0] != 0

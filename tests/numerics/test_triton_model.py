@@ -18,7 +18,10 @@ from helpers import packed, padded_arrays, tiny_config
 
 CONFIG = tiny_config(num_hidden_layers=1, max_position_embeddings=64)
 BATCH = packed(padded_arrays([9, 1, 20], 64, 101, seed=3)).to(DEVICE)
-WEIGHTS = torch.tensor([0.01, 0.2], device=DEVICE)
+WEIGHTS = {
+    "mlm": torch.tensor(0.01, device=DEVICE),
+    "nsp": torch.tensor(0.2, device=DEVICE),
+}
 
 
 def step(

@@ -34,7 +34,14 @@ def make(
     lamb = create_optimizer(optimizer, model.named_parameters(), OptimizerSettings())
     micro_step = MicroStep(model, CPU, (), graph=False)
     update = Update(
-        model, micro_step, NoReduction(model), lamb, SCHEDULE, loss_scale, "rank", Ranks(0, 1, CPU)
+        module=model,
+        micro_step=micro_step,
+        reduction=NoReduction(model),
+        optimizer=lamb,
+        schedule=SCHEDULE,
+        loss_scale=loss_scale,
+        normalization="rank",
+        ranks=Ranks(0, 1, CPU),
     )
     return model, lamb, update
 

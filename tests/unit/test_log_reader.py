@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -25,31 +26,31 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_what_the_loggers_write_is_read(tmp_path: Path) -> None:
+def test_what_the_loggers_write_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
     lines: list[str] = []
     mlperf = MlperfLog([lines.append])
-    mlperf.init_start(1700000000.0, caches_cleared=False)
-    mlperf.evaluation_stop(0.34, 0)
+    mlperf.evaluation_started(0)
+    mlperf.evaluation_stopped(0, 0.34)
     PerfLog([lines.append], rank=0).log("STEP_END", {"loss": float("nan"), "seq/s": 12.5})
     path = write(tmp_path / "log.txt", "\n".join(["text between", *lines]) + "\n")
     events = mllog_events(path)
     assert [event.key for event in events] == [
-        "cache_clear",
-        "init_start",
+        "eval_start",
         "eval_accuracy",
         "eval_stop",
     ]
-    assert [event.line for event in events] == [2, 3, 4, 5]
-    assert events[1].kind == "INTERVAL_START"
-    assert events[1].time_ms == 1700000000000
-    assert events[2].value == 0.34
+    assert [event.line for event in events] == [2, 3, 4]
+    assert events[0].kind == "INTERVAL_START"
+    assert events[0].time_ms == 1700000000000
+    assert events[1].value == 0.34
     assert events[2].metadata["epoch_num"] == 0
     (step,) = perflog_events(path)
     assert step.key == "STEP_END"
     assert step.value == {"loss": None, "seq/s": 12.5}
-    assert step.line == 6
+    assert step.line == 5
     both = read_log(path)
-    assert (len(both.mllog), len(both.perflog), both.faults) == (4, 1, [])
+    assert (len(both.mllog), len(both.perflog), both.faults) == (3, 1, [])
 
 
 @needs_reference

@@ -83,7 +83,10 @@ def our_step(
     model = torch.compile(module, dynamic=False) if compiled else module
     step = MicroStep(model, device, sizes, graph)
     step.prepare(lambda: module.zero_grad(set_to_none=False))
-    weights = torch.tensor([1.0 / batch.num_masked, 1.0 / batch.num_sequences], device=device)
+    weights = {
+        name: torch.tensor(1.0 / batch.num_predictions(name), device=device)
+        for name in module.losses
+    }
     batch = batch.to(device)
 
     def run() -> None:

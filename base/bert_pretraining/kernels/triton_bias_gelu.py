@@ -22,8 +22,8 @@ _CUBIC = tl.constexpr(0.044715)
 # Beyond this, sigmoid(2u) is 1 in float32, or below 1.2e-38; up to this, exp does not overflow.
 _SATURATED = tl.constexpr(10.0)
 
-_FORWARD_BLOCK = (4, 1024)
-_BACKWARD_BLOCK = (16, 256)
+FORWARD_BLOCK = (4, 1024)
+BACKWARD_BLOCK = (16, 256)
 # Rows a backward program sums the bias gradient over.
 _PROGRAM_ROWS = 128
 
@@ -39,7 +39,7 @@ def _sigmoid_of_twice_u(z):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
+def forward_kernel(
     x_ptr,
     bias_ptr,
     output_ptr,
@@ -59,7 +59,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
+def backward_kernel(
     gradient_ptr,
     x_ptr,
     bias_ptr,
@@ -89,7 +89,7 @@ def _backward_kernel(
     tl.store(partial_ptr + program * COLUMNS + columns, bias_sum, mask=column_inside)
 
 
-def _blocks(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
+def block_shape(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
     """Rows and columns a block has: as many numbers for few columns as for many."""
     columns = min(block[1], power_of_two_at_least(num_columns, 16))
     return min(block[0] * block[1] // columns, 64), columns
@@ -102,10 +102,10 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     num_columns = bias.shape[0]
     num_rows = x.numel() // num_columns
     output = torch.empty_like(x)
-    block_rows, block_columns = _blocks(_FORWARD_BLOCK, num_columns)
+    block_rows, block_columns = block_shape(FORWARD_BLOCK, num_columns)
     if num_rows:
         grid = (divide_up(num_rows, block_rows), divide_up(num_columns, block_columns))
-        _forward_kernel[grid](
+        forward_kernel[grid](
             x,
             bias.contiguous(),
             output,
@@ -131,9 +131,9 @@ def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tenso
     programs = divide_up(num_rows, _PROGRAM_ROWS)
     x_gradient = torch.empty_like(x)
     partial = x.new_empty((programs, num_columns), dtype=torch.float32)
-    block_rows, block_columns = _blocks(_BACKWARD_BLOCK, num_columns)
+    block_rows, block_columns = block_shape(BACKWARD_BLOCK, num_columns)
     if num_rows:
-        _backward_kernel[(programs, divide_up(num_columns, block_columns))](
+        backward_kernel[(programs, divide_up(num_columns, block_columns))](
             gradient,
             x,
             bias.contiguous(),

@@ -24,7 +24,7 @@ _LARGEST_BLOCK = 4096
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     logits_ptr,
     labels_ptr,
     loss_ptr,
@@ -67,7 +67,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def backward_kernel(
     loss_gradient_ptr,
     logits_ptr,
     labels_ptr,
@@ -93,7 +93,7 @@ def _backward_kernel(
     tl.store(logits_gradient_ptr + columns, gradient, mask=inside)
 
 
-def _block(num_columns: int) -> tuple[int, int]:
+def block_and_warps(num_columns: int) -> tuple[int, int]:
     """Columns a block has, and its warps: 16 numbers a thread for a large vocabulary."""
     block = min(power_of_two_at_least(num_columns, 16), _LARGEST_BLOCK)
     return block, 8 if block == _LARGEST_BLOCK else 4
@@ -115,9 +115,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     loss = logits.new_empty((num_rows,), dtype=torch.float32)
     log_sum_exp = torch.empty_like(loss)
     correct = torch.empty_like(loss, dtype=torch.int64)
-    block, num_warps = _block(num_columns)
+    block, num_warps = block_and_warps(num_columns)
     if num_rows:
-        _forward_kernel[(num_rows,)](
+        forward_kernel[(num_rows,)](
             logits,
             labels,
             loss,
@@ -148,9 +148,9 @@ def cross_entropy_backward(
     num_rows, num_columns = logits.shape
     logits, labels = _rows(logits), labels.contiguous()
     logits_gradient = logits.new_empty((num_rows, num_columns))
-    block, num_warps = _block(num_columns)
+    block, num_warps = block_and_warps(num_columns)
     if num_rows:
-        _backward_kernel[(num_rows, divide_up(num_columns, block))](
+        backward_kernel[(num_rows, divide_up(num_columns, block))](
             loss_gradient,
             logits,
             labels,

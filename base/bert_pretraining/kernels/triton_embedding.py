@@ -40,7 +40,7 @@ def _gather(table_ptr, ids_ptr, rows, num_rows, columns, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
+def forward_kernel(
     word_ids_ptr,
     position_ids_ptr,
     segment_ids_ptr,
@@ -84,7 +84,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
+def backward_kernel(
     gradient_ptr,
     word_ids_ptr,
     position_ids_ptr,
@@ -167,7 +167,7 @@ def embedding_layer_norm(
     num_rows, num_columns = output.shape
     block_rows, block_columns, num_warps = row_blocks(num_columns)
     if num_rows:
-        _forward_kernel[(divide_up(num_rows, block_rows),)](
+        forward_kernel[(divide_up(num_rows, block_rows),)](
             *ids,
             *tables,
             weight.contiguous(),
@@ -225,7 +225,7 @@ def embedding_layer_norm_backward(
     embedded_gradient = word_table.new_empty(gradient.shape)
     partial = mean.new_empty((programs, 2, num_columns))
     if num_rows:
-        _backward_kernel[(programs,)](
+        backward_kernel[(programs,)](
             gradient,
             *ids,
             *tables,

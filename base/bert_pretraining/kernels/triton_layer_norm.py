@@ -29,7 +29,7 @@ from bert_pretraining.kernels.triton_common import (
 
 # The backward pass aims at this many programs: a few for each multiprocessor of a large GPU,
 # and few enough that their partial sums are small beside the activations.
-_BACKWARD_PROGRAMS = 512
+BACKWARD_PROGRAMS = 512
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def normalise_backward(gradient, weight, normal, inverse_deviation, COLUMNS: tl.
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
+def forward_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
@@ -96,7 +96,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
+def backward_kernel(
     gradient_ptr,
     summed_ptr,
     mean_ptr,
@@ -160,7 +160,7 @@ def row_blocks(num_columns: int) -> tuple[int, int, int]:
 
 def program_rows(num_rows: int, block_rows: int) -> int:
     """Rows a backward program sums over: a power of two, so that few variants are compiled."""
-    return power_of_two_at_least(divide_up(num_rows, _BACKWARD_PROGRAMS), block_rows)
+    return power_of_two_at_least(divide_up(num_rows, BACKWARD_PROGRAMS), block_rows)
 
 
 @torch.library.custom_op("bert_pretraining::residual_layer_norm", mutates_args=())
@@ -185,7 +185,7 @@ def residual_layer_norm(
     output, summed, mean, inverse_deviation = _empty_outputs(x, residual)
     block_rows, block_columns, num_warps = row_blocks(num_columns)
     if num_rows:
-        _forward_kernel[(divide_up(num_rows, block_rows),)](
+        forward_kernel[(divide_up(num_rows, block_rows),)](
             x,
             bias.contiguous(),
             residual,
@@ -246,7 +246,7 @@ def residual_layer_norm_backward(
     x_gradient, residual_gradient = _empty_gradients(summed, dropout)
     partial = summed.new_empty((programs, 3, num_columns), dtype=torch.float32)
     if num_rows:
-        _backward_kernel[(programs,)](
+        backward_kernel[(programs,)](
             gradient,
             summed,
             mean,

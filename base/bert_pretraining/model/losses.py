@@ -29,6 +29,11 @@ class LossSum(NamedTuple):
     correct: Tensor
 
 
+def mean_loss(sums: Mapping[str, LossSum], batch: PackedBatch) -> Tensor:
+    """The training loss of one batch, 0-d: the sum of its losses' means."""
+    return sum(part.loss / max(batch.num_predictions(name), 1) for name, part in sums.items())
+
+
 @dataclass(frozen=True)
 class LossMeans:
     """What sums over batches and ranks come to.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.losses import mean_loss
 
 
 class NonFinite(NamedTuple):
@@ -37,10 +38,7 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float 
             return NonFinite(0, found)
     model.zero_grad()
     for batch in batches:
-        means = [
-            sums.loss / max(batch.num_predictions(name), 1) for name, sums in model(batch).items()
-        ]
-        (sum(means) * scale / len(batches)).backward()
+        (mean_loss(model(batch), batch) * scale / len(batches)).backward()
     # Backward goes from the last parameter to the first.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:

@@ -1,0 +1,73 @@
+"""Which source decides where two settings say the same: the later one, never in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bert_pretraining.config import FIELDS, Config, resolve
+from bert_pretraining.errors import UserError
+
+
+def resolved(tmp_path: Path, base: str, file: str, **flags: object) -> Config:
+    """Of a file that extends another, under flags."""
+    (tmp_path / "base.toml").write_text(base)
+    (tmp_path / "own.toml").write_text(f'extends = "base"\n{file}\n')
+    return resolve({"config": str(tmp_path / "own.toml"), **flags}).config
+
+
+@pytest.mark.parametrize(
+    ("base", "file", "flags", "expected"),
+    [
+        ('precision = "bf16"', "fp16 = true", {}, "fp16"),
+        ("fp16 = true", 'precision = "bf16"', {}, "bf16"),
+        ('precision = "fp16"', "fp16 = false", {}, "fp32"),
+        ('precision = "bf16"', "fp16 = false", {}, "bf16"),
+        ('precision = "bf16"', "", {"fp16": True}, "fp16"),
+        ("fp16 = true", "", {"precision": "fp32"}, "fp32"),
+        ('fp16 = true\nprecision = "fp16"', "", {}, "fp16"),
+        ("fp16 = true", "fp16 = false", {}, "fp32"),
+    ],
+)
+def test_precision(tmp_path: Path, base: str, file: str, flags: dict, expected: str) -> None:
+    config = resolved(tmp_path, base, file, **flags)
+    assert config.resolved_precision == expected
+    assert config.fp16 == (expected == "fp16") or config.precision is None
+
+
+@pytest.mark.parametrize(
+    ("base", "file", "flags", "expected"),
+    [
+        ('batching = "random"', "", {"exchange_padding": True}, "balanced"),
+        ('batching = "random"', "exchange_padding = true", {}, "balanced"),
+        ("exchange_padding = true", 'batching = "random"', {}, "random"),
+        ("exchange_padding = true", "", {"exchange_padding": False}, "random"),
+        ('batching = "balanced"', "", {"exchange_padding": False}, "random"),
+    ],
+)
+def test_batching(tmp_path: Path, base: str, file: str, flags: dict, expected: str) -> None:
+    assert resolved(tmp_path, base, file, **flags).resolved_batching == expected
+
+
+@pytest.mark.parametrize("switch", ["fp16", "no_fp16"])
+def test_one_source_that_contradicts_itself_is_refused(tmp_path: Path, switch: str) -> None:
+    on = switch == "fp16"
+    precision = "bf16" if on else "fp16"
+    said = rf"fp16 = {str(on).lower()} contradicts precision = '{precision}'; leave fp16 out"
+    with pytest.raises(UserError, match=rf"the command line: {said}"):
+        resolve({"fp16": on, "precision": precision})
+    with pytest.raises(UserError, match=rf"own\.toml: {said}"):
+        resolved(tmp_path, "", f'fp16 = {str(on).lower()}\nprecision = "{precision}"')
+
+
+def test_every_setting_says_whether_numbers_follow_from_it() -> None:
+    """The names that a run may change when it goes on, and stay bit-identical."""
+    free = {name for name, field in FIELDS.items() if not field.metadata["changes_numbers"]}
+    assert {"target_mlm_accuracy", "eval_steps", "log_freq", "data_dir", "ddp_type"} <= free
+    assert not free & {"train_batch_size", "learning_rate", "objective", "optimizer", "kernels"}
+
+
+def test_the_global_batch_size_counts_every_rank_and_micro_batch() -> None:
+    flags = {"train_batch_size": 3, "gradient_accumulation_steps": 5, "nnodes": 2}
+    assert resolve({**flags, "nproc_per_node": 7}).config.global_batch_size == 210
