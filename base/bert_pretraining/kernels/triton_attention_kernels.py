@@ -86,27 +86,12 @@ def _store_zeros(
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    qkv_ptr,
-    cu_seqlens_ptr,
-    seed_ptr,
-    output_ptr,
-    log_sum_exp_ptr,
-    num_tokens,
-    num_sequences,
-    num_blocks,
-    token_stride,
-    part_stride,
-    head_stride,
-    softmax_scale,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr, num_tokens, num_sequences,
+    num_blocks, token_stride, part_stride, head_stride, softmax_scale,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes output, (T, heads, D), and log_sum_exp, (heads, T), to base 2."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
@@ -114,15 +99,9 @@ def forward_kernel(
     output_ptr += (start.to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE
     if not real:
         _store_zeros(
-            output_ptr,
-            NUM_HEADS * HEAD_SIZE,
-            length,
-            block,
-            num_blocks,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            BLOCK_QUERIES,
-        )
+            output_ptr, NUM_HEADS * HEAD_SIZE, length, block, num_blocks,
+            HEAD_SIZE, BLOCK_SIZE, BLOCK_QUERIES,
+        )  # fmt: skip
         return
     if block * BLOCK_QUERIES >= length:
         return
@@ -169,30 +148,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_gradient_kernel(
-    output_gradient_ptr,
-    qkv_ptr,
-    cu_seqlens_ptr,
-    seed_ptr,
-    output_ptr,
-    log_sum_exp_ptr,
-    delta_ptr,
-    qkv_gradient_ptr,
-    num_tokens,
-    num_sequences,
-    num_blocks,
-    token_stride,
-    part_stride,
-    head_stride,
-    softmax_scale,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr,
+    delta_ptr, qkv_gradient_ptr, num_tokens, num_sequences, num_blocks, token_stride,
+    part_stride, head_stride, softmax_scale,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes dQ and delta, (heads, T). qkv_gradient: (T, 3, heads, D)."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
@@ -200,15 +162,9 @@ def query_gradient_kernel(
     qkv_gradient_ptr += (start.to(tl.int64) * 3 * NUM_HEADS + head) * HEAD_SIZE
     if not real:
         _store_zeros(
-            qkv_gradient_ptr,
-            3 * NUM_HEADS * HEAD_SIZE,
-            length,
-            block,
-            num_blocks,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            BLOCK_QUERIES,
-        )
+            qkv_gradient_ptr, 3 * NUM_HEADS * HEAD_SIZE, length, block, num_blocks,
+            HEAD_SIZE, BLOCK_SIZE, BLOCK_QUERIES,
+        )  # fmt: skip
         return
     if block * BLOCK_QUERIES >= length:
         return
@@ -261,29 +217,13 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_value_gradient_kernel(
-    output_gradient_ptr,
-    qkv_ptr,
-    cu_seqlens_ptr,
-    seed_ptr,
-    log_sum_exp_ptr,
-    delta_ptr,
-    qkv_gradient_ptr,
-    num_tokens,
-    num_sequences,
-    num_blocks,
-    token_stride,
-    part_stride,
-    head_stride,
-    softmax_scale,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, log_sum_exp_ptr, delta_ptr,
+    qkv_gradient_ptr, num_tokens, num_sequences, num_blocks, token_stride, part_stride,
+    head_stride, softmax_scale,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes dK and dV, with delta from `query_gradient_kernel`."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
@@ -295,15 +235,9 @@ def key_value_gradient_kernel(
     if not real:
         for part in tl.static_range(2):
             _store_zeros(
-                key_gradient_ptr + part * NUM_HEADS * HEAD_SIZE,
-                gradient_stride,
-                length,
-                block,
-                num_blocks,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                BLOCK_KEYS,
-            )
+                key_gradient_ptr + part * NUM_HEADS * HEAD_SIZE, gradient_stride, length, block,
+                num_blocks, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS,
+            )  # fmt: skip
         return
     if block * BLOCK_KEYS >= length:
         return
