@@ -30,7 +30,7 @@ def make_run_folder(output_dir: Path, config: Config) -> Path:
         _write_json(folder / "versions.json", versions())
     except OSError as error:
         raise UserError(
-            f"cannot write to output_dir {output_dir} ({error.strerror}); pass --output_dir"
+            f"cannot write to output_dir {output_dir} ({error.strerror})", "pass --output_dir"
         ) from error
     return folder
 
@@ -62,7 +62,7 @@ def _new_folder(output_dir: Path) -> Path:
             return folder
         except FileExistsError:
             continue
-    raise UserError(f"{output_dir} holds 1000 runs of this second; pass another --output_dir")
+    raise UserError(f"{output_dir} holds 1000 runs of this second", "pass another --output_dir")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -47,12 +47,12 @@ class BertConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
-                f"cannot read {path} ({error.strerror}); pass --bert_config_path"
+                f"cannot read {path} ({error.strerror})", "pass --bert_config_path"
             ) from error
         except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); {FIX}") from error
+            raise UserError(f"{path}: not valid JSON ({error})", FIX) from error
         if not isinstance(values, dict):
-            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}; {FIX}")
+            raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}", FIX)
         if "layer_norm_eps" in values:  # Hugging Face's config.json
             values.setdefault("layer_norm_epsilon", values["layer_norm_eps"])
         # Other tools keep further keys in this file; they do not change the model.
@@ -62,19 +62,20 @@ class BertConfig:
                 kept[field.name] = _checked(field.name, str(field.type), values[field.name], path)
             elif field.default is MISSING:
                 raise UserError(
-                    f"{path}: no key '{field.name}', which the model cannot be built without; "
-                    f"add it, or {FIX}"
+                    f"{path}: no key '{field.name}', which the model cannot be built without",
+                    f"add it, or {FIX}",
                 )
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{path}: hidden_size {config.hidden_size} does not divide by "
-                f"num_attention_heads {config.num_attention_heads}; correct one of them, or {FIX}"
+                f"num_attention_heads {config.num_attention_heads}",
+                f"correct one of them, or {FIX}",
             )
         if config.hidden_act not in GELU_NAMES:
             raise UserError(
-                f"{path}: hidden_act '{config.hidden_act}' is not supported; only 'gelu' is: "
-                "pass the --bert_config_path of a model with it"
+                f"{path}: hidden_act '{config.hidden_act}' is not supported, only 'gelu' is",
+                "pass the --bert_config_path of a model with it",
             )
         return config
 
@@ -95,5 +96,5 @@ def _checked(name: str, kind: str, value: object, path: Path) -> object:
         good = number and 0.0 <= value < 1.0
     if not good:
         wanted = {"str": "a string", "int": "a positive integer", "float": "from 0 to below 1"}
-        raise UserError(f"{path}: key '{name}' must be {wanted[kind]}, not {value!r}")
+        raise UserError(f"{path}: key '{name}' must be {wanted[kind]}, not {value!r}", FIX)
     return int(value) if kind == "int" else value

@@ -82,22 +82,26 @@ class ApexLamb(Optimizer):
         super()._create_state(masters)
         if self.settings.weight_decay == 0.0:
             raise UserError(
-                "--optimizer apex: with --weight_decay_rate 0 apex leaves out the trust ratio; use "
-                "another optimizer"
+                "--optimizer apex: with --weight_decay_rate 0 apex leaves out the trust ratio",
+                "use another optimizer",
             )
         try:
             classes = find_classes()
         except ImportError as error:
-            raise UserError(f"--optimizer apex: {error}") from error
+            raise UserError(f"--optimizer apex: {error}", "or use another optimizer") from error
         dtypes = {parameter.dtype for parameter in self.parameters}
         dtype = dtypes.pop()
         if dtypes or dtype == torch.float64:
-            raise UserError("--optimizer apex wants parameters of one dtype, float32 or 16 bit")
+            raise UserError(
+                "--optimizer apex needs parameters of one dtype, float32 or 16 bit",
+                "use another optimizer",
+            )
         mixed = "FusedMixedPrecisionLamb" in classes
         if not mixed and dtype != torch.float32:
             raise UserError(
                 "--optimizer apex: the installed apex lacks FusedMixedPrecisionLamb, which 16-bit "
-                "parameters need; use triton or foreach"
+                "parameters need",
+                "use triton or foreach",
             )
         self._mixed = mixed
         settings, indices = self.settings, range(len(self.parameters))

@@ -49,7 +49,10 @@ class FlatLamb(Optimizer):
     def _create_state(self, masters: list[Tensor]) -> None:
         kinds = sorted({f"{one.dtype} on {one.device}" for one in self.parameters})
         if len(kinds) > 1:
-            raise UserError(f"flat LAMB wants parameters of one kind, not {', '.join(kinds)}")
+            raise UserError(
+                f"flat LAMB needs parameters of one dtype on one device, not {', '.join(kinds)}",
+                "pass --optimizer foreach",
+            )
         self.layout = FlatLayout([parameter.shape for parameter in self.parameters])
         master = self.layout.filled(masters)
         dtype = self.parameters[0].dtype

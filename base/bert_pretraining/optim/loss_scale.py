@@ -63,7 +63,10 @@ class LossScale:
         except ValueError:
             initial = math.nan
         if not MINIMUM_SCALE <= initial <= MAXIMUM_INITIAL_SCALE:
-            raise UserError(f"INIT_LOSS_SCALE={text}: must be a number from 1 to 2^24")
+            raise UserError(
+                f"INIT_LOSS_SCALE={text}: must be a number from 1 to 2^24",
+                "correct the variable, or unset it",
+            )
         return cls(initial, dynamic=True, device=device)
 
     def update(self, finite: Tensor) -> None:
