@@ -234,7 +234,7 @@ def test_an_end_after_the_end_changes_nothing(clock: Clock, tmp_path: Path) -> N
     run.start_clock()
     run.start_evaluated()
     run.train_to_target(2_400_000)
-    run.log.trained(run.state, 10_000)
+    run.log.trained(run.state)
     run.log.aborted(run.state)
     run.log.close()
     events = mllog_events(run.log.folder / "mllog.txt")
@@ -256,7 +256,7 @@ def test_only_rank_0_writes(
     run.start_clock()
     run.start_evaluated()
     run.train_to_target(2_400_000)
-    run.log.trained(run.state, 10_000)
+    run.log.trained(run.state)
     run.log.finished(run.state, "target")
     run.log.close()
     assert list(tmp_path.iterdir()) == []

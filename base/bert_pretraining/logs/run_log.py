@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bert_pretraining.config import Config, Resolved
@@ -69,12 +69,12 @@ class RunLog:
             self.folder,
         )
         if rank == 0:
-            self._sinks = self._make_sinks(facts, self.folder)
-        self._tell("launched", facts)
+            self._sinks = self.make_sinks(facts, self.folder)
+        self._tell(Sink.launched, facts)
         self._init_started = time.time()
-        self._tell("init_started")
+        self._tell(Sink.init_started)
 
-    def _make_sinks(self, facts: RunFacts, folder: Path) -> list[Sink]:
+    def make_sinks(self, facts: RunFacts, folder: Path) -> list[Sink]:
         """Every output of this run; a new kind of output is added here."""
         config = facts.config
         terminal = Terminal(config.max_steps)
@@ -88,44 +88,45 @@ class RunLog:
             sinks.append(TensorBoard(Path(config.tensorboard_dir) / run / folder.name))
         return sinks
 
-    def _tell(self, event: str, *details: object) -> None:
+    def _tell(self, event: Callable, *details: object) -> None:
+        """Call the method of `Sink` that `event` is on every sink."""
         for sink in self._sinks:
-            getattr(sink, event)(*details)
+            getattr(sink, event.__name__)(*details)
 
     def say(self, text: str) -> None:
         """A line for people, on rank 0's terminal."""
-        self._tell("said", text)
+        self._tell(Sink.said, text)
 
     def hyperparameters(self, seed: int, triggers: StepTriggers) -> None:
         """The seed and what the closed division asks for."""
         self._triggers = triggers
-        self._tell("hyperparameters", Hyperparameters(seed, mlperf_hyperparameters(self.config)))
+        self._tell(Sink.hyperparameters, Hyperparameters(seed, mlperf_hyperparameters(self.config)))
 
     def built(self, event: str, thing: object, **more: object) -> None:
         """CONVERT_MODEL, CREATE_OPTIMIZER or MODEL_TO_DDP: the class that was made, and more."""
         made = {"type": type(thing).__name__, "module": type(thing).__module__, **more}
-        self._tell("built", event, made)
+        self._tell(Sink.built, event, made)
 
     def precision(self, precision: str) -> None:
         """The weights and activations have this precision."""
         values = {"fp16": precision == "fp16", "precision": precision}
-        self._tell("built", "MODEL_TO_FP16", values)
+        self._tell(Sink.built, "MODEL_TO_FP16", values)
 
     def weights_loaded(self, parameters: Iterable[str]) -> None:
         """These parameters, by their names in the model, have a start checkpoint's weights."""
-        self._tell("weights_loaded", list(parameters))
+        self._tell(Sink.weights_loaded, list(parameters))
 
     def clock_started(self) -> None:
         """MLPerf's clock starts: from here on data is read."""
-        self._tell("clock_started")
+        self._tell(Sink.clock_started)
 
     def evaluation_started(self, state: RunState) -> None:
         """An evaluation begins."""
-        self._tell("evaluation_started", state.num_trained_samples)
+        self._tell(Sink.evaluation_started, state.num_trained_samples)
 
     def evaluation_stopped(self, state: RunState, mlm_accuracy: float) -> None:
         """That evaluation ends."""
-        self._tell("evaluation_stopped", state.num_trained_samples, mlm_accuracy)
+        self._tell(Sink.evaluation_stopped, state.num_trained_samples, mlm_accuracy)
 
     def start_evaluated(self, state: RunState, seconds: float) -> None:
         """The start weights' figures; training begins after this."""
@@ -136,7 +137,7 @@ class RunLog:
                 f"Notice: num_eval_examples {wanted:,}, but the evaluation set holds "
                 f"{there:,} sequences; each evaluation uses them all"
             )
-        self._tell("start_evaluated", _evaluation(state, seconds))
+        self._tell(Sink.start_evaluated, _evaluation(state, seconds))
         self._begin_training()
 
     def resumed(self, path: Path, state: RunState, differences: list[str]) -> None:
@@ -150,25 +151,25 @@ class RunLog:
         self._resumption = Resumption(
             path, state.global_steps, state.num_trained_samples, differences
         )
-        self._tell("resumed", self._resumption)
+        self._tell(Sink.resumed, self._resumption)
         self._begin_training()
 
     def _begin_training(self) -> None:
         self._init_time = time.time() - self._init_started
-        self._tell("training_began")
+        self._tell(Sink.training_began)
         self._train_started = self._window_started = time.time()
 
     def epoch_began(self, epoch: int) -> None:
         """The next update begins with a sample of another epoch."""
-        self._tell("epoch_began", epoch)
+        self._tell(Sink.epoch_began, epoch)
 
     def epoch_ended(self, epoch: int) -> None:
         """The epoch's last update was made."""
-        self._tell("epoch_ended", epoch)
+        self._tell(Sink.epoch_ended, epoch)
 
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
         """So many of the latest updates were skipped."""
-        self._tell("skipped", state.global_steps, count, state.skipped_steps, loss_scale)
+        self._tell(Sink.skipped, state.global_steps, count, state.skipped_steps, loss_scale)
 
     def steps(
         self,
@@ -192,10 +193,10 @@ class RunLog:
             speed = self._window_samples / max(now - self._window_started, 1e-9)
             self._window_samples, self._window_started = 0, now
             step, samples = state.global_steps, state.num_trained_samples
-            self._tell("step_logged", StepFigures(step, samples, figures, speed, ahead))
-        self._tell("advanced", count, ahead)
+            self._tell(Sink.step_logged, StepFigures(step, samples, figures, speed, ahead))
+        self._tell(Sink.advanced, count, ahead)
         if evaluation_seconds is not None:
-            self._tell("evaluated", _evaluation(state, evaluation_seconds))
+            self._tell(Sink.evaluated, _evaluation(state, evaluation_seconds))
 
     def _seconds_to_evaluation(self, state: RunState) -> float | None:
         """At this run's mean speed; None where no update is left."""
@@ -215,7 +216,7 @@ class RunLog:
     def trained(self, state: RunState) -> None:
         """The last step and its evaluation are done: both clocks stop."""
         self._tell(
-            "training_ended", state.num_trained_samples, state.eval_sequences, state.converged
+            Sink.training_ended, state.num_trained_samples, state.eval_sequences, state.converged
         )
         self._train_time = time.time() - self._train_started
 
@@ -234,16 +235,16 @@ class RunLog:
             sequences_per_second=self._trained_here(state) / max(self._train_time, 1e-9),
             resumed_from=self._resumption.steps if self._resumption else None,
         )
-        self._tell("finished", result)
+        self._tell(Sink.finished, result)
 
     def aborted(self, state: RunState) -> None:
         """The run ends by an error or from outside: the MLPerf log says so, once."""
-        self._tell("aborted", state.num_trained_samples, state.eval_sequences)
+        self._tell(Sink.aborted, state.num_trained_samples, state.eval_sequences)
 
     def close(self) -> None:
         """Close every output, and let the next run into the folder."""
         with self._closing:
-            self._tell("close")
+            self._tell(Sink.close)
 
 
 def _evaluation(state: RunState, seconds: float) -> EvaluationFigures:

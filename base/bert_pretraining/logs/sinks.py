@@ -1,7 +1,7 @@
 """What a run tells, and the outputs that take it: one class, in one module, for each output.
 
 `RunLog` calls every sink of its list for every event. A new output derives from `Sink`, overrides
-the events that it wants, and is added to `make_sinks`; see docs/extending.md.
+the events that it needs, and is added to `RunLog.make_sinks`; see docs/extending.md.
 """
 
 from __future__ import annotations
