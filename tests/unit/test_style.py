@@ -14,11 +14,15 @@ from helpers import ROOT
 PACKAGE = ROOT / "base" / "bert_pretraining"
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LONGEST_FILE = 400  # lines
+LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 # What apex calls on the gradient scaler that it is given; PyTorch named them.
 PRESCRIBED = {"_check_inf_per_device", "_get_scale_async"}
 
 each_test_file = pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
 
 
 def is_private(name: str) -> bool:
@@ -89,3 +93,15 @@ def test_no_file_is_long() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
     assert len((PACKAGE / "training" / "train.py").read_text().splitlines()) < 300
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@each_module
+def test_no_function_is_long(path: Path) -> None:
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions_of(path)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
