@@ -72,6 +72,7 @@ def test_losses_and_accuracies_of_batches(
         assert accuracy == pytest.approx(recorded["mlm_accuracy"], rel=1e-4)
 
 
+@pytest.mark.slow
 @needs_reference
 def test_loss_and_accuracy_of_all_1000(
     reference_model: BertForPreTraining, eval_1k: dict, numerics: dict

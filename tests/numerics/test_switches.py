@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,18 +20,33 @@ SWITCHES = (
     "fused_mha", "fused_gelu_bias", "fused_dropout_add", "dense_seq_output", "exchange_padding",
     "unpad", "pad", "enable_fuse_dropout", "use_cuda_graph", "checkpoint_activations",
 )  # fmt: skip
+# The others have no effect, whatever they are.
+WITH_EFFECT = ("exchange_padding", "use_cuda_graph", "checkpoint_activations")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
 WEIGHTS = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_every_combination_of_switches_trains(first: bool) -> None:
+def combinations(whole: bool) -> Iterator[dict[str, bool]]:
+    """Every combination; or of those without effect, each alone, all and none."""
+    without = [name for name in SWITCHES if name not in WITH_EFFECT]
+    few = [set(), set(without), *({name} for name in without)]
+    if whole:
+        few = [
+            set(on) for n in range(len(without) + 1) for on in itertools.combinations(without, n)
+        ]
+    for flags in itertools.product((False, True), repeat=len(WITH_EFFECT)):
+        for on in few:
+            others = {name: name in on for name in without}
+            yield {**others, **dict(zip(WITH_EFFECT, flags, strict=True))}
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_combination_of_switches_trains(whole: bool) -> None:
     reference = make_model(tiny_config(num_hidden_layers=1))
     expected = forward_backward(reference, BATCH, WEIGHTS)
     norm = torch.stack([parameter.grad.norm() for parameter in reference.parameters()]).norm()
-    for others in itertools.product((False, True), repeat=len(SWITCHES) - 1):
-        values = dict(zip(SWITCHES, (first, *others), strict=True))
+    for values in combinations(whole):
         chosen = config.resolve({"train_batch_size": 6, **values}).config
         kernels = select(chosen.kernels, ALONE.device, torch.float32)
         model = BertForPreTraining(
@@ -44,10 +60,7 @@ def test_every_combination_of_switches_trains(first: bool) -> None:
         assert chosen.resolved_batching == ("balanced" if values["exchange_padding"] else "random")
         assert ("use_cuda_graph has no effect" in "".join(said)) == values["use_cuda_graph"]
         without = {name for names in chosen.without_effect.values() for name in names}
-        assert without == {
-            name for name in SWITCHES if values[name] and name not in (
-                "exchange_padding", "use_cuda_graph", "checkpoint_activations")
-        }  # fmt: skip
+        assert without == {name for name in SWITCHES if values[name] and name not in WITH_EFFECT}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -64,6 +77,7 @@ def test_activations_computed_anew_give_the_same_gradients(dropout: float) -> No
         assert torch.equal(kept, recomputed)
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_eager_ones() -> None:
     chosen = config.resolve(
         {"compile": "on", "batching": "balanced", "train_batch_size": 6, "static_tokens": 200}

@@ -102,10 +102,3 @@ def test_every_module_is_imported_without_gpu_packages() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_no_file_is_long() -> None:
-    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
-    assert len((PACKAGE / "training" / "train.py").read_text().splitlines()) < 300
