@@ -1,7 +1,7 @@
-"""What a run knows of itself, and the rules of when to evaluate and when to stop.
+"""A run's counters, and the rules of when to evaluate, log, save and stop.
 
-The rules are pure functions of numbers that are equal on every rank, so all ranks decide
-alike without asking each other.
+The rules are pure functions of numbers that are equal on every rank. So all ranks decide the same
+without communication.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class RunState:
     ) -> int | None:
         """Count the latest steps; returns the step after which something may be due, or None.
 
-        Skipped updates count neither as steps nor as trained sequences. What is due after an
-        update is done right after it, and not once more after a skipped one.
+        Skipped updates count neither as steps nor as trained sequences. None is returned where the
+        latest update was skipped: what was due after the step before it has been done already.
         """
         self.global_steps, self.num_trained_samples = self.after(updates, samples_per_step)
         self.skipped_steps += skipped
         return self.global_steps if last_finite else None
 
     def after(self, updates: int, samples_per_step: int) -> tuple[int, int]:
-        """Steps and trained sequences once so many more updates have been made."""
+        """Steps and trained sequences after `updates` more updates."""
         return self.global_steps + updates, self.num_trained_samples + updates * samples_per_step
 
     def take_over(self, other: RunState) -> None:
-        """Go on where another run was. Whether the target is met is for this run to say."""
+        """Go on from the counters of another run; this run decides itself whether it converged."""
         for field in fields(self):
             setattr(self, field.name, getattr(other, field.name))
         self.converged = False

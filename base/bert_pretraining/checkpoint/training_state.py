@@ -196,7 +196,7 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
     """The training checkpoint to go on from, or None to start from the start weights.
 
     `--resume auto` and `required` look in output_dir, then at init_checkpoint; without --resume
-    init_checkpoint alone counts, and `never` starts anew in any case. Ranks that a launcher has
+    init_checkpoint alone counts, and `never` starts from the start weights in any case. Ranks that a launcher has
     started again go on from what their own job has saved, whatever --resume says.
     say: is told of files that are passed over. UserError where `required` finds none.
     """

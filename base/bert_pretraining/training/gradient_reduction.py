@@ -51,7 +51,7 @@ class NoReduction:
 class DdpReduction:
     """PyTorch's DistributedDataParallel (DDP): all-reduce in buckets while backward goes on.
 
-    DDP cuts its buckets anew after the first backward pass, by the order in which gradients
+    DDP makes new buckets after the first backward pass, by the order in which gradients
     came. With more than two ranks the buckets decide in which order the ranks' parts of a
     gradient are added, and so its last bit. Two passes that change nothing therefore come before
     training: then the first step of a resumed run uses the buckets of the run it goes on with.
@@ -63,7 +63,7 @@ class DdpReduction:
             module, device_ids=device_ids, gradient_as_bucket_view=True
         )
         with torch.random.fork_rng(devices=device_ids or []):
-            for _ in range(2):  # DDP makes the new buckets as the second pass begins
+            for _ in range(2):  # the new buckets are made as the second pass begins
                 sums = self.model(smallest_batch(device))
                 sum(task.loss for task in sums.values()).backward()
         module.zero_grad()

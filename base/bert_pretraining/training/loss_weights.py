@@ -23,7 +23,7 @@ def loss_weights(
     names: of the losses. scale: the loss scale; multiplies every weight. The gradients of the
     products are then summed over micro-batches and averaged over ranks.
 
-    "rank": each micro-batch's own mean, averaged, as upstream has it; a masked token of a
+    "rank": each micro-batch's own mean, averaged, as upstream does it; a masked token of a
     micro-batch with few of them weighs more. "global": the mean over all masked tokens,
     and over all sequences, of the update, so that only the set of sequences matters and
     not how it is split. Asks the other ranks for their counts.

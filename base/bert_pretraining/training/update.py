@@ -73,12 +73,12 @@ class Update:
 
     @property
     def num_unread(self) -> int:
-        """Steps of which nobody knows yet whether they were finite."""
+        """Updates of which the host does not know yet whether they were finite."""
         return len(self._unread)
 
     @property
     def must_read(self) -> bool:
-        """Whether there are enough of them. On a CPU to know costs nothing."""
+        """Whether `read` must come now: after each update on a CPU, where reading costs nothing."""
         return self.num_unread >= (1 if self._ranks.device.type == "cpu" else MAX_UNREAD)
 
     def __call__(self, micro_batches: list[PackedBatch]) -> LossTotals:
