@@ -195,9 +195,9 @@ def is_training_checkpoint(checkpoint: Checkpoint) -> bool:
 def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None]) -> Path | None:
     """The training checkpoint to go on from, or None to start from the start weights.
 
-    `--resume auto` and `required` look in output_dir, then at init_checkpoint; without --resume
-    init_checkpoint alone counts, and `never` starts from the start weights in any case. Ranks that a launcher has
-    started again go on from what their own job has saved, whatever --resume says.
+    `--resume auto` and `required` look in output_dir, then at init_checkpoint. Without --resume,
+    init_checkpoint alone counts. `never` uses the start weights in any case. Ranks that a launcher
+    has restarted go on from what their own job has saved, whatever --resume says.
     say: is told of files that are passed over. UserError where `required` finds none.
     """
     in_output_dir = config.resume in ("auto", "required")

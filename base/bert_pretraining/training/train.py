@@ -94,8 +94,8 @@ def train(session: Session, stop: StopRequest) -> str:
             # ---- evaluate where due, and always after the last step
             evaluation = None
             if step:
-                # The target may be met already: the accuracy of the start weights counts, as it does upstream. The
-                # run then ends here, even if this evaluation finds a lower accuracy.
+                # The target may be met already, by the start weights: upstream counts them too.
+                # The run then ends here, even if this evaluation finds a lower accuracy.
                 reason = session.stop_reason()
                 if reason or triggers.evaluation_due(step, run.num_trained_samples):
                     evaluation = session.evaluate()
