@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -36,8 +34,8 @@ def launcher(
     launched: list[tuple[int, Path]] = []
 
     class Process:
-        def __init__(self, command: list[str], stdout: BinaryIO, **_: object) -> None:
-            words = dict(itertools.pairwise(command))
+        def __init__(self, command: list[str], **_: object) -> None:
+            words = dict(zip(command, command[1:], strict=False))
             folder = Path(words["--output_dir"])
             self.end = ends[len(launched)]
             launched.append((int(words["--seed"]), folder))
@@ -46,7 +44,8 @@ def launcher(
                 log.parent.mkdir(parents=True)
                 log.write_text(LOG)
             else:
-                stdout.write(b"Notice: x\nError: no data directory; make it\n")
+                said = "Notice: x\nError: no data directory; make it\n"
+                (folder / "terminal.txt").write_text(said)
 
         def wait(self) -> int:
             if isinstance(self.end, int):
