@@ -35,10 +35,10 @@ def launcher(
 
     class Process:
         def __init__(self, command: list[str], **_: object) -> None:
-            words = dict(zip(command, command[1:], strict=False))
-            folder = Path(words["--output_dir"])
+            seed, folder = (command[command.index(flag) + 1] for flag in ("--seed", "--output_dir"))
+            folder = Path(folder)
             self.end = ends[len(launched)]
-            launched.append((int(words["--seed"]), folder))
+            launched.append((int(seed), folder))
             if self.end != 2:
                 log = folder / f"run-{len(launched)}" / "mllog.txt"
                 log.parent.mkdir(parents=True)
