@@ -83,11 +83,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Say last how many slow tests were left out. Under pytest-xdist, only workers know it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["not_run"] = session.config.stash.get(not_run_key, 0)
     result = yield
     not_run = session.config.stash.get(not_run_key, 0)
-    if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["not_run"] = not_run
-    elif not_run:
+    if output is None and not_run:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         reporter.write_line(f"Not run: {not_run} slow tests; {RUN_SLOW} runs them")
     return result
