@@ -70,6 +70,7 @@ def mini_data(make_once: MakeOnce) -> Path:
 # ---- tests that are marked slow
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests out, unless -m or a test's own name asks for them."""
     asked = config.option.markexpr or any("::" in word for word in config.args)
