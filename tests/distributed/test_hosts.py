@@ -13,17 +13,8 @@ from helpers import command
 
 OBSTACLE = hosts.obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
-SHORT = [
-    "--seed",
-    7,
-    "--max_steps",
-    5,
-    "--log_freq",
-    1,
-    "--num_eval_examples",
-    64,
-    "--save_checkpoint",
-]
+SHORT = ["--seed", 7, "--max_steps", 5, "--log_freq", 1, "--num_eval_examples", 64,
+         "--save_checkpoint"]  # fmt: skip
 
 
 def checkpoint(output_dir: Path) -> Path:
