@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,15 @@ RUN_SLOW = "bash run_tests.sh -m slow"
 not_run_key = pytest.StashKey[int]()
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a killed program leaves in the folder of temporary files goes with pytest's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +80,7 @@ def mini_data(make_once: MakeOnce) -> Path:
 # ---- tests that are marked slow
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests out, unless -m or a test's own name asks for them."""
     asked = config.option.markexpr or any("::" in word for word in config.args)
@@ -83,11 +94,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Say last how many slow tests were left out. Under pytest-xdist, only workers know it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["not_run"] = session.config.stash.get(not_run_key, 0)
     result = yield
     not_run = session.config.stash.get(not_run_key, 0)
-    if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["not_run"] = not_run
-    elif not_run:
+    if output is None and not_run:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         reporter.write_line(f"Not run: {not_run} slow tests; {RUN_SLOW} runs them")
     return result

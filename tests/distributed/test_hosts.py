@@ -13,11 +13,12 @@ from helpers import command
 
 OBSTACLE = hosts.obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
-SHORT = ["--seed", 7, "--max_steps", 10, "--log_freq", 1, "--save_checkpoint"]
+SHORT = ["--seed", 7, "--max_steps", 5, "--log_freq", 1, "--num_eval_examples", 64,
+         "--save_checkpoint"]  # fmt: skip
 
 
 def checkpoint(output_dir: Path) -> Path:
-    return next(output_dir.glob("run-*/model.ckpt-10.pt"))
+    return next(output_dir.glob("run-*/model.ckpt-5.pt"))
 
 
 def test_two_hosts_train_to_the_same_weights_as_one(mini_data: Path, tmp_path: Path) -> None:

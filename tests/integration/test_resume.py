@@ -328,11 +328,9 @@ def test_a_killed_rank_is_restarted_and_a_killed_run_goes_on(
     for pid in [*processes_below(saving_run.pid), saving_run.pid]:
         os.kill(pid, signal.SIGKILL)
     _, errors = saving_run.communicate(timeout=120)
-    assert error_lines(errors)[:2] == [
-        "Error: rank 1 was killed by SIGKILL (by hand, or for want of memory); all ranks were "
-        "ended",
-        "Restart 1 of 1",
-    ]
+    killed, restart = error_lines(errors)[:2]
+    assert killed.startswith("Error: rank 1 was killed by SIGKILL")
+    assert restart == "Restart 1 of 1"
     again = train(mini_data, tmp_path / "out", "--max_steps", 1, "--resume", "required")
     # More steps than that were made before: nothing is left to do.
     assert again.returncode == 3, again.stderr

@@ -107,6 +107,7 @@ def test_another_length_has_no_packaged_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "mini" / CHECKPOINT_NAME).exists()
 
 
+@pytest.mark.slow
 def test_standard_library_text(tmp_path: Path) -> None:
     report = make_mini(MiniSettings(tmp_path / "mini", source="stdlib"))
     assert report.eval_sequences >= 1000

@@ -5,12 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
-import torch
 
-from bert_pretraining.config import resolve
-from bert_pretraining.errors import TrainingError
 from bert_pretraining.launch import network
-from bert_pretraining.launch.plan import LaunchFlags, make_plan
+from bert_pretraining.launch.plan import _environment
 from bert_pretraining.runtime import consistency, process_group
 
 
@@ -18,27 +15,21 @@ def test_loopback_is_taken_only_where_it_was_asked_for(monkeypatch: pytest.Monke
     assert network.interface_to("127.0.0.1") == "lo"
     assert network.interface_to("localhost") == "lo"
     assert network.interface_to("no-such-host.invalid") is None
-    routes = {"gpu07": "127.0.1.1"}
-    monkeypatch.setattr(network, "address_towards", lambda host: routes.get(host, "10.0.0.7"))
-    monkeypatch.setattr(network, "interfaces", lambda: {"127.0.0.1": "lo", "10.0.0.7": "eno1"})
+    routes = {"gpu07": "127.0.1.1", network._SOMEWHERE_ELSE: "10.0.0.7", "10.0.0.8": "10.0.0.7"}
+    monkeypatch.setattr(network, "address_towards", routes.get)
+    monkeypatch.setattr(network, "_interfaces", lambda: {"127.0.0.1": "lo", "10.0.0.7": "eno1"})
     assert network.interface_to("10.0.0.8") == "eno1"
     assert network.interface_to("gpu07") == "eno1", "/etc/hosts has the own name at 127.0.1.1"
-
-
-def environment(nnodes: int, master_addr: str) -> dict[str, str]:
-    """What a plan gives its ranks."""
-    values = {"name": "mini", "config": "CPUx1x1", "nnodes": nnodes}
-    return make_plan(resolve(values), LaunchFlags(master_addr=master_addr), []).environment
 
 
 def test_gloo_gets_it_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(network, "interface_to", {"10.0.0.8": "eno1"}.get)
-    assert environment(1, "10.0.0.8")["GLOO_SOCKET_IFNAME"] == "lo"
-    assert environment(2, "10.0.0.8")["GLOO_SOCKET_IFNAME"] == "eno1"
-    assert "GLOO_SOCKET_IFNAME" not in environment(2, "elsewhere")
+    assert _environment(1, "10.0.0.8")["GLOO_SOCKET_IFNAME"] == "lo"
+    assert _environment(2, "10.0.0.8")["GLOO_SOCKET_IFNAME"] == "eno1"
+    assert "GLOO_SOCKET_IFNAME" not in _environment(2, "elsewhere")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    assert "GLOO_SOCKET_IFNAME" not in environment(2, "10.0.0.8")
+    assert "GLOO_SOCKET_IFNAME" not in _environment(2, "10.0.0.8")
 
 
 def test_addresses() -> None:
@@ -71,24 +62,9 @@ def test_what_gloo_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         "Gloo connectFullMesh failed with [/a/gloo/transport/tcp/pair.cc:152] timed out "
         "connecting: SO_ERROR: Connection refused, remote=[172.17.0.1]:17326$1"
     )
-    text = unreachable("gloo", said, monkeypatch)
+    text = process_group._unreachable("gloo", said)
     for part in ("Connection refused, remote=[172.17.0.1]:17326)", "GLOO_SOCKET_IFNAME=docker0",
                  "gpu07 port 29500", socket.gethostname()):  # fmt: skip
         assert part in text
     assert "\n" not in text
-    assert "NCCL_SOCKET_IFNAME" in unreachable("nccl", said, monkeypatch)
-
-
-def unreachable(backend: str, said: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a rank says where the process group cannot be made."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise said
-
-    device = torch.device("cpu" if backend == "gloo" else "cuda")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(process_group, "choose_device", lambda *_: device)
-    monkeypatch.setattr(process_group.dist, "init_process_group", refuse)
-    with pytest.raises(TrainingError) as raised:
-        process_group.start(device.type, backend)
-    return str(raised.value)
+    assert "NCCL_SOCKET_IFNAME" in process_group._unreachable("nccl", said)

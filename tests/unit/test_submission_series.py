@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -35,26 +33,20 @@ def launcher(
     """In the real launcher's place: each launch leaves a log and ends as told."""
     launched: list[tuple[int, Path]] = []
 
-    class Process:
-        def __init__(self, command: list[str], stdout: BinaryIO, **_: object) -> None:
-            words = dict(itertools.pairwise(command))
-            folder = Path(words["--output_dir"])
-            self.end = ends[len(launched)]
-            launched.append((int(words["--seed"]), folder))
-            if self.end != 2:
-                log = folder / f"run-{len(launched)}" / "mllog.txt"
-                log.parent.mkdir(parents=True)
-                log.write_text(LOG)
-            else:
-                stdout.write(b"Notice: x\nError: no data directory; make it\n")
-
-        def wait(self) -> int:
-            if isinstance(self.end, int):
-                return self.end
-            end, self.end = self.end, 130
+    def launch(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: bool) -> int:
+        end = ends[len(launched)]
+        launched.append((seed, folder))
+        if end != 2:
+            log = folder / f"run-{len(launched)}" / "mllog.txt"
+            log.parent.mkdir(parents=True)
+            log.write_text(LOG)
+        else:
+            (folder / "terminal.txt").write_text("Notice: x\nError: no data directory; make it\n")
+        if not isinstance(end, int):
             raise end
+        return end
 
-    monkeypatch.setattr(series.subprocess, "Popen", Process)
+    monkeypatch.setattr(series, "_launch", launch)
     return launched
 
 

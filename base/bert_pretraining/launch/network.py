@@ -24,7 +24,7 @@ def interface_to(host: str) -> str | None:
         return None
     if ipaddress.ip_address(address).is_loopback and not _is_loopback(host):
         address = address_towards(_SOMEWHERE_ELSE) or address
-    return interfaces().get(address)
+    return _interfaces().get(address)
 
 
 def address_towards(host: str) -> str | None:
@@ -73,7 +73,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def interfaces() -> dict[str, str]:
+def _interfaces() -> dict[str, str]:
     """Address -> interface; every loopback address of IPv4 is lo's."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
