@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import random
 import re
 import shlex
 import shutil
@@ -153,10 +154,8 @@ def workplace(mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def article(number: int) -> str:
     """An article as WikiExtractor writes it: a title, then paragraphs of several sentences."""
     words = "the big dog sees one small cat near that old house and runs over a green hill".split()
-    sentences = [
-        " ".join(words[(number * place + index) % len(words)] for index in range(9)).capitalize()
-        for place in range(24)
-    ]
+    draw = random.Random(number)
+    sentences = [" ".join(draw.choices(words, k=9)).capitalize() for _ in range(24)]
     paragraphs = (". ".join(sentences[at : at + 6]) + "." for at in range(0, 24, 6))
     return "\n".join([f'<doc id="{number}">', f"Title {number}", *paragraphs, "</doc>"])
 
