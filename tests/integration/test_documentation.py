@@ -35,6 +35,7 @@ LAUNCHER = "needs a launcher that is not installed here"
 # Commands that cannot run here, by their beginnings, and why.
 NOT_HERE = {
     "bash run_tests.sh": "runs this test",
+    "python -m pytest": "run_tests.sh runs these tests too",
     "export PYTHONPATH": "sets variables of the reader's shell",
     "python3 -m pip install": "needs a network",
     "bash benchmarks/gpu_check.sh": "needs a GPU",
@@ -236,6 +237,22 @@ def test_no_entry_is_left_of_a_command_that_is_gone() -> None:
         assert [command for command in mine if not why_not_here(command)], change.start
     for old, _ in {pair for change in CHANGED for pair in change.replace}:
         assert any(old in command for command in printed), old
+
+
+def test_the_walks_name_files_and_functions_that_exist() -> None:
+    """Rows of docs/architecture.md: | number | `file.py`, ... | `name`, ... | what happens |."""
+    rows = re.findall(
+        r"^\| \d+ \| ([^|]+) \| ([^|]+) \|",
+        (ROOT / "docs/architecture.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) > 30
+    for files, names in rows:
+        paths = [ROOT / "base/bert_pretraining" / name for name in re.findall(r"`(.+?)`", files)]
+        code = "".join(path.read_text() for path in paths)
+        for name in re.findall(r"`(.+?)`", names):
+            defined = rf"^(class|def) {name}\b|^    (def {name}\b|{name}: )"
+            assert re.search(defined, code, re.MULTILINE), f"{files} defines no {name}"
 
 
 def anchors(page: Path) -> set[str]:
