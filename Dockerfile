@@ -5,14 +5,15 @@
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t bert-pretraining:cuda .
 #   docker run --rm --gpus all --ipc=host --cap-add=SYS_NICE bert-pretraining:cuda
 #
-# --cap-add=SYS_NICE lets numactl bind memory; without it ranks are bound by CPU affinity.
-# --ipc=host gives nccl enough shared memory. Data: -v DIR:/data, then --data_dir /data.
+# --cap-add=SYS_NICE lets numactl bind memory; without it, ranks are bound by CPU affinity.
+# --ipc=host gives nccl enough shared memory. To use your data, add -v DIR:/data, and --data_dir /data
+# at the end.
 FROM python:3.12-slim-bookworm
 
-# PyTorch's wheels bring the CUDA libraries that they need; the host brings the driver.
+# PyTorch's wheels contain the CUDA libraries that they need; the host must have the driver.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# Debian keeps only the newest build of a package: a pinned one would vanish.
+# No version is pinned: Debian keeps only the newest build of a package.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends numactl \
@@ -26,9 +27,10 @@ COPY . .
 ENV PYTHON=/usr/local/bin/python3 \
     PYTHONPATH=/opt/bert-pretraining/base
 
-# A user of its own, who may write data/ and output/ here.
+# Training runs as this user, who may write data/ and output/ here.
 RUN useradd --create-home --uid 1000 trainer && chown trainer: /opt/bert-pretraining
 USER 1000
 
-# Exec form: signals of `docker stop` reach the launcher, which passes them on to the ranks.
+# Written as a list, so that no shell stands between: the signal of `docker stop` reaches the launcher,
+# which passes it on to the ranks.
 ENTRYPOINT ["bash", "/opt/bert-pretraining/run_training.sh"]
