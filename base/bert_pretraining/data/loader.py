@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -58,10 +59,6 @@ class TrainingLoader:
     """
 
     def __init__(self, shards: list[ShardInfo], order: SampleOrder, config: LoaderConfig) -> None:
-        if config.samples_seen % config.world_size:
-            raise ValueError(
-                f"{config.samples_seen} samples do not divide by {config.world_size} ranks"
-            )
         self._shards = shards
         self._order = order
         self._config = config
@@ -96,11 +93,18 @@ class TrainingLoader:
                 yield from item
         finally:
             stop.set()
+            with contextlib.suppress(queue.Empty):
+                groups.get_nowait()  # a producer that waits for room ends at once
             producer.join()
 
     def _groups(self) -> Iterator[list[PackedBatch]]:
         config, order = self._config, self._order
-        number, offset = divmod(config.samples_seen // config.world_size, config.batch_size)
+        # Samples go to the ranks in turn, so where samples_seen is not a multiple of the number
+        # of ranks, the first ranks have used one more than the others. The number of the next
+        # batch is the same on all ranks.
+        number = config.samples_seen // config.world_size // config.batch_size
+        own_samples_seen = -((config.rank - config.samples_seen) // config.world_size)
+        offset = own_samples_seen - number * config.batch_size
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
             loaded: dict[int, Future[FlatShard]] = {}
 
