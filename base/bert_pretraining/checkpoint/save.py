@@ -107,14 +107,22 @@ class CheckpointWriter:
     def _write(self, path: Path, content: dict[str, dict]) -> None:
         try:
             save_checkpoint(path, **content)
-            if self._keep:
-                for old in saved_in(self._folder)[: -self._keep]:
-                    old.unlink()
         except (OSError, RuntimeError) as error:
-            # RuntimeError: what torch.save makes of a file's OSError.
+            # RuntimeError: torch.save raises it where a file's OSError is the reason.
             self._messages.append(f"Warning: no checkpoint was written: {path}: {_reason(error)}")
-        else:
-            self._messages.append(f"Checkpoint: {path}")
+            return
+        self._messages.append(f"Checkpoint: {path}")
+        if self._keep:
+            for old in saved_in(self._folder)[: -self._keep]:
+                self._remove(old)
+
+    def _remove(self, old: Path) -> None:
+        try:
+            old.unlink()
+        except OSError as error:
+            self._messages.append(
+                f"Warning: the old checkpoint {old} could not be removed: {_reason(error)}"
+            )
 
 
 def _reason(error: BaseException) -> str:

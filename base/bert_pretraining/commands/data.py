@@ -273,11 +273,12 @@ def verify(arguments: list[str]) -> int:
     values = parser.parse(arguments[1:])
 
     from bert_pretraining.preparation import verify as verifying
+    from bert_pretraining.preparation.verify_report import plot_lengths
 
     report = verifying.verify(Path(arguments[0]), values.jobs)
     print(json.dumps(report.to_json(), indent=2) if values.json else report.describe())
     if values.plot:
-        verifying.plot_lengths(report, values.plot)
+        plot_lengths(report, values.plot)
     return 0 if report.ok else 1
 
 
