@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_pretraining.data.shards import SCHEMA, list_shards, ragged_arange, read_shard
+from bert_pretraining.data.flat_shard import ragged_arange
+from bert_pretraining.data.shards import SCHEMA, list_shards, read_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import mini
 from bert_pretraining.preparation.examples import (

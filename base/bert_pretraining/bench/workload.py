@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bert_pretraining.data.packing import pack_rows
-from bert_pretraining.data.shards import FlatShard, flatten
+from bert_pretraining.data.flat_shard import FlatShard, flatten
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bert_pretraining.runtime.files import UNFINISHED
+from bert_pretraining.runtime.files import write_whole
 
 _NAME = re.compile(r"model\.ckpt-(\d+)\.pt")
 
@@ -48,21 +47,12 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 def _write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + UNFINISHED)
-    try:
+
+    def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too outlives a power cut
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    write_whole(path, write)
 
 
 class CheckpointWriter:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from bert_pretraining.data.shards import FlatShard, ragged_arange
+from bert_pretraining.data.flat_shard import FlatShard, ragged_arange
 from bert_pretraining.model.batch import PackedBatch
 
 
