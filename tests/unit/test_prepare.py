@@ -113,7 +113,7 @@ def test_prepare_killed_and_rerun_gives_the_bytes_of_the_reference(
     assert "finished already: nothing to do" in again.stdout
     other = command(*arguments, "--random_seed", 7, cwd=tmp_path)
     assert other.returncode == 2
-    assert "was begun with another seed" in other.stderr
+    assert "is finished, and was made with --random_seed 12345, not 7; choose" in other.stderr
 
     for name, expected in digests["varlength"].items():
         source = evaluation if name.startswith("part_eval") else shards / name

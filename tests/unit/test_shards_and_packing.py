@@ -244,6 +244,6 @@ def test_a_write_that_fails_keeps_the_file_that_was_there(tmp_path: Path) -> Non
     write_shard(path, padded_arrays([4], 16, 90))
     before = path.read_bytes()
     (tmp_path / "part_0.hdf5.partial").mkdir()  # in the way of the temporary file
-    with pytest.raises(UserError, match="cannot write .*part_0.hdf5 .*; free disk space"):
+    with pytest.raises(UserError, match=r"cannot write .*part_0.hdf5 .*; free disk space"):
         write_shard(path, padded_arrays([5], 16, 90))
     assert path.read_bytes() == before

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.flat_shard import FlatShard, flatten
+from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 

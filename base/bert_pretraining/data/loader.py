@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from bert_pretraining.data.balance import balance, window_of
+from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import pack, pack_rows
-from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
 from bert_pretraining.data.shards import list_shards, read_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch

@@ -46,13 +46,23 @@ def file_documents(paths: Iterable[Path]) -> list[list[str]]:
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """A whole text file, line ends as they are; UserError if it is missing or not UTF-8."""
+    """A whole text file, with its line ends as they are; UserError if it is not UTF-8."""
     try:
-        return path.read_bytes().decode(encoding)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
+        return read_bytes(path).decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+        raise UserError(
+            f"{path}: not UTF-8 text (byte {error.start})", "convert the file to UTF-8"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file; UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror})", "name a file that can be read"
+        ) from error
 
 
 def sentences(text: str) -> list[str]:

@@ -10,11 +10,11 @@ from bert_pretraining import progress
 from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, training_state
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved
 from bert_pretraining.config import Config, Resolved
+from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.inputs import DataPaths, data_paths
 from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
-from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.shards import list_shards
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED
 from bert_pretraining.logs.run_folder import versions
