@@ -79,8 +79,7 @@ def hugging_face_step(
 
 
 def main() -> None:
-    parser = bench.parser("benchmarks/compare_transformers.py")
-    parser.description = __doc__
+    parser = bench.step_parser("benchmarks/compare_transformers.py", __doc__)
     parser.add_argument("--hugging_face_compile", action="store_true")
     parser.add_argument("--compile", action="store_true", help="also ours, compiled")
     flags = parser.parse(sys.argv[1:])

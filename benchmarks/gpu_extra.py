@@ -66,12 +66,11 @@ def launches(step: Callable[[], None], device: torch.device) -> dict[str, float]
 
 
 def main() -> None:
-    parser = bench.parser("benchmarks/gpu_extra.py")
-    parser.description = __doc__
+    parser = bench.step_parser("benchmarks/gpu_extra.py", __doc__)
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)
     if flags.precision != parser.get_default("precision"):
-        raise UserError("--precision: these measurements are in bf16")
+        raise UserError("--precision: these measurements are in bf16 only", "leave it out")
     dtype = torch.bfloat16
     batch = batch_of(lengths, config).to(device)
     target = Target(device, dtype, config.head_size)
