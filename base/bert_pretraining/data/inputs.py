@@ -119,8 +119,8 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
 def _require_package(name: str, package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise UserError(
-            f"--{name}: {package} is not installed; leave it out, or: {sys.executable} -m pip "
-            f"install {package} (the extra [{extra}])"
+            f"--{name}: {package} is not installed",
+            f"leave it out, or: {sys.executable} -m pip install {package} (the extra [{extra}])",
         )
 
 
@@ -132,5 +132,6 @@ def _require_two_sets(paths: DataPaths) -> None:
     if same:
         raise UserError(
             f"train_dir and eval_dir are the same directory, {paths.train_dir}: a model that is "
-            "evaluated on what it trains on proves nothing; pass an --eval_dir of other sequences"
+            "evaluated on what it trains on proves nothing",
+            "pass an --eval_dir of other sequences",
         )

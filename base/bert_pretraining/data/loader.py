@@ -200,5 +200,5 @@ def load_evaluation_batches(
                 mine.append((count, pack_rows(shard, rows[start : start + batch_size])))
             count += 1
     if count == 0:
-        raise UserError(f"no evaluation sequences in {directory}; make the data set again")
+        raise UserError(f"no evaluation sequences in {directory}", "make the data set again")
     return count, mine

@@ -86,8 +86,8 @@ def download(output_dir: Path, mirror: str | None = None, only: Sequence[str] = 
             lines += _bring(remote, base, output_dir)
     except OSError as error:
         raise UserError(
-            f"cannot write to {output_dir} ({error.strerror or error}); "
-            "free disk space, or choose another --output_dir"
+            f"cannot write to {output_dir} ({error.strerror or error})",
+            "free disk space, or choose another --output_dir",
         ) from error
     return lines
 
@@ -140,7 +140,7 @@ def _base_url(url: str) -> str:
 def _chosen(only: Sequence[str]) -> list[RemoteFile]:
     names = [remote.name for remote in FILES]
     if unknown := set(only) - set(names):
-        raise UserError(f"--only {min(unknown)}: no such file; there are {', '.join(names)}")
+        raise UserError(f"--only {min(unknown)}: no such file", f"there are {', '.join(names)}")
     return [remote for remote in FILES if not only or remote.name in only]
 
 
@@ -174,8 +174,8 @@ def _fetch(url: str, path: Path, md5: str | None) -> int:
             reason = _one_line(error)
     else:
         raise UserError(
-            f"{url}: {reason} ({ATTEMPTS} attempts); what arrived is kept: run the same command "
-            "again to go on, or pass --mirror URL"
+            f"{url}: {reason} ({ATTEMPTS} attempts)",
+            "what arrived is kept: run the same command again to go on, or pass --mirror URL",
         )
     digest = hashlib.md5()
     with open(partial, "rb") as file:
@@ -184,8 +184,8 @@ def _fetch(url: str, path: Path, md5: str | None) -> int:
     if md5 not in (None, digest.hexdigest()):
         _forget(partial)
         raise UserError(
-            f"{url}: its md5 is {digest.hexdigest()}, not {md5}; what arrived was deleted: "
-            "run again, or pass another --mirror"
+            f"{url}: its md5 is {digest.hexdigest()}, not {md5}",
+            "what arrived was deleted: run again, or pass another --mirror",
         )
     os.replace(partial, path)
     _forget(partial)
@@ -216,7 +216,7 @@ def _receive(url: str, partial: Path) -> None:
         if status in RETRIED_STATUS:
             raise _Interrupted(answer)
         if status not in (200, 206, 416) or (status != 200 and not held):
-            raise UserError(f"{url}: {answer}; try another --mirror URL")
+            raise UserError(f"{url}: {answer}", "try another --mirror URL")
         version, start = _version(response)
         if status == 200:  # the first connection, another version, or a server without ranges
             partial.write_bytes(b"")  # before the note: old bytes never pass for new ones
@@ -241,7 +241,7 @@ def _append(response: HTTPResponse, partial: Path, held: int, total: int | None)
         total = total or held + expected
     if (expected or 0) > free:
         where = f"{partial.parent}: {free} bytes are free, {expected} more are needed"
-        raise UserError(f"{where}; free disk space, or choose another --output_dir")
+        raise UserError(f"{where}", "free disk space, or choose another --output_dir")
     arrived = 0
     # disable=None: a bar on a terminal only
     bar = tqdm(None, partial.stem, total, initial=held, unit="B", unit_scale=True, disable=None)
@@ -300,7 +300,7 @@ def _unpack(archive: Path, output_dir: Path, leaves: str) -> str:
         os.replace(staging / leaves, output_dir / leaves)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         reason = _one_line(error)
-        raise UserError(f"{archive}: damaged ({reason}); delete it and run again") from error
+        raise UserError(f"{archive}: damaged ({reason})", "delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     left_out = f"; {outside} entries outside of it left out" if outside else ""
@@ -318,7 +318,7 @@ def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:
             escapes = bool(path.anchor) or ".." in path.parts
             if escapes or not (member.isreg() or member.isdir()):
                 fault = "leads out of it" if escapes else "is no regular file or directory"
-                raise UserError(f"{archive}: unsafe archive, {member.name!r} {fault}; delete it")
+                raise UserError(f"{archive}: unsafe archive, {member.name!r} {fault}", "delete it")
             if path.parts[:1] != (leaves,):
                 outside += path.parts != ()  # "." itself is nothing to be left out
                 continue
@@ -330,7 +330,8 @@ def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:
             if size > limit:
                 raise UserError(
                     f"{archive}: unpacks to more than {limit} bytes, {UNPACKED_SHARE:.0%} of what "
-                    "is free there; free disk space, or choose another --output_dir"
+                    "is free there",
+                    "free disk space, or choose another --output_dir",
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)

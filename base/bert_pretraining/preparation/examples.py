@@ -61,7 +61,7 @@ class Vocabulary:
             self.ids.setdefault(token, len(self.ids))
         missing = [token for token in (CLS, SEP, MASK, "[UNK]") if token not in self.ids]
         if missing:
-            raise UserError(f"{where}: the vocabulary lacks {missing[0]}; it is not BERT's form")
+            raise UserError(f"{where}: the vocabulary lacks {missing[0]}", "it is not BERT's form")
         self._lower_case = lower_case
         self._tokenizer = Tokenizer(
             models.WordPiece(self.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_LENGTH)

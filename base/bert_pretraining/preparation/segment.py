@@ -104,10 +104,10 @@ def segment(
     seen: set[str] = set()
     for path in paths:
         if os.path.realpath(path) in seen:
-            raise UserError(f"{path}: given twice; its articles would be in both sets")
+            raise UserError(f"{path}: given twice", "its articles would be in both sets")
         seen.add(os.path.realpath(path))
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists; delete it, or choose another --output_dir")
+        raise UserError(f"{output_dir} exists", "delete it, or choose another --output_dir")
 
     staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -117,8 +117,8 @@ def segment(
         os.replace(staging, output_dir)
     except OSError as error:
         raise UserError(
-            f"cannot write {output_dir} ({error.strerror or error}); "
-            "free disk space, or choose another --output_dir"
+            f"cannot write {output_dir} ({error.strerror or error})",
+            "free disk space, or choose another --output_dir",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -195,7 +195,8 @@ def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
             continue
         if _opens(line) != (body is None):
             raise UserError(
-                f"{where}: line {number} does not fit <doc ...> ... </doc>; extract the text again"
+                f"{where}: line {number} does not fit <doc ...> ... </doc>",
+                "extract the text again",
             )
         if body is None:
             body = []
@@ -205,7 +206,7 @@ def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
         else:
             body.append(line)
     if body is not None:
-        raise UserError(f"{where}: cut off, its last </doc> is missing; extract the text again")
+        raise UserError(f"{where}: cut off, its last </doc> is missing", "extract the text again")
 
 
 def _without_tags(line: str) -> str:
@@ -223,7 +224,7 @@ def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
 def _read(path: Path) -> str:
     text = read_text(path, "utf-8-sig")
     if not text.strip():
-        raise UserError(f"{path}: empty; give text, or leave the file out")
+        raise UserError(f"{path}: empty", "give text, or leave the file out")
     return text
 
 
@@ -252,7 +253,8 @@ def _write(
             if behind - before > len(kept):
                 raise UserError(
                     f"{path}: {len(kept)} articles with text, {behind - before} of them wanted "
-                    "for evaluation; give longer files, or a smaller --num_eval_articles"
+                    "for evaluation",
+                    "give longer files, or a smaller --num_eval_articles",
                 )
             # One piece more than articles: the empty one behind the last blank line.
             chosen = eval_choice(len(kept) + 1, behind - before, seed + number * _FILE_SEED_STEP)
@@ -267,7 +269,7 @@ def _write(
             trained[part] += len(kept) - picked
             if not trained[part] and (number + 1) * num_parts // len(paths) != part:
                 raise UserError(
-                    f"{path}: no article is left for {name}; give longer files, or a smaller "
-                    "--num_eval_articles or --num_files"
+                    f"{path}: no article is left for {name}",
+                    "give longer files, or a smaller --num_eval_articles or --num_files",
                 )
     return sum(trained), evaluated, num_sentences, without_text

@@ -27,5 +27,5 @@ def package_start(trained_dir: Path, destination: Path) -> None:
         trained_dir.glob("run-*/model.ckpt-*.pt"), key=lambda path: path.stat().st_mtime
     )
     if not trained:
-        raise UserError(f"no model.ckpt-<step>.pt in {trained_dir}; the training run wrote none")
+        raise UserError(f"no model.ckpt-<step>.pt in {trained_dir}", "the training run wrote none")
     write_weights(destination, read_weights(trained[-1]))

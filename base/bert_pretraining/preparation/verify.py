@@ -33,7 +33,7 @@ def verify(directory: Path, jobs: int = 1) -> VerifyReport:
     that does not exist or holds no such files; other faults are problems in the report.
     """
     if not directory.is_dir():
-        raise UserError(f"no such directory: {directory}; name the one that holds the data set")
+        raise UserError(f"no such directory: {directory}", "name the one that holds the data set")
     findings = Findings(not_checked=list(report.NEVER_CHECKED))
     names = _find_files(directory, findings)
     vocab_size, max_positions = _read_config(directory / "bert_config.json", findings)
@@ -96,8 +96,8 @@ def _find_files(directory: Path, findings: Findings) -> dict[str, list[str]]:
                 findings.notes.append(line)
     if not any(found.values()):
         raise UserError(
-            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/; "
-            "name the directory that holds 2048_shards_uncompressed/"
+            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/",
+            "name the directory that holds 2048_shards_uncompressed/",
         )
     for wanted, example in ((False, "2048_shards_uncompressed"), (True, "eval_set_uncompressed")):
         if not any(files for name, files in found.items() if _is_eval(name) is wanted):

@@ -185,7 +185,9 @@ def plot_lengths(report: VerifyReport, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("the plot needs matplotlib; install it: pip install matplotlib") from error
+        raise UserError(
+            "the plot needs matplotlib", "install it: pip install matplotlib"
+        ) from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens in a sequence", ylabel="share of the set's sequences")
     for part in report.sets:
@@ -196,7 +198,7 @@ def plot_lengths(report: VerifyReport, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}); name another file") from error
+        raise UserError(f"cannot write {path} ({error})", "name another file") from error
 
 
 def summarize(name: str, role: str, files: Sequence[FileSummary]) -> SetSummary:

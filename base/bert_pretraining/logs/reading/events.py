@@ -111,13 +111,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with open(path, "rb") as file:
             if b"\0" in file.read(_PROBE_BYTES):
-                raise UserError(f"{path}: not a text file; pass a log")
+                raise UserError(f"{path}: not a text file", "pass a log")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 for text in line.decode("utf-8", errors="replace").rstrip("\n").split("\r"):
                     yield number, text
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); pass a log") from error
+        raise UserError(f"cannot read {path} ({error.strerror})", "pass a log") from error
 
 
 def _take(

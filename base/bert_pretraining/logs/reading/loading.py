@@ -44,7 +44,8 @@ def _logs_of(path: Path) -> list[tuple[Path, list[Path]]]:
     if not runs:
         raise UserError(
             f"{path}: holds neither {' nor '.join(RUN_FILES)} nor result_*.txt, and nor do the "
-            "folders in it; pass log files or a run's folder"
+            "folders in it",
+            "pass log files or a run's folder",
         )
     return runs
 
@@ -58,7 +59,7 @@ def _runs_in(folder: Path, depth: int) -> list[tuple[Path, list[Path]]]:
         entries = sorted(folder.iterdir(), key=_natural)
         inside = [entry for entry in entries if depth and entry.is_dir()]
     except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror}); pass a log") from error
+        raise UserError(f"cannot read {folder} ({error.strerror})", "pass a log") from error
     runs = [run for entry in inside for run in _runs_in(entry, depth - 1)]
     results = [entry for entry in entries if re.fullmatch(r"result_\d+\.txt", entry.name)]
     return runs + [(entry, [entry]) for entry in results]
@@ -99,7 +100,7 @@ def _load_run(place: Path, name: str, files: list[Path]) -> Run:
     mllog = [event for log in logs for event in log.mllog]
     perflog = _one_rank([event for log in logs for event in log.perflog])
     if not mllog and not perflog:
-        raise UserError(f"{place}: no :::MLLOG and no [PerfLog] line; pass a run's log")
+        raise UserError(f"{place}: no :::MLLOG and no [PerfLog] line", "pass a run's log")
     _require_one_run(place, mllog, "run_start", "run_stop")
     _require_one_run(place, perflog, "TRAIN_BEGIN", "TRAIN_END")
     return reduce_run(place, name, logs, mllog, perflog)
@@ -117,7 +118,8 @@ def _require_one_run(place: Path, events: list[Event], start: str, stop: str) ->
         if event.key == start and stopped is not None:
             raise UserError(
                 f"{place}: holds several runs ({start} in line {event.line} after {stop} in line "
-                f"{stopped}); give each run a file of its own"
+                f"{stopped})",
+                "give each run a file of its own",
             )
         if event.key == stop:
             stopped = event.line

@@ -76,7 +76,7 @@ def reduce_run(
     perf = _Facts(next((log.path for log in logs if log.perflog), place), faults, perflog)
     benchmark = mlperf.value("submission_benchmark")
     if benchmark not in (None, "bert"):
-        raise UserError(f"{place}: a log of {benchmark!r}, not of BERT; leave it out")
+        raise UserError(f"{place}: a log of {benchmark!r}, not of BERT", "leave it out")
     settings = _settings(perf)
     finished = perf.value("FINISHED")
     finished = finished if isinstance(finished, dict) else {}
