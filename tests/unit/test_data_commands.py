@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_verify_draws_the_lengths(
     assert run(monkeypatch, "data", "verify", mini_data, "--plot", picture) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"{mini_data}: good" in capsys.readouterr().out
+
+
+def test_verify_cannot_draw_without_matplotlib(
+    mini_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(monkeypatch, "data", "verify", mini_data, "--plot", tmp_path / "lengths.png") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: the plot needs matplotlib; install it: ")
 
 
 def test_make_mini_twice(

@@ -343,7 +343,7 @@ def verify(arguments: list[str]) -> int:
     values = parser.parse(arguments)
 
     from bert_pretraining.preparation import verify as verifying
-    from bert_pretraining.preparation.verify_report import plot_lengths
+    from bert_pretraining.preparation.verify_plot import plot_lengths
 
     report = verifying.verify(values.directory, values.jobs)
     print(json.dumps(report.to_json(), indent=2) if values.json else report.describe())

@@ -28,13 +28,13 @@ from bert_pretraining.runtime.seeds import derive
 
 TRAIN_DOCUMENTS = 4000
 EVAL_DOCUMENTS = 300
-EVAL_SHARE = 5  # one document in five of a text is held out
+EVAL_SHARE = 5  # one document in five of a text is for evaluation
 MIN_EVAL_SEQUENCES = 1000
 PACKAGED_CHECKPOINT = Path(__file__).with_name("mini_start.pt")
 CHECKPOINT_NAME = "model.ckpt-28252.apex.pt"
 TRAIN_NAME, EVAL_NAME = "2048_shards_uncompressed", "eval_set_uncompressed"
 EVAL_FILE, VOCABULARY_NAME, CONFIG_NAME = "part_eval.hdf5", "vocab.txt", "bert_config.json"
-CHECKPOINT_LENGTH = 64  # the packaged checkpoint's position embeddings
+CHECKPOINT_LENGTH = 64  # position embeddings of the packaged checkpoint
 LENGTHS = (16, 512)  # 512 is the longest BERT takes
 MAX_SHARDS = 4320  # the most that a published BERT data set has
 
@@ -216,7 +216,7 @@ def describe(report: MiniReport, target: float = 0.72) -> str:
 
 
 def bert_config(vocab_size: int, max_seq_length: int) -> dict:
-    """The mini model. A larger one, or a smaller initializer, learns far more slowly."""
+    """The mini model. A larger model, or a smaller initializer, learns far more slowly."""
     return {
         "attention_probs_dropout_prob": 0.0,
         "hidden_act": "gelu",
