@@ -163,7 +163,7 @@ def test_numbers_out_of_bounds_are_refused_before_any_work(
     def work(*_: object) -> None:
         raise AssertionError("made text for a data set that is refused")
 
-    monkeypatch.setattr(mini, "_corpus", work)
+    monkeypatch.setattr(mini, "Grammar", work)
     with pytest.raises(UserError, match=words):
         make_mini(MiniSettings(tmp_path / "mini", **changes))
     assert list(tmp_path.iterdir()) == []
