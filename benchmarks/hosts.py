@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     names = [scene.__name__ for scene in SCENES]
     parser.add_argument("--scenes", nargs="+", choices=names, default=names,
-                        help="same_weights makes the checkpoints that others compare with")  # fmt: skip
+                        help="same_weights makes what the others compare with")  # fmt: skip
     arguments = parser.parse_args()
     reason = obstacle()
     if reason:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bert_pretraining.data import shards as shard_module
-from bert_pretraining.data.flat_shard import ShardInfo, flatten, ragged_arange
+from bert_pretraining.data.flat_shard import ShardFormat, ShardInfo, flatten, ragged_arange
 from bert_pretraining.data.packing import pack, pack_rows
-from bert_pretraining.data.shards import ShardFormat, list_shards, read_shard, write_shard
+from bert_pretraining.data.shards import list_shards, read_shard, write_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from helpers import packed, padded_arrays

@@ -1,7 +1,8 @@
-"""A shard in memory, the same for every file format, and the checks that it must pass."""
+"""A shard in memory, the checks that it must pass, and what a reader of a file format is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,17 @@ class FlatShard:
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class ShardFormat:
+    """How files of one format are read. Both functions raise UserError that names the file.
+
+    inspect: the header of a file. read: the whole file, checked against a vocabulary size.
+    """
+
+    inspect: Callable[[Path], ShardInfo]
+    read: Callable[[Path, int], FlatShard]
 
 
 def flatten(arrays: dict[str, np.ndarray], vocab_size: int, where: str) -> FlatShard:

@@ -16,13 +16,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from bert_pretraining.data.flat_shard import AGAIN, FlatShard, ShardInfo, checked, flatten
+from bert_pretraining.data.flat_shard import (
+    AGAIN,
+    FlatShard,
+    ShardFormat,
+    ShardInfo,
+    checked,
+    flatten,
+)
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.files import shard_files, write_whole
 
@@ -37,17 +43,6 @@ SCHEMA = {
 }
 REMAKE = "make a data set with: python -m bert_pretraining data make-mini"
 VARLENGTH_DATASETS = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
-
-
-@dataclass(frozen=True)
-class ShardFormat:
-    """How files of one format are read. Both functions raise UserError that names the file.
-
-    inspect: the header of a file. read: the whole file, checked against a vocabulary size.
-    """
-
-    inspect: Callable[[Path], ShardInfo]
-    read: Callable[[Path, int], FlatShard]
 
 
 def list_shards(directory: Path) -> list[ShardInfo]:
