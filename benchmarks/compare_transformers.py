@@ -1,10 +1,10 @@
-"""This package's step against Hugging Face's BertForPreTraining, in turn, in one run.
+"""Compare the step of this package with Hugging Face's BertForPreTraining, in one run.
 
     PYTHONPATH=base python benchmarks/compare_transformers.py --output results/DATE_step/x.json
 
-Same sizes, same start weights, same sequences, dropout 0.1 in both, same threads; forward and
-backward. Hugging Face's model takes padded batches and runs with its sdpa attention; its
-`--hugging_face_compile` runs it compiled as well.
+Both run forward and backward with the same sizes, start weights, sequences and threads, and with
+dropout 0.1. The two take turns. Hugging Face's model takes padded batches and uses its sdpa
+attention. `--hugging_face_compile` also runs it compiled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hugging_face_step(
     dtype: torch.dtype,
     compiled: bool,
 ) -> Callable[[], None]:
-    """Forward and backward of the padded batch, with our model's start weights."""
+    """Forward and backward of the padded batch, with the start weights of our model."""
     import transformers
 
     model = transformers.BertForPreTraining(
@@ -79,9 +79,10 @@ def hugging_face_step(
 
 
 def main() -> None:
-    parser = bench.parser("benchmarks/compare_transformers.py")
-    parser.description = __doc__
-    parser.add_argument("--hugging_face_compile", action="store_true")
+    parser = bench.step_parser("benchmarks/compare_transformers.py", __doc__)
+    parser.add_argument(
+        "--hugging_face_compile", action="store_true", help="also Hugging Face's, compiled"
+    )
     parser.add_argument("--compile", action="store_true", help="also ours, compiled")
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)

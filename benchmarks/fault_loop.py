@@ -1,12 +1,12 @@
-"""kill -9 at random moments, then resume: does every run end as if nothing had happened?
+"""Kill runs at random moments and resume them: do they end as if nothing had happened?
 
     PYTHONPATH=base python benchmarks/fault_loop.py --trials 20 \\
         --output results/DATE_faults/fault_loop.json
 
-One run on the mini data set goes through undisturbed. Each trial starts the same run, kills one
+One run on the mini data set is left alone. Each trial starts the same run. Twice, it kills one
 rank or all processes with SIGKILL after a random time (before the first step, during a step, an
-evaluation or a save), twice, resumes each time with --resume auto, lets it finish, and compares
-the last checkpoint: weights, moments, counters, generators, bit for bit.
+evaluation or a save) and resumes with --resume auto. Then it lets the run finish, and compares the
+last checkpoint bit for bit: weights, moments, counters, random generators.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def command(*words: object) -> list[str]:
 
 
 def below(pid: int) -> list[int]:
-    """Children and theirs, the deepest first."""
+    """The children of a process and their children, the deepest first."""
     children = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def launch(data_dir: Path, output_dir: Path, log: Path) -> subprocess.Popen[byte
 
 
 def doing(log: str) -> str:
-    """What a run was about when it was killed, by its last lines."""
+    """What a run was doing when it was killed, as its last lines tell."""
     events = re.findall(r'"event": "(\w+)"|(Checkpoint): |"key": "(eval_start)"', log)
     return "".join(events[-1]) if events else "starting"
 

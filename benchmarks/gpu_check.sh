@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU: tests, parity, then the measurements. Meant for ten minutes; the
-# steps' limits add up to thirteen.
+# Run everything that needs a GPU: tests, parity, then the measurements. It should take ten
+# minutes; the time limits of the steps add up to thirteen.
 #
 #     bash benchmarks/gpu_check.sh [OUTPUT_FOLDER]
 #
-# Wants Python with torch (CUDA), triton, h5py, numpy and pytest; transformers for the
-# comparison. Figures land as JSON, output as text, in OUTPUT_FOLDER. A step that fails is
-# reported and the next one runs; the exit code is the number of failed steps.
+# It needs Python with torch (CUDA), triton, h5py, numpy and pytest, and transformers for the
+# comparison. It writes figures as JSON and output as text into OUTPUT_FOLDER. Where a step fails,
+# the script says so and runs the next one. The exit code is the number of failed steps.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-results/$(date -u +%F)_gpu}

@@ -1,9 +1,10 @@
-"""What a GPU's first minutes should tell besides `bench`: where the step's time could go.
+"""Measure on a GPU, besides `bench`, how the time of the step could become shorter.
 
     PYTHONPATH=base python benchmarks/gpu_extra.py --output FILE [--device cpu --num_layers 1]
 
-Attention with and without dropout; the fused operators of PyTorch compiled, against Triton's; one
-layer and all, eager and compiled; fp8 matrix products; kernel launches and host time of a step.
+This times attention with and without dropout, the compiled fused operators of PyTorch and those in
+Triton, one layer and all layers, eager and compiled, and fp8 matrix products. It counts the kernel
+launches and the host time of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bert_pretraining.kernels import Target, select, unavailable
 def spreads(
     candidates: dict[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict:
-    """Name -> spread of seconds, in turn; printed as milliseconds."""
+    """Time the candidates in turn. Print milliseconds; return the spread of seconds by name."""
     times = alternate(candidates, device, repeats, warm_up=3)
     found = {name: record.spread(seconds) for name, seconds in times.items()}
     for name, spread in found.items():
@@ -38,7 +39,7 @@ def spreads(
 
 
 def fp8_product(rows: int, inner: int, columns: int, device: torch.device) -> Callable[[], Tensor]:
-    """x W' in fp8 (e4m3) with one scale a tensor, bf16 out."""
+    """x W' in fp8 (e4m3) with one scale for each tensor; the result is bf16."""
     x = torch.randn(rows, inner, device=device).to(torch.float8_e4m3fn)
     weight = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn)
     one = torch.ones((), device=device)
@@ -46,7 +47,7 @@ def fp8_product(rows: int, inner: int, columns: int, device: torch.device) -> Ca
 
 
 def launches(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Kernel launches of a step, and the host's seconds until it has queued them all."""
+    """The kernel launches of a step, and the seconds until the host has queued all of them."""
     step()
     synchronize(device)
     started = time.perf_counter()
@@ -65,12 +66,11 @@ def launches(step: Callable[[], None], device: torch.device) -> dict[str, float]
 
 
 def main() -> None:
-    parser = bench.parser("benchmarks/gpu_extra.py")
-    parser.description = __doc__
+    parser = bench.step_parser("benchmarks/gpu_extra.py", __doc__)
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)
     if flags.precision != parser.get_default("precision"):
-        raise UserError("--precision: these measurements are in bf16")
+        raise UserError("--precision: these measurements are in bf16 only", "leave it out")
     dtype = torch.bfloat16
     batch = batch_of(lengths, config).to(device)
     target = Target(device, dtype, config.head_size)

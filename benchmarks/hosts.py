@@ -1,9 +1,10 @@
-"""Training over separate hosts (network namespaces on this machine), and what may befall it.
+"""Train over separate hosts (network namespaces on this machine), and cause failures.
 
     sudo PYTHONPATH=base python benchmarks/hosts.py --output results/DATE_hosts
 
-Each scene notes both sides' exit codes, the seconds until both had ended, the last lines and
-the processes left behind, and holds them to what they must be. Needs root and iproute2.
+Each scene records the exit codes of all hosts, the seconds until all have ended, the last lines
+and the processes that are left, and compares them with what they must be. It needs root and
+iproute2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Scene = dict[str, object]
 
 
 class Stage:
-    """A folder with the data set, and the hosts' runs in it."""
+    """A folder with the data set and the runs of the hosts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +60,7 @@ def command(*words: object, check: bool = True) -> int:
 
 
 def ending(hosts: Hosts, launchers: list[Launcher], codes: list[int], since: float) -> Scene:
-    """How the launchers ended. Raises where the exit codes are not `codes`, or one is left."""
+    """How the launchers ended. Exits unless the exit codes are `codes` and no process is left."""
     found = end(launchers)
     seconds = round(time.monotonic() - since, 1)
     scene = {
@@ -75,7 +76,7 @@ def ending(hosts: Hosts, launchers: list[Launcher], codes: list[int], since: flo
 
 
 def same_weights(stage: Stage) -> Scene:
-    """One, two and three hosts with as many ranks: the same checkpoint, bit for bit."""
+    """Train on one host, and on two and three with as many ranks: the checkpoints are equal."""
     scene: Scene = {}
     for count in (2, 3):
         with Hosts(1) as one:
@@ -169,7 +170,7 @@ def launcher_killed(stage: Stage) -> Scene:
 
 
 def link_cut(stage: Stage) -> Scene:
-    """In the middle; then the link is up again and the same command goes on."""
+    """Cut a link during training, repair it, and resume with the same command."""
     with Hosts(2) as hosts:
         launchers = hosts.launch_all(stage.folder, *stage.flags("cut"))
         launchers[0].wait_for(MIDDLE)
@@ -182,7 +183,7 @@ def link_cut(stage: Stage) -> Scene:
 
 
 def link_cut_and_restarts(stage: Stage) -> Scene:
-    """The launchers go on by themselves once the link is back."""
+    """Cut a link for 40 s: with --max_restarts, the launchers go on by themselves."""
     with Hosts(2) as hosts:
         launchers = hosts.launch_all(stage.folder, *stage.flags("again", "--max_restarts", 1))
         launchers[0].wait_for(MIDDLE)
@@ -195,7 +196,7 @@ def link_cut_and_restarts(stage: Stage) -> Scene:
 
 
 def terminated(stage: Stage) -> Scene:
-    """SIGTERM to one machine's launcher: all stop and save; then the same command goes on."""
+    """Send SIGTERM to one launcher: all stop and save. Then resume with the same command."""
     scene: Scene = {}
     for host in (0, 1):
         output = f"terminated{host}"
@@ -214,7 +215,7 @@ def terminated(stage: Stage) -> Scene:
 def terminated_while_waiting(stage: Stage) -> Scene:
     with Hosts(3) as hosts:
         launchers = [hosts.launch(host, stage.folder, *stage.flags("early")) for host in (0, 1)]
-        time.sleep(15)  # the third never comes
+        time.sleep(15)  # the third host is never started
         launchers[1].process.terminate()
         return ending(hosts, launchers, [143, 143], time.monotonic())
 
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     names = [scene.__name__ for scene in SCENES]
     parser.add_argument("--scenes", nargs="+", choices=names, default=names,
-                        help="same_weights makes what others compare with")  # fmt: skip
+                        help="same_weights makes what the others compare with")  # fmt: skip
     arguments = parser.parse_args()
     reason = obstacle()
     if reason:

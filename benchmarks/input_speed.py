@@ -1,11 +1,12 @@
-"""Feeding batches: this loader against per-sample tensors through a DataLoader.
+"""Compare the speed of this loader with that of per-sample tensors through a DataLoader.
 
     PYTHONPATH=base python benchmarks/input_speed.py --histogram FILE --output results/DATE_input
 
-Shards of 512 tokens, by default of the real ones' size (76,500 sequences), with the real length
-histogram (a JSON file with `counts` of lengths 1, 2, ...) or, without one, uniform lengths. The
-DataLoader is set up as DeepSparkHub's sample has it: one dataset a shard, tensors made for each
-sample, workers started for each shard. All take turns in one run; read ratios.
+The shards have sequences of 512 tokens and by default the size of the real ones (76,500
+sequences). Lengths follow the real histogram (a JSON file with `counts` of lengths 1, 2, ...) or,
+without one, are uniform. The DataLoader is set up as in DeepSparkHub's sample: one dataset for each
+shard, tensors made for each sample, workers started for each shard. All take turns in one run.
+Compare their ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LENGTH, PREDICTIONS, VOCABULARY = 512, 76, 30522
 
 
 class SampleDataset(Dataset):
-    """A shard as a map of single samples, each made into tensors when asked for."""
+    """A shard as a map of single samples, which become tensors when they are asked for."""
 
     def __init__(self, path: Path) -> None:
         with h5py.File(path) as file:
@@ -84,7 +85,7 @@ def make_shards(directory: Path, lengths: np.ndarray, num_shards: int) -> None:
 
 
 def packed(directory: Path, batch_size: int, batching: str) -> Iterator[int]:
-    """This project's loader: sequences in each batch."""
+    """The loader of this package: the number of sequences in each batch."""
     shards = list_shards(directory)
     order = SampleOrder([shard.num_sequences for shard in shards], seed=1, lanes=1)
     loader_config = LoaderConfig(batch_size, 0, 1, VOCABULARY, LENGTH, batching)
@@ -103,12 +104,12 @@ def per_sample(directory: Path, batch_size: int, workers: int) -> Iterator[int]:
                 yield len(batch[-1])
 
 
-def rate(feed: Iterator[int], sequences: int) -> float:
-    """Sequences a second over at least `sequences`, the start included."""
+def rate(batches: Iterator[int], sequences: int) -> float:
+    """Sequences per second over at least `sequences`, the start included."""
     started = time.perf_counter()
     done = 0
     while done < sequences:
-        done += next(feed)
+        done += next(batches)
     return done / (time.perf_counter() - started)
 
 
@@ -137,15 +138,15 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for name, make in candidates.items():
                 epochs = 2 if name.startswith("packed") else 0.25
-                feed = make()
-                rates[name].append(rate(feed, int(epochs * arguments.sequences)))
-                feed.close()
+                batches = make()
+                rates[name].append(rate(batches, int(epochs * arguments.sequences)))
+                batches.close()
         memory = []
-        feed = packed(directory, size, "balanced")
+        batches = packed(directory, size, "balanced")
         for _ in range(10):
-            rate(feed, arguments.sequences)
+            rate(batches, arguments.sequences)
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        feed.close()
+        batches.close()
     spreads = {name: record.spread(values) for name, values in rates.items()}
     for name, spread in spreads.items():
         ratio = spreads["packed, random"]["median"] / spread["median"]

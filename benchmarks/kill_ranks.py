@@ -1,9 +1,9 @@
-"""Kill a random rank at a random moment of a real run, many times: does all else end?
+"""Kill a random rank at a random moment of a real run, many times: does everything end?
 
     PYTHONPATH=base python benchmarks/kill_ranks.py --output results/DATE_launch
 
-Each time it counts the seconds until the launcher has ended, notes its exit code and last
-line, and looks for processes that it left behind.
+Each time it records the seconds until the launcher has ended, its exit code, its last line, and
+the processes that are left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bert_pretraining.preparation.mini import MiniSettings, make_mini
 
 
 def trainers(launcher: int) -> list[int]:
-    """Process ids of a launcher's trainers."""
+    """The process ids of the ranks of a launcher."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -41,7 +41,7 @@ def exists(pid: int) -> bool:
 
 
 def kill_once(data: Path, ranks: int, latest: float) -> dict[str, object]:
-    """One run, one kill."""
+    """Start one run and kill one of its ranks."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/errors", "w+") as errors:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "bert_pretraining", "launch", "--name", "mini", "--config",
@@ -76,7 +76,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--latest", type=float, default=15.0, help="seconds after the ranks start")
+    parser.add_argument(
+        "--latest",
+        type=float,
+        default=15.0,
+        help="the last moment to kill, in seconds after the ranks start (default: 15)",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "bert_mini"

@@ -1,11 +1,11 @@
-"""Seconds of a LAMB update: DeepSparkHub's per-tensor `Lamb` (its `default`) against ours, in turn.
+"""Compare the seconds of a LAMB update: DeepSparkHub's `Lamb` (its `default`) and ours, in turn.
 
     PYTHONPATH=base python benchmarks/lamb_against_upstream.py \\
         --upstream .../base/optimizers/lamb.py --output results/DATE_optimizer/upstream.json
 
-The file is DeepSparkHub's, base/optimizers/lamb.py of its BERT sample, and is loaded from where it
-lies. BERT-large's parameters in float32. Its update is a shorter one: no clipping, no bias
-correction, so no norm of all gradients.
+`--upstream` names base/optimizers/lamb.py of DeepSparkHub's BERT sample. The parameters are those
+of BERT-large in float32. The update of DeepSparkHub does less: it has no clipping and no bias
+correction, and so needs no norm of all gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def seconds_of_theirs(path: Path, shapes: dict[str, torch.Size], count: int) -> list[float]:
-    """As `seconds_of_updates`, of their class."""
+    """The same as `seconds_of_updates`, for DeepSparkHub's class."""
     spec = importlib.util.spec_from_file_location("upstream_lamb", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

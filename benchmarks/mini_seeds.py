@@ -1,8 +1,9 @@
-"""Time to target on the mini data set over several seeds.
+"""Measure the time to the target on the mini data set with several seeds.
 
     PYTHONPATH=base python benchmarks/mini_seeds.py --seeds 5 --output results/DATE_mini
 
-Runs the launcher once a seed, one after the other, and writes mini_seeds.json and a table.
+This runs the launcher once for each seed, one run after the other, and writes a JSON file and a
+table.
 """
 
 from __future__ import annotations

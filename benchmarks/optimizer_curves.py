@@ -1,10 +1,10 @@
-"""The mini data set trained to its target with each optimizer that runs here: the same curve?
+"""Train the mini data set to its target with each optimizer that runs here, and compare losses.
 
     PYTHONPATH=base python benchmarks/optimizer_curves.py --output results/DATE_optimizer
 
-One run an optimizer, same seed, two ranks. Prints how far each loss is from the reference
-optimizer's, early and over the whole run, and has `report` draw the curves over each other.
-Rounding differs between implementations, and training amplifies it.
+Each optimizer has one run with the same seed on two ranks. This prints how far each loss is from
+that of the reference optimizer, early and over the whole run, and draws the curves with `report`.
+Rounding differs between implementations, and training amplifies the differences.
 """
 
 from __future__ import annotations

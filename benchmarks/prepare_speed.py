@@ -1,12 +1,12 @@
-"""`data create-examples` against the MLPerf reference's script, in turn, in one process.
+"""Compare `data create-examples` with the script of the MLPerf reference, in one process.
 
     PYTHONPATH=base python benchmarks/prepare_speed.py --reference CREATE.py \\
         --reference_tokenization TOKENIZATION.py --text PART --vocab VOCAB --output FOLDER
 
-The reference's scripts (create_pretraining_data.py, the HDF5 variant, and tokenization.py) are
-not part of this project; name your copies. They run as they are, with a stand-in for TensorFlow
-and absl that does what they use: flags, opening files, logging. Both outputs are compared.
-Processor time is reported beside wall time: a busy machine disturbs it less.
+The scripts of the reference (create_pretraining_data.py, the HDF5 variant, and tokenization.py)
+are not part of this project; name your copies. They run unchanged. In place of TensorFlow and absl
+they get a module with what they use: flags, opening files, logging. Both outputs are compared.
+Processor time is reported beside wall time, because a busy machine disturbs it less.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Memory a rank and seconds an update: `distributed_lamb` against every rank holding everything.
+"""Compare `distributed_lamb` with LAMB on every rank: memory of a rank, seconds of an update.
 
     PYTHONPATH=base python benchmarks/sharded_memory.py --ranks 1 2 4 --num_layers 12 \\
         --output results/DATE_optimizer/sharded_memory.json
 
-Starts gloo ranks on this machine, on BERT-large's parameter shapes, and gives each parameter a
-gradient in place of a backward pass. Nothing else is in a rank's memory, so that what it grows by
-is weights, gradients, optimizer state and what an update needs for itself.
+This starts gloo ranks on this machine with the parameter shapes of BERT-large, and gives each
+parameter a gradient in place of a backward pass. A rank allocates nothing else, so that its memory
+grows only by weights, gradients, optimizer state and what an update needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def status_mib(key: str) -> float:
 
 
 def run_rank(sharing: str, num_layers: int, precision: str) -> None:
-    """One rank's figures, on rank 0's stdout."""
+    """Measure on one rank; rank 0 prints the figures of all."""
     ranks = process_group.start("cpu", "gloo")
     shapes = shapes_of(replace(BERT_LARGE, num_hidden_layers=num_layers))
     dtype = DTYPES[precision]
@@ -52,7 +52,7 @@ def run_rank(sharing: str, num_layers: int, precision: str) -> None:
     alone = "alone" if ranks.world_size == 1 else sharing
     optimizer = create_optimizer("auto", named, OptimizerSettings(), sharing=alone)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak in /proc/self/status
 
     def update() -> None:
         optimizer.zero_grad()

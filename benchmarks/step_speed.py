@@ -1,8 +1,8 @@
-"""The CPU step: `torch` against `reference` operators, and attention padded against looped.
+"""Time the step on a CPU: `torch` and `reference` operators, padded and looped attention.
 
     PYTHONPATH=base OMP_NUM_THREADS=2 python benchmarks/step_speed.py --output results/DATE_mini
 
-Candidates alternate in one run, so that a noisy machine disturbs them alike; read ratios.
+The candidates take turns, so that a noisy machine disturbs all alike. Compare their ratios.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODELS = {
 
 
 def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[[], None]:
-    """A whole training step: forward, backward, LAMB."""
+    """A whole training step: forward, backward and LAMB."""
     kernels = select(provider, CPU, torch.float32)
     model = BertForPreTraining(config, kernels, seed=1)
     optimizer = create_optimizer("auto", model.named_parameters(), OptimizerSettings())
@@ -53,7 +53,7 @@ def step_of(provider: str, config: BertConfig, lengths: np.ndarray) -> Callable[
 
 
 def attention_of(attention: Callable, length: int, heads: int, size: int) -> Callable[[], None]:
-    """Forward and backward over 2,048 tokens of sequences of half to full length."""
+    """Forward and backward of 2,048 tokens in sequences of half to full length."""
     lengths = np.random.RandomState(0).randint(length // 2, length + 1, 3 * 2048 // length + 1)
     lengths = lengths[: np.searchsorted(np.cumsum(lengths), 2048) + 1]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()

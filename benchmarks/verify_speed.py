@@ -1,9 +1,9 @@
-"""`data verify` against merely reading the same files, on shards of the real size.
+"""Compare the time of `data verify` with that of only reading the files, at the real size.
 
     PYTHONPATH=base python benchmarks/verify_speed.py --histogram FILE --output results/DATE_input
 
-The files are in the page cache, so reading is as fast as it gets. Reading and verifying
-with each number of jobs take turns in one run; read ratios.
+The files are in the page cache, so that reading is as fast as possible. Reading, and verifying
+with each number of jobs, take turns in one run. Compare their ratios.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from bert_pretraining import __main__ as command_line
+from bert_pretraining.data.flat_shard import flatten
 from bert_pretraining.data.packing import pack_rows
-from bert_pretraining.data.shards import flatten
 from bert_pretraining.kernels import select
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig

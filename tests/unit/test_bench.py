@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.bench import kernels, loader, step
+from bert_pretraining.bench import kernels, loader, optimizer, step
 from bert_pretraining.bench.workload import BERT_LARGE, batch_of, step_flops, wikipedia_lengths
 from bert_pretraining.errors import UserError
 from helpers import ROOT, command
@@ -35,7 +35,7 @@ def test_work_of_a_step() -> None:
 
 def test_batches_hold_what_was_asked_for() -> None:
     lengths = np.array([3, 64, 17])
-    config = step.BERT_LARGE
+    config = BERT_LARGE
     batch = batch_of(lengths, config)
     assert batch.cu_seqlens.tolist() == [0, 3, 67, 84]
     assert batch.num_masked == 1 + 10 + 3
@@ -63,6 +63,10 @@ def test_step_and_kernels_write_their_figures(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # other tests set it; too slow here
     assert step.main([*SMALL, *small_config]) == 0
+    shown = capsys.readouterr()
+    assert "bench:" not in shown.out
+    for line in ("reference fp32: warming up", "auto fp32: repeat 1 of 1"):
+        assert f"bench: {line}" in shown.err.splitlines()
     figures = json.loads((tmp_path / "out.json").read_text())
     assert set(figures["results"]["fp32"]) == {"reference fp32", "auto fp32"}
     # Not torch.__version__, which also names the build: 2.13.0+cu130.
@@ -73,7 +77,27 @@ def test_step_and_kernels_write_their_figures(
     assert kernels.main([*SMALL, *small_config]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())
     assert {"reference", "torch"} <= set(figures["results"]["fp32"]["attention"])
-    assert "(fastest)" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "(fastest)" in shown.out
+    assert "bench: attention, torch.float32" in shown.err.splitlines()
+
+
+def test_optimizer_says_what_it_does(
+    small_config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", "--repeats", "2", "--optimizers", "reference", "foreach"]
+    assert optimizer.main([*words, *small_config]) == 0
+    assert "bench: foreach: repeat 2 of 2" in capsys.readouterr().err.splitlines()
+    assert json.loads((tmp_path / "out.json").read_text())["seconds"]["foreach"]["n"] == 2
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    small_config: list[str], tmp_path: Path, mini_data: Path
+) -> None:
+    shards = mini_data / "2048_shards_uncompressed"
+    words = ["--train_dir", str(shards), "--seconds", "0.1", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"cannot write .*; name another file"):
+        loader.main(words)
 
 
 def test_loader_measures_a_data_set(mini_data: Path, tmp_path: Path) -> None:
@@ -87,10 +111,14 @@ def test_loader_measures_a_data_set(mini_data: Path, tmp_path: Path) -> None:
 
 
 def test_bad_flags(small_config: list[str]) -> None:
-    with pytest.raises(UserError, match="must be at least 1"):
+    with pytest.raises(UserError, match="--repeats 0: it must be at least 1; pass"):
         step.main([*SMALL, *small_config, "--repeats", "0"])
     with pytest.raises(UserError, match="--graph needs a GPU"):
         step.main([*SMALL, *small_config, "--graph"])
+    with pytest.raises(UserError, match="--num_layers 0: it must be at least 1"):
+        optimizer.main([*small_config, "--num_layers", "0"])
+    with pytest.raises(UserError, match=r"--seconds 0\.0: it must be above 0"):
+        loader.main(["--train_dir", "absent", "--seconds", "0"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -86,7 +86,7 @@ def test_convert_to_resume_says_what_starts_fresh(
         "convert", tmp_path / "own.pt", tmp_path / "c.pt", "--to", "resume"
     )
     assert code == 2
-    assert "is a resume file of this package already; copy it" in err
+    assert "is a resume file of this package already; use it as it is" in err
     assert not (tmp_path / "c.pt").exists()
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_overwritten_unasked(
     for name, target in (("file.pt", "apex"), ("folder", "hf")):
         code, _, err = run_checkpoint("convert", source, tmp_path / name, "--to", target)
         assert code == 2
-        assert f"{tmp_path / name} is there already; name another, or pass --overwrite" in err
+        assert f"{tmp_path / name} is there already; name another DST, or pass --overwrite" in err
     for name, target in (("file.pt", "hf"), ("folder", "apex")):
         code, _, err = run_checkpoint(
             "convert", source, tmp_path / name, "--to", target, "--overwrite"

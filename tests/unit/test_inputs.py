@@ -60,7 +60,7 @@ def test_no_data_at_all(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     with pytest.raises(UserError, match=r"no such data_dir: .*make-mini --output_dir .*absent$"):
         data_paths(settings(absent))
-    with pytest.raises(UserError, match=r"^no data: pass --data_dir DIR \("):
+    with pytest.raises(UserError, match=r"^no data; pass --data_dir DIR \("):
         data_paths(settings(None))
     with pytest.raises(UserError, match="did not name: --eval_dir, --bert_config_path"):
         data_paths(settings(None, train_dir=absent, init_checkpoint="random"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bert_pretraining.data.shards import SCHEMA, list_shards, ragged_arange, read_shard
+from bert_pretraining.data.flat_shard import ragged_arange
+from bert_pretraining.data.shards import SCHEMA, list_shards, read_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import mini
 from bert_pretraining.preparation.examples import (
@@ -135,7 +137,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         make_mini(MiniSettings(tmp_path / "mini", text=[tmp_path / "absent"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
-    with pytest.raises(UserError, match="exists; delete it"):
+    with pytest.raises(UserError, match=r"exists and is no complete mini data set .*; choose"):
         make_mini(MiniSettings(tmp_path))
     assert text.exists()
 
@@ -143,11 +145,17 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_seq_length": 100_000}, "--max_seq_length 100000: must be from 16 to 512"),
-        ({"max_seq_length": 513}, "must be from 16 to 512"),
-        ({"max_seq_length": 15}, "must be from 16 to 512"),
-        ({"num_shards": 10**9}, "--num_shards 1000000000: must be from 1 to 4320"),
-        ({"num_shards": 0}, "must be from 1 to 4320"),
+        (
+            {"max_seq_length": 100_000},
+            "--max_seq_length 100000 is out of .* from 16 to 512",
+        ),
+        ({"max_seq_length": 513}, "pass a number from 16 to 512"),
+        ({"max_seq_length": 15}, "pass a number from 16 to 512"),
+        (
+            {"num_shards": 10**9},
+            "--num_shards 1000000000 is out of .* from 1 to 4320",
+        ),
+        ({"num_shards": 0}, "pass a number from 1 to 4320"),
     ],
 )
 def test_numbers_out_of_bounds_are_refused_before_any_work(
@@ -171,6 +179,52 @@ def test_more_shards_than_sequences_are_refused(
     with pytest.raises(UserError, match=r"4000: there are \d+ sequences only; ask for fewer"):
         make_mini(MiniSettings(tmp_path / "mini", num_shards=4000, text=[text]))
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.fixture
+def mini_copy(mini_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mini_data, tmp_path / "copy"))
+
+
+def test_the_same_data_set_again_changes_nothing(mini_copy: Path) -> None:
+    (mini_copy / "notes.txt").write_text("of the user")
+    before = {path: path.stat().st_mtime_ns for path in mini_copy.rglob("*")}
+    report = make_mini(MiniSettings(mini_copy))
+    assert not report.made
+    expected = f"{mini_copy} holds this data set already, complete: nothing to do"
+    assert mini.describe(report) == expected
+    assert {path: path.stat().st_mtime_ns for path in mini_copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_shards": 8}, "has --num_shards 16, not 8"),
+        ({"max_seq_length": 128}, "has --max_seq_length 64, not 128"),
+        ({"seed": 1}, "holds other sequences .another --seed or text"),
+        ({"source": "stdlib"}, "was made of another text .--source, --text"),
+    ],
+)
+def test_another_data_set_in_its_place_is_refused(
+    mini_data: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=f"exists and {words}.*; choose another --output_dir"):
+        make_mini(MiniSettings(mini_data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("2048_shards_uncompressed/part_00003_of_00016.hdf5", "is not complete: 15 of its shards"),
+        (CHECKPOINT_NAME, f"is not complete: it has no {CHECKPOINT_NAME}"),
+        ("vocab.txt", "is not complete: it has no vocab.txt"),
+        ("bert_config.json", "is no complete mini data set"),
+    ],
+)
+def test_an_incomplete_data_set_is_refused(mini_copy: Path, lost: str, words: str) -> None:
+    (mini_copy / lost).unlink()
+    with pytest.raises(UserError, match=f"exists and {words}"):
+        make_mini(MiniSettings(mini_copy))
 
 
 def test_vocabulary_without_special_tokens() -> None:

@@ -145,6 +145,55 @@ def test_loader_seeks_to_where_it_would_have_been(
         assert batch.masked_positions.tolist() == again.masked_positions.tolist()
 
 
+def in_sample_order(batches_of_ranks: list[list[PackedBatch]], seen: int) -> list[int]:
+    """First tokens of all ranks' sequences, ordered by sample number from `seen` on."""
+    world_size = len(batches_of_ranks)
+    streams = [iter(first_tokens(batches)) for batches in batches_of_ranks]
+    count = sum(batch.num_sequences for batches in batches_of_ranks for batch in batches)
+    return [next(streams[sample % world_size]) for sample in range(seen, seen + count)]
+
+
+def expected_first_tokens(order: SampleOrder, samples: range) -> list[int]:
+    """First tokens of these samples, of shards numbered as in shard_dir."""
+    shard_of, row_of = order.locate(np.array(samples))
+    first_numbers = 1000 + np.cumsum(order.shard_sizes) - order.shard_sizes
+    return (first_numbers[shard_of] + row_of).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("seen", [0, 1, 2, 7, 16, 29, 101])
+def test_any_number_of_ranks_goes_on_with_the_next_sample(
+    shard_dir: Path, seen: int, world_size: int
+) -> None:
+    order = SampleOrder([5, 8, 3], seed=7, lanes=world_size)
+    ranks = [take(shard_dir, rank, world_size, 4, seen) for rank in range(world_size)]
+    samples = range(seen, seen + 4 * 3 * world_size)
+    assert in_sample_order(ranks, seen) == expected_first_tokens(order, samples)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_balanced_batches_go_on_on_any_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    monkeypatch.setattr("bert_pretraining.data.loader.BALANCE_WINDOW", 4)
+    arrays = padded_arrays([9] * 200, 16, vocab_size=900)
+    arrays["input_ids"][:, 0] = np.arange(1000, 1200)
+    write_shard(tmp_path / "part_0.hdf5", arrays)
+    order = SampleOrder([200], seed=7, lanes=world_size)
+    per_step = 3 * world_size
+    for seen in range(per_step):
+        ranks = [
+            take(tmp_path, rank, world_size, 12, seen, "balanced") for rank in range(world_size)
+        ]
+        for batches in (slice(0, 4), slice(4, 12)):  # whole windows
+            found = first_tokens([batch for rank in ranks for batch in rank[batches]])
+            samples = range(seen + batches.start * per_step, seen + batches.stop * per_step)
+            assert sorted(found) == sorted(expected_first_tokens(order, samples)), seen
+        # Going on within a window, with the same ranks, changes nothing.
+        later = take(tmp_path, 0, world_size, 5, seen + 7 * per_step, "balanced")
+        assert first_tokens(later) == first_tokens(ranks[0][7:]), seen
+
+
 def test_seeking_reads_nothing_before_it(tmp_path: Path) -> None:
     for index in range(4):
         write_shard(tmp_path / f"part_{index}.hdf5", padded_arrays([9] * 50, 16, 900))

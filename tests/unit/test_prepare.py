@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.data.shards import list_shards, read_arrays, read_shard, write_shard
@@ -22,6 +23,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import prepare as stages
 from bert_pretraining.preparation.examples import (
     CLS,
+    MAX_WORD_LENGTH,
     SEP,
     ExampleSettings,
     Vocabulary,
@@ -113,7 +115,7 @@ def test_prepare_killed_and_rerun_gives_the_bytes_of_the_reference(
     assert "finished already: nothing to do" in again.stdout
     other = command(*arguments, "--random_seed", 7, cwd=tmp_path)
     assert other.returncode == 2
-    assert "was begun with another seed" in other.stderr
+    assert "is finished, and was made with --random_seed 12345, not 7; choose" in other.stderr
 
     for name, expected in digests["varlength"].items():
         source = evaluation if name.startswith("part_eval") else shards / name
@@ -338,7 +340,12 @@ def test_words_tokenised_once_are_sentences_tokenised_whole(lower_case: bool) ->
         "z1 1 \u00b2 \u0130 \u212a",
     ]  # fmt: skip
     cased = [sentence.lower() if lower_case else sentence for sentence in sentences]
-    whole = vocabulary._tokenizer.encode_batch(cased, add_special_tokens=False)
+    tokenizer = Tokenizer(models.WordPiece(
+        vocabulary.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_LENGTH
+    ))  # fmt: skip
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    whole = tokenizer.encode_batch(cased, add_special_tokens=False)
     assert vocabulary.encode(sentences) == [encoding.ids for encoding in whole]
 
 

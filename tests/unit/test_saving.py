@@ -85,6 +85,21 @@ def test_a_file_that_cannot_be_written_leaves_the_others_alone(tmp_path: Path) -
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_old_file_that_cannot_be_removed_takes_nothing_from_the_new_one(tmp_path: Path) -> None:
+    old = tmp_path / "model.ckpt-1.pt"
+    old.mkdir()  # cannot be unlinked
+    (tmp_path / "model.ckpt-2.pt").touch()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    said: list[str] = []
+    writer.write(3, CONTENT)
+    writer.report(said.append, wait=True)
+    assert said == [
+        f"Checkpoint: {tmp_path}/model.ckpt-3.pt",
+        f"Warning: the old checkpoint {old} could not be removed: Is a directory",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [old.name, "model.ckpt-3.pt"]
+
+
 def test_a_lock_is_held_until_its_holder_is_gone(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"

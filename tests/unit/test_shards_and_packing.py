@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from bert_pretraining.data import shards as shard_module
+from bert_pretraining.data.flat_shard import ShardFormat, ShardInfo, flatten, ragged_arange
 from bert_pretraining.data.packing import pack, pack_rows
-from bert_pretraining.data.shards import (
-    flatten,
-    list_shards,
-    ragged_arange,
-    read_shard,
-    write_shard,
-)
+from bert_pretraining.data.shards import list_shards, read_shard, write_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from helpers import packed, padded_arrays
@@ -218,3 +214,36 @@ def test_columns_that_do_not_fit_together_are_named(tmp_path: Path, key: str, wo
     with pytest.raises(UserError) as caught:
         read_shard(path, vocab_size=90)
     assert words in str(caught.value)
+
+
+def test_a_format_of_its_own_is_read_by_its_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inspect(path: Path) -> ShardInfo:
+        with np.load(path) as file:
+            return ShardInfo(path, *file["input_ids"].shape)
+
+    def read(path: Path, vocab_size: int) -> object:
+        with np.load(path) as file:
+            return flatten(dict(file), vocab_size, str(path))
+
+    monkeypatch.setitem(shard_module.FORMATS, ".npz", ShardFormat(inspect, read))
+    arrays = padded_arrays([9, 8], 16, vocab_size=90)
+    np.savez(tmp_path / "part_0.npz", **arrays)
+    write_shard(tmp_path / "part_1.hdf5", arrays)
+    infos = list_shards(tmp_path)
+    assert [(info.num_sequences, info.max_seq_length) for info in infos] == [(2, 16), (2, 16)]
+    own, usual = (pack_rows(read_shard(info.path, 90, 16), np.arange(2)) for info in infos)
+    assert_same(own, usual)
+    with pytest.raises(UserError, match="a sequence of 9 tokens"):
+        read_shard(infos[0].path, 90, max_seq_length=8)
+
+
+def test_a_write_that_fails_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "part_0.hdf5"
+    write_shard(path, padded_arrays([4], 16, 90))
+    before = path.read_bytes()
+    (tmp_path / "part_0.hdf5.partial").mkdir()  # in the way of the temporary file
+    with pytest.raises(UserError, match=r"cannot write .*part_0.hdf5 .*; free disk space"):
+        write_shard(path, padded_arrays([5], 16, 90))
+    assert path.read_bytes() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from bert_pretraining.preparation import verify as verify_module
 from bert_pretraining.preparation import verify_report
 from bert_pretraining.preparation.prepare import TextSettings, checksum, create_file, pick_file
 from bert_pretraining.preparation.verify import verify
-from bert_pretraining.preparation.verify_report import VerifyReport, md5_of, plot_lengths, row_md5s
+from bert_pretraining.preparation.verify_report import VerifyReport, md5_of, row_md5s
 from helpers import REFERENCE, needs_reference
 
 TRAIN, EVAL = "2048_shards_uncompressed", "eval_set_uncompressed"
@@ -163,7 +162,7 @@ def test_spoiled_values(data: Path, key: str, place: object, value: int, words: 
     rewrite(data / shard(1), key, partial(put, place, value))
     report = verify(data)
     assert not report.ok
-    (line,) = (text for text in report.problems if text.startswith(shard(1)) and words in text)
+    (line,) = (line for line in report.problems if line.startswith(shard(1)) and words in line)
     assert ("row 7" in line) == ("1 sequences" in line)
 
 
@@ -260,7 +259,7 @@ def test_parallel_processes_find_the_same(data: Path) -> None:
     assert report.to_json() == verify(data).to_json()
 
 
-def die(task: object) -> None:
+def die(_: object) -> None:
     os._exit(1)
 
 
@@ -301,8 +300,12 @@ def test_uneven_and_unnumbered_files_are_told(data: Path) -> None:
 @needs_reference
 def test_md5_is_the_one_of_the_reference(tmp_path: Path) -> None:
     (tmp_path / EVAL).mkdir()
-    path, text = tmp_path / EVAL / "part_eval_1k.hdf5", REFERENCE / "text" / "eval.txt"
-    create_file([text], tmp_path / "all.hdf5", TextSettings(REFERENCE / "vocab.txt"))
+    path = tmp_path / EVAL / "part_eval_1k.hdf5"
+    create_file(
+        [REFERENCE / "text" / "eval.txt"],
+        tmp_path / "all.hdf5",
+        TextSettings(REFERENCE / "vocab.txt"),
+    )
     pick_file(tmp_path / "all.hdf5", path, 1000)
     arrays = read_arrays(path)
     lengths = arrays["input_mask"].sum(axis=1, dtype=np.int64)
@@ -310,8 +313,8 @@ def test_md5_is_the_one_of_the_reference(tmp_path: Path) -> None:
     wrapped = lengths.astype(np.int8)
     cut = [row[:length] for row, length in zip(arrays["input_ids"], wrapped.tolist(), strict=True)]
     sums = row_md5s(np.concatenate(cut), np.cumsum([len(row) for row in cut]))
-    digests = json.loads((REFERENCE / "data_digests.json").read_text())["varlength_md5"]
-    assert md5_of(sums) == digests["part_eval_1k.hdf5"]
+    digests = json.loads((REFERENCE / "data_digests.json").read_text())
+    assert md5_of(sums) == digests["varlength_md5"]["part_eval_1k.hdf5"]
     # Of the whole rows, as published, `verify` and `data checksum` agree in both forms.
     for write in (write_shard, write_varlength_shard):
         write(path, arrays)
@@ -358,15 +361,15 @@ def test_published_md5s(
 def test_published_lists_are_packaged() -> None:
     lines = [line.split() for path in verify_report.CHECKSUMS.glob("*.chk") for line in path.open()]
     assert len(lines) == len(dict(lines)) == 2048 + 4320 + 1
-    assert dict(lines)["part_eval_10k.hdf5"] == "611d8bae26646145e1c33338a27ba124"
+    assert ["part_eval_10k.hdf5", "611d8bae26646145e1c33338a27ba124"] in lines
 
 
 def test_many_problems_are_told_in_40_lines(data: Path) -> None:
     for number in range(100):
         (data / TRAIN / f"part_broken_{number}").write_text("no HDF5")
     text = verify(data).describe()
-    assert "NOT good: 200 problems" in text and "(and 97 more: unreadable file)" in text
-    assert "content of 100 files" in text
+    for words in ("NOT good: 200 problems", "(and 97 more: unreadable file)", "of 100 files"):
+        assert words in text
     many = [f"line {number}" for number in range(50)]
     part = verify_report.summarize("set", "training", [])
     text = VerifyReport(
@@ -377,19 +380,12 @@ def test_many_problems_are_told_in_40_lines(data: Path) -> None:
     assert "(and 49 more: line 0)" in text and "and 46 more" in text
 
 
-def test_json_and_plot(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json(data: Path) -> None:
     report = verify(data)
     values = json.loads(json.dumps(report.to_json()))
     assert values["ok"] is True
     assert values["eval_fingerprint"] == {"md5": report.eval_md5, "sequences": ROWS}
     assert [part["sequences"] for part in values["sets"]] == [ROWS, ROWS * SHARDS]
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="needs matplotlib"):
-        plot_lengths(report, tmp_path / "lengths.png")
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    plot_lengths(report, tmp_path / "lengths.png")
-    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:

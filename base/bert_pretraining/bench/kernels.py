@@ -1,7 +1,7 @@
-"""`bench kernels`: every operator of every provider that runs here, forward and backward.
+"""`bench kernels`: the time of every operator of every provider that runs on this machine.
 
-On a GPU, matrix products and attention without dropout are measured too: they say what
-the rest could gain at most.
+On a GPU, the matrix products of the model are measured too: they show how much of a step
+the operators can save at most.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.bench import record
-from bert_pretraining.bench.step import parser, setting_of
-from bert_pretraining.bench.workload import alternate, batch_of
+from bert_pretraining.bench.flags import BENCH
+from bert_pretraining.bench.step import setting_of, step_parser
+from bert_pretraining.bench.workload import alternate, announce, batch_of
 from bert_pretraining.kernels import DTYPES, PROVIDERS, Target, select, unavailable
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
@@ -66,7 +67,7 @@ def inputs_of(
 def differentiate(
     function: Callable, given: list[Tensor], call: Callable[[Callable, list[Tensor]], Tensor]
 ) -> None:
-    """One call of an operator, and its gradients."""
+    """Call an operator once, and compute its gradients."""
     out = call(function, given)
     torch.autograd.grad(out, given, torch.ones_like(out))
 
@@ -113,6 +114,7 @@ def measure(
     refused: dict[str, list[str]] = {}
     target = Target(device, dtype, config.head_size)
     for operator, (given, call) in inputs_of(config, batch, device, dtype).items():
+        announce(f"{operator}, {dtype}")
         candidates = {}
         for provider in PROVIDERS:
             why_not = unavailable(provider, operator, target)
@@ -135,9 +137,11 @@ def measure(
 
 def main(arguments: list[str]) -> int:
     """Print a table and, with --output, keep the figures."""
-    flags_parser = parser("python -m bert_pretraining bench kernels")
-    flags_parser.description = __doc__
-    flags = flags_parser.parse(arguments)
+    flags = step_parser(
+        f"{BENCH} kernels",
+        "Time every operator of every provider that runs on this machine, forward and backward; "
+        "on a GPU the matrix products of the model too, which show what the rest can save at most.",
+    ).parse(arguments)
     device, config, lengths = setting_of(flags)
     results, refused = {}, {}
     for precision in flags.precision:

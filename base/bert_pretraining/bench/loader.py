@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from bert_pretraining.bench import record
-from bert_pretraining.config import FlagParser
+from bert_pretraining.bench.flags import BENCH, bench_parser, require_at_least_one
+from bert_pretraining.bench.workload import announce
 from bert_pretraining.data.loader import LoaderConfig, TrainingLoader
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards
@@ -15,22 +16,35 @@ from bert_pretraining.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Print sequences and tokens a second of one rank's loader, for each way of batching."""
-    flags_parser = FlagParser(
-        prog="python -m bert_pretraining bench loader", allow_abbrev=False, description=__doc__
+    """Print the sequences and tokens of one rank's loader per second, for each way of batching."""
+    parser = bench_parser(
+        f"{BENCH} loader", "Time reading and packing a data set on this machine, without training."
     )
-    flags_parser.add_argument("--train_dir", type=Path, required=True, help="a directory of shards")
-    flags_parser.add_argument("--batch_size", type=int, default=48, help="sequences (48)")
-    flags_parser.add_argument("--world_size", type=int, default=1, help="act as rank 0 of so many")
-    flags_parser.add_argument("--seconds", type=float, default=10.0, help="of each way (10)")
-    flags_parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    flags = flags_parser.parse(arguments)
-    if min(flags.batch_size, flags.world_size, flags.seconds) <= 0:
-        raise UserError("--batch_size, --world_size and --seconds must be above 0")
+    parser.add_argument(
+        "--train_dir", type=Path, required=True, metavar="DIR",
+        help="a directory of shards (required)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch_size", type=int, default=48, metavar="N",
+        help="sequences, at least 1 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--world_size", type=int, default=1, metavar="N",
+        help="load as rank 0 of N, at least 1 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S",
+        help="time for each way of batching, above 0 (default: %(default)s)",
+    )  # fmt: skip
+    flags = parser.parse(arguments)
+    require_at_least_one(flags, "batch_size", "world_size")
+    if not flags.seconds > 0:
+        raise UserError(f"--seconds {flags.seconds}: it must be above 0", "pass a number above 0")
     shards = list_shards(flags.train_dir)
     sizes = [shard.num_sequences for shard in shards]
     results = {}
     for batching in ("random", "balanced"):
+        announce(f"{batching} batches, {flags.seconds:g} s")
         wanted = LoaderConfig(flags.batch_size, 0, flags.world_size, 2**31, None, batching)
         batches = iter(TrainingLoader(shards, SampleOrder(sizes, 1, flags.world_size), wanted))
         started = time.perf_counter()

@@ -1,17 +1,13 @@
-"""`bench optimizer`: one LAMB update of all parameters, implementations in turn."""
+"""`bench optimizer`: the time of one LAMB update of all parameters, implementations in turn."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bert_pretraining.bench import record
-from bert_pretraining.bench.workload import BERT_LARGE, peak_memory, timed
-from bert_pretraining.config import FlagParser
-from bert_pretraining.errors import UserError
+from bert_pretraining.bench.flags import BENCH, add_model_flags, bench_parser, device_and_model
+from bert_pretraining.bench.workload import announce, peak_memory, timed
 from bert_pretraining.kernels import DTYPES, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
@@ -19,17 +15,18 @@ from bert_pretraining.optim import OPTIMIZERS, OptimizerSettings, choose, create
 
 
 def bytes_moved(dtype: torch.dtype) -> int:
-    """Bytes a parameter that an update must move if nothing of a pass stays in a cache.
+    """Bytes that an update must move for each parameter if no cache keeps anything of a pass.
 
-    The gradient twice (norm, update); master and both moments read in both passes; the moments
-    written in the first, the master and the 16-bit parameter in the second.
+    The gradient is read twice (for its norm, for the update). Both passes read the master
+    weights and both moments. The first pass writes the moments, the second the master weights
+    and the 16-bit parameter.
     """
     rounding = dtype.itemsize if dtype.itemsize < 4 else 0
     return 2 * dtype.itemsize + 12 + 8 + 12 + 4 + rounding
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that copying moves here, read and written; the best of 7."""
+    """Bytes that copying reads and writes in a second on this device; the best of 7."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(7))
@@ -37,7 +34,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def shapes_of(config: BertConfig) -> dict[str, torch.Size]:
-    """The names and shapes of a model's parameters, without memory for them."""
+    """The names and shapes of a model's parameters; no memory is allocated for them."""
     kernels = select("reference", torch.device("cpu"), torch.float32)
     with torch.device("meta"):
         model = BertForPreTraining(config, kernels, seed=1)
@@ -47,9 +44,9 @@ def shapes_of(config: BertConfig) -> dict[str, torch.Size]:
 def seconds_of_updates(
     name: str, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype, count: int
 ) -> list[float]:
-    """Seconds of each of `count` updates after a first one; everything is made anew."""
+    """Seconds of each of `count` updates after a first one, with new parameters and state."""
     named = [
-        # What the numbers are does not change the work.
+        # The values do not change the work.
         (key, nn.Parameter(torch.full(shape, 0.02, device=device, dtype=dtype)))
         for key, shape in shapes.items()
     ]
@@ -68,44 +65,40 @@ def seconds_of_updates(
 
 def main(arguments: list[str]) -> int:
     """Seconds and memory of an update, and their relation to copying as many bytes."""
-    parser = FlagParser(
-        prog="python -m bert_pretraining bench optimizer", allow_abbrev=False, description=__doc__
+    parser = bench_parser(
+        f"{BENCH} optimizer",
+        "Time one LAMB update of all parameters, implementations in turn, and compare it with "
+        "copying as many bytes.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--bert_config_path", type=Path, help="by default BERT-large")
-    parser.add_argument("--num_layers", type=int, help="encoder layers, if not all")
+    add_model_flags(parser, "updates of each implementation that are timed")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--optimizers", nargs="+", choices=OPTIMIZERS,
-        help="the first is what the others are compared with; by default reference, foreach and "
-        "what auto takes",
+        help="one or more; the others are compared with the first (default: reference, foreach "
+        "and the one that auto takes)",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="updates timed of each")
-    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     flags = parser.parse(arguments)
-    if min(flags.repeats, 1 if flags.num_layers is None else flags.num_layers) < 1:
-        raise UserError("--repeats and --num_layers must be at least 1")
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    config = BertConfig.load(flags.bert_config_path) if flags.bert_config_path else BERT_LARGE
-    if flags.num_layers:
-        config = replace(config, num_hidden_layers=flags.num_layers)
+    device, config = device_and_model(flags)
     shapes, dtype = shapes_of(config), DTYPES[flags.precision]
     names = flags.optimizers or ["reference", "foreach", choose("auto", device).name]
     for name in names:
-        choose(name, device)  # fail here, not after the others
+        choose(name, device)  # an implementation that cannot run fails here, before any is timed
 
+    announce("measuring how fast this device copies")
     rate = copy_rate(device)
     count = sum(shape.numel() for shape in shapes.values())
     floor = bytes_moved(dtype) * count / rate
     memory, times = {}, {name: [] for name in names}
     for name in names:
+        announce(f"{name}: measuring memory")
         memory[name] = peak_memory(
             lambda name=name: seconds_of_updates(name, shapes, device, dtype, 1), device
         )
-    for _ in range(flags.repeats):  # in turn, so that a noisy machine disturbs all alike
+    for repeat in range(flags.repeats):  # in turn, so that a noisy machine disturbs all alike
         for name in names:
+            announce(f"{name}: repeat {repeat + 1} of {flags.repeats}")
             times[name] += seconds_of_updates(name, shapes, device, dtype, 1)
     spreads = {name: record.spread(seconds) for name, seconds in times.items()}
     print(

@@ -1,4 +1,4 @@
-"""What every benchmark writes down: the machine, the versions, the commit, the figures."""
+"""The JSON file of a benchmark: the machine, the versions, the commit, the figures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import statistics
 import subprocess
 from pathlib import Path
 
+from bert_pretraining.errors import UserError
 from bert_pretraining.logs.run_folder import versions
+from bert_pretraining.runtime.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def circumstances() -> dict[str, object]:
-    """CPU model and count, versions, commit; enough to read the figures by."""
+    """CPU model and number of CPUs, versions, commit: what the figures depend on."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -47,6 +49,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def write(path: Path, figures: dict[str, object]) -> None:
-    """Keep `figures` and the circumstances as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**circumstances(), **figures}, indent=2) + "\n")
+    """Write `figures` and the circumstances as JSON."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({**circumstances(), **figures}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})", "name another file") from error

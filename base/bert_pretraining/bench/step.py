@@ -1,19 +1,25 @@
-"""`bench step`: forward and backward of one batch, candidates in turn."""
+"""`bench step`: the time of forward and backward of one batch, for several candidates in turn."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 
 from bert_pretraining.bench import record
+from bert_pretraining.bench.flags import (
+    BENCH,
+    add_model_flags,
+    bench_parser,
+    device_and_model,
+    require_at_least_one,
+)
 from bert_pretraining.bench.workload import (
-    BERT_LARGE,
     alternate,
+    announce,
     batch_of,
     matrix_rate,
     peak_memory,
@@ -30,34 +36,31 @@ from bert_pretraining.training.micro_step import MicroStep
 from bert_pretraining.training.static_batch import budgets
 
 
-def parser(prog: str) -> FlagParser:
-    """The flags that every comparison of steps has."""
-    flags = FlagParser(prog=prog, allow_abbrev=False, description=__doc__)
-    flags.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
-    flags.add_argument("--bert_config_path", type=Path, help="sizes; by default BERT-large")
-    flags.add_argument("--num_layers", type=int, help="encoder layers, if not all")
-    flags.add_argument("--batch_size", type=int, default=8, help="sequences (8)")
-    flags.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
-    flags.add_argument("--repeats", type=int, default=5, help="steps of each candidate (5)")
-    flags.add_argument("--threads", type=int, help="of the CPU; by default PyTorch's choice")
-    flags.add_argument("--output", type=Path, help="a JSON file for the figures")
-    return flags
+def step_parser(prog: str, description: str) -> FlagParser:
+    """The flags of measurements that work on one batch."""
+    parser = bench_parser(prog, description)
+    add_model_flags(parser, "steps of each candidate that are timed")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N",
+        help="sequences, at least 1 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"],
+        help="one or more (default: fp32 bf16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="threads of the CPU, at least 1 (default: PyTorch's choice)",
+    )  # fmt: skip
+    return parser
 
 
 def setting_of(flags: argparse.Namespace) -> tuple[torch.device, BertConfig, np.ndarray]:
     """Device, model sizes and sequence lengths that the flags stand for."""
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-    if min(flags.batch_size, flags.repeats, flags.num_layers or 1) < 1:
-        raise UserError("--batch_size, --repeats and --num_layers must be at least 1")
+    require_at_least_one(flags, "batch_size", "threads")
+    device, config = device_and_model(flags)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    config = BERT_LARGE
-    if flags.bert_config_path:
-        config = BertConfig.load(flags.bert_config_path)
-    if flags.num_layers:
-        config = replace(config, num_hidden_layers=flags.num_layers)
     lengths = np.minimum(wikipedia_lengths(flags.batch_size), config.max_position_embeddings)
     return device, config, lengths
 
@@ -82,6 +85,8 @@ def our_step(
             sizes = budgets(batch.num_sequences, longest, batch.num_tokens)[:1]
     model = torch.compile(module, dynamic=False) if compiled else module
     step = MicroStep(model, device, sizes, graph)
+    if sizes:
+        announce("compiling the model" + (" and capturing a CUDA graph" if graph else ""))
     step.prepare(lambda: module.zero_grad(set_to_none=False))
     weights = {
         name: torch.tensor(1.0 / batch.num_predictions(name), device=device)
@@ -106,11 +111,13 @@ def figures_of(
     repeats: int,
 ) -> dict[str, dict]:
     """Name -> seconds, sequences/s, real tokens/s, FLOP/s and its share, memory."""
+    announce("measuring a large matrix product, for comparison")
     rate = matrix_rate(device, dtype)
     flops = step_flops(lengths, num_masked, config)
     figures = {}
     for name, times in alternate(candidates, device, repeats).items():
         spread = record.spread(times)
+        announce(f"{name}: measuring memory")
         figures[name] = {
             "seconds": spread,
             "sequences_per_second": len(lengths) / spread["median"],
@@ -123,7 +130,7 @@ def figures_of(
 
 
 def table(figures: dict[str, dict], baseline: str) -> str:
-    """A line a candidate; ratios are to `baseline`, by medians of the same run."""
+    """A line for each candidate; ratios are of the medians of this run, to `baseline`."""
     lines = [
         f"{'':<34} {'seq/s':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'of GEMM':>7} "
         f"{'MiB':>7} {'ratio':>6}  seconds (n, min to max)"
@@ -143,32 +150,39 @@ def table(figures: dict[str, dict], baseline: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Compare providers, and compiled or captured steps, on one machine."""
-    flags_parser = parser("python -m bert_pretraining bench step")
-    flags_parser.add_argument(
-        "--kernels", nargs="+", choices=("auto", *PROVIDERS), default=["reference", "auto"]
+    parser = step_parser(
+        f"{BENCH} step",
+        "Time forward and backward of one batch, dropout included. The candidates take turns, so "
+        "that a noisy machine disturbs all alike.",
     )
-    flags_parser.add_argument("--compile", action="store_true", help="also compiled, auto kernels")
-    flags_parser.add_argument("--graph", action="store_true", help="also as a CUDA graph (GPU)")
-    flags = flags_parser.parse(arguments)
+    parser.add_argument(
+        "--kernels", nargs="+", choices=("auto", *PROVIDERS), default=["reference", "auto"],
+        help="one or more (default: reference auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true", help="also with auto kernels, compiled (default: no)"
+    )
+    parser.add_argument(
+        "--graph", action="store_true",
+        help="also compiled and captured as a CUDA graph, on a GPU (default: no)",
+    )  # fmt: skip
+    flags = parser.parse(arguments)
     device, config, lengths = setting_of(flags)
     if flags.graph and device.type != "cuda":
-        raise UserError("--graph needs a GPU")
+        raise UserError("--graph needs a GPU", "leave it out, or pass --device cuda")
     batch = batch_of(lengths, config)
     results: dict[str, object] = {}
     for precision in flags.precision:
         dtype = DTYPES[precision]
-        candidates = {
-            f"{name} {precision}": our_step(config, batch, device, dtype, name)
-            for name in flags.kernels
-        }
+        makers = {f"{name} {precision}": partial(our_step, provider=name) for name in flags.kernels}
         if flags.compile:
-            candidates[f"compiled {precision}"] = our_step(
-                config, batch, device, dtype, compiled=True
-            )
+            makers[f"compiled {precision}"] = partial(our_step, compiled=True)
         if flags.graph:
-            candidates[f"compiled, graph {precision}"] = our_step(
-                config, batch, device, dtype, compiled=True, graph=True
-            )
+            makers[f"compiled, graph {precision}"] = partial(our_step, compiled=True, graph=True)
+        candidates = {}
+        for name, make in makers.items():
+            announce(f"{name}: making a model of {config.num_hidden_layers} layers")
+            candidates[name] = make(config, batch, device, dtype)
         figures = figures_of(
             candidates, device, config, lengths, batch.num_masked, dtype, flags.repeats
         )

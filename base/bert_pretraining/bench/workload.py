@@ -1,10 +1,11 @@
-"""What is measured: batches like the real ones, the work in them, and the machine's rates."""
+"""What the measurements share: batches like the real ones, their work, timing, progress."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bert_pretraining.data.flat_shard import FlatShard, flatten
 from bert_pretraining.data.packing import pack_rows
-from bert_pretraining.data.shards import FlatShard, flatten
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 
@@ -22,9 +23,9 @@ MASKED_SHARE = 0.15
 
 
 def wikipedia_lengths(batch_size: int) -> np.ndarray:
-    """Lengths at equally spaced quantiles of the MLPerf training set's, in random order.
+    """Lengths of the MLPerf training set at equally spaced quantiles, in random order.
 
-    Quantiles, so that a small batch has the data set's mean (255.8 tokens) too.
+    Quantiles give even a small batch the mean of the data set (255.8 tokens).
     """
     table = Path(__file__).with_name("wikipedia_lengths.json")
     counts = np.array(json.loads(table.read_text(encoding="utf-8"))["counts"], dtype=float)
@@ -85,6 +86,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * rows * inner * columns / min(seconds)
 
 
+def announce(text: str) -> None:
+    """Say on stderr what a measurement does now, because it may take minutes."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that a call takes, the device's work included."""
     synchronize(device)
@@ -105,10 +111,14 @@ def alternate(
     repeats: int,
     warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds a call, the candidates in turn, so that a noisy machine disturbs all alike."""
+    """Seconds of each call, the candidates in turn, so that a noisy machine disturbs all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(warm_up + repeats):
         for name, call in candidates.items():
+            if repeat < warm_up:
+                announce(f"{name}: warming up")
+            else:
+                announce(f"{name}: repeat {repeat - warm_up + 1} of {repeats}")
             seconds = timed(call, device)
             if repeat >= warm_up:
                 times[name].append(seconds)
@@ -123,9 +133,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         timed(call, device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        # Freed memory that the C library keeps would hide what the call needs.
+        # The C library keeps memory that was freed, which would hide what the call needs.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak in /proc/self/status
         before = _status_kib("VmRSS")
         call()
         return (_status_kib("VmHWM") - before) / 1024

@@ -1,4 +1,4 @@
-"""Reading start checkpoints and writing a run's own."""
+"""Reading checkpoints of any known kind, and writing those of a run."""
 
 from bert_pretraining.checkpoint.formats import (
     Checkpoint,

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints."""
+"""The differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ SHOWN = 20  # tensors in a description
 EXACT_IN_DOUBLE = 2**53
 ROWS_AT_A_TIME = 1024
 
-LAUNCH = "job"  # in a training state: which launch wrote it, not what it had come to
+LAUNCH = "job"  # a key of the training state that names the launch, not a result of training
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """largest: the greatest |a - b|; relative: that over the greatest |a|, both of one tensor."""
+    """How one tensor differs in two checkpoints, a and b.
+
+    differing: how many of its `numbers` differ. largest: the greatest |a - b|.
+    relative: `largest` divided by the greatest |a|.
+    """
 
     differing: int
     numbers: int
@@ -32,7 +36,11 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """only_in_first, only_in_second: names; shapes: name -> both shapes, where they differ."""
+    """What `checkpoint diff` finds.
+
+    only_in_first, only_in_second: names of tensors. shapes: name -> both shapes, where they
+    differ. values: name -> how the numbers differ, where they do.
+    """
 
     first: Checkpoint
     second: Checkpoint
@@ -45,7 +53,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether everything that was compared is there in both, with the same numbers."""
+        """Whether both checkpoints have the same tensors with the same numbers."""
         return not (self.only_in_first or self.only_in_second or self.shapes or self.values)
 
     def to_json(self) -> dict:
@@ -69,7 +77,7 @@ class Comparison:
         }
 
     def describe(self) -> str:
-        """The verdict, then the largest differences first."""
+        """The result, then the differences, the largest first."""
         both = f"{self.first.path} and {self.second.path}"
         if self.equal:
             lines = [f"Equal: {both} hold the same numbers, {self.compared} tensors"]
@@ -103,10 +111,10 @@ class Comparison:
 
 
 def compare(first: Checkpoint, second: Checkpoint, training_state: bool = False) -> Comparison:
-    """Compare all weights as numbers: neither the type nor padding rows of 0 make a difference.
+    """Compare all weights as numbers: the dtype and padding rows of 0 make no difference.
 
-    With `training_state`, the optimizer's and the training's state too, as `optimizer...`
-    and `state...`.
+    With `training_state`, the states of the optimizer and of the training are compared too,
+    under the names `optimizer...` and `state...`.
     """
     ones, others = (_compared(checkpoint, training_state) for checkpoint in (first, second))
     common = [name for name in ones if name in others]
@@ -136,7 +144,7 @@ def compare(first: Checkpoint, second: Checkpoint, training_state: bool = False)
 
 
 def _notes(first: Checkpoint, second: Checkpoint, training_state: bool) -> Iterator[str]:
-    """What a reader of the verdict should know besides."""
+    """Further facts that a reader of the result should know."""
     types = [
         sorted({str(value.dtype).removeprefix("torch.") for value in checkpoint.weights.values()})
         for checkpoint in (first, second)
@@ -159,7 +167,7 @@ def _compared(checkpoint: Checkpoint, training_state: bool) -> dict[str, Tensor]
 
 
 def _flattened(content: object, name: str) -> dict[str, Tensor]:
-    """Every tensor and value in nested containers; numbers as float64, others as text's bytes."""
+    """Every tensor and value in nested containers: numbers as float64, others as bytes of text."""
     if isinstance(content, Tensor):
         return {name: content}
     if isinstance(content, list | tuple):
@@ -173,7 +181,7 @@ def _flattened(content: object, name: str) -> dict[str, Tensor]:
 
 
 def _difference(one: Tensor, other: Tensor) -> TensorDifference | None:
-    """None for equal numbers; NaN is equal to NaN. A difference from NaN is NaN."""
+    """How two tensors differ; None for equal numbers. NaN equals NaN here."""
     if one.dtype == other.dtype and torch.equal(one, other):
         return None
     differing, largest, greatest = 0, 0.0, 0.0
@@ -194,5 +202,5 @@ def _difference(one: Tensor, other: Tensor) -> TensorDifference | None:
 
 
 def _rank(number: float) -> float:
-    """Orders NaN above everything."""
+    """A sort key that puts NaN above every number."""
     return math.inf if math.isnan(number) else number

@@ -1,4 +1,4 @@
-"""Weights of one layout written in another."""
+"""Writing the weights of a checkpoint in another layout."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NOT_IN_SOURCE = "optimizer moments, loss scale, random states and data position"
 class Model:
     """The model whose weights are converted.
 
-    sizes: with `vocab_size` before padding. hugging_face: its config.json without that size,
-    or None where nothing but the sizes is known.
+    sizes: with `vocab_size` before padding. hugging_face: the config.json without the size of
+    the vocabulary, or None where only the sizes are known.
     """
 
     sizes: Sizes
@@ -40,12 +40,12 @@ def convert(
     model: Model,
     trim_vocabulary: bool = False,
 ) -> list[str]:
-    """Write the checkpoint's weights as "apex", "hf" or "resume"; returns what was done, in lines.
+    """Write the checkpoint's weights as "apex", "hf" or "resume".
 
-    All three hold the trainer's model, its vocabulary padded to a multiple of 8 with rows of
-    0; `trim_vocabulary` leaves the padding out, for "hf" alone.
-    Raises UserError if the weights are not that model's, or the destination cannot be
-    written; nothing is left of it then.
+    All three hold the trainer's model, with a vocabulary that rows of 0 pad to a multiple of
+    8. With "hf", `trim_vocabulary` leaves the padding out.
+    Returns lines that say what was done. Raises UserError if the weights do not fit the
+    model, or if the destination cannot be written; then no part of it is left.
     """
     weights = _complete(checkpoint, model.sizes)
     notes = [_vocabulary_note(checkpoint, model.sizes)]
@@ -62,9 +62,12 @@ def convert(
         write = partial(write_weights, destination, weights)
     try:
         write()
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {destination} ({reason}); nothing was left there") from error
+        raise UserError(
+            f"cannot write {destination} ({reason}), and nothing was left there",
+            "free disk space, or name another DST",
+        ) from error
     notes += [
         f"Left out: {what}, {len(names)} entries of the source"
         for what, names in checkpoint.left_out.items()
@@ -73,7 +76,7 @@ def convert(
 
 
 def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
-    """Every tensor of the trainer's model, padded, each in memory of its own size."""
+    """Every tensor of the trainer's model, padded; none is a view of a larger one."""
     rows = padded_rows(sizes.vocab_size)
     shapes = expected_shapes(replace(sizes, vocab_size=rows))
     fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size)
@@ -97,11 +100,12 @@ def _vocabulary_note(checkpoint: Checkpoint, sizes: Sizes) -> str:
 
 
 def _hugging_face_config(model: Model, weights: dict[str, Tensor]) -> dict:
-    """config.json for these weights, from which the decoder is taken out: it is tied there."""
+    """The config.json of these weights. Removes the decoder, which Hugging Face ties itself."""
     if model.hugging_face is None:
         raise UserError(
             "no bert_config.json beside the source: the weights do not tell the number of "
-            f"attention heads that {hugging_face.CONFIG_NAME} needs; pass --bert_config FILE"
+            f"attention heads that {hugging_face.CONFIG_NAME} needs",
+            "pass --bert_config FILE",
         )
     del weights[DECODER]
     embedding = weights[WORD_EMBEDDING]
@@ -110,7 +114,7 @@ def _hugging_face_config(model: Model, weights: dict[str, Tensor]) -> dict:
 
 
 def _trim(weights: dict[str, Tensor], config: dict, vocab_size: int) -> list[str]:
-    """Cut the padding off the weights and out of the config; says what that changes."""
+    """Remove the padding from the weights and the config; returns lines on what that changes."""
     rows = len(weights[WORD_EMBEDDING])
     if rows == vocab_size:
         return [f"Vocabulary: {rows} rows; by bert_config.json none of them is padding"]
@@ -124,9 +128,11 @@ def _trim(weights: dict[str, Tensor], config: dict, vocab_size: int) -> list[str
 
 
 def _training_state(checkpoint: Checkpoint) -> tuple[dict, list[str]]:
-    """(what the training goes on from, what is there and what starts fresh, in lines)."""
+    """The state from which training resumes, and lines on what is in it and what starts fresh."""
     if "master" in (checkpoint.optimizer or {}):
-        raise UserError(f"{checkpoint.path}: is a resume file of this package already; copy it")
+        raise UserError(
+            f"{checkpoint.path}: is a resume file of this package already", "use it as it is"
+        )
     if checkpoint.state is None:
         told = f" (the source's step, {checkpoint.step}, is not taken over)"
         return {"global_steps": 0}, [

@@ -1,8 +1,9 @@
-"""CRC-32C (Castagnoli) of arrays in NumPy alone, a piece at a time instead of a byte.
+"""CRC-32C (Castagnoli) of arrays in NumPy alone, for many bytes at once.
 
-A CRC that starts from 0 is linear over GF(2): the CRC of two blocks in a row is the first
-one's, shifted by the second one's length, XOR the second one's. So all words of a piece
-are looked up at once and then folded in halves. Polynomial and bit order: RFC 3720, 12.1.
+A CRC that starts from 0 is linear over GF(2). The CRC of two blocks in a row is therefore
+the CRC of the first block, shifted by the length of the second, XOR the CRC of the second.
+So all words of a piece are looked up in tables at once, and then combined in pairs.
+Polynomial and bit order: RFC 3720, 12.1.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import functools
 
 import numpy as np
 
-POLYNOMIAL = 0x82F63B78  # bit 0 is the highest power
+POLYNOMIAL = 0x82F63B78  # bit 0 stands for the highest power
 ALL_ONES = 0xFFFFFFFF
-PIECE_POWER = 20  # folded at once: 2^20 bytes
-STRIP = 1 << 14  # rows of 8 bytes that are looked up at once, so that they stay in the cache
+PIECE_POWER = 20  # 2^20 bytes are combined at once
+STRIP = 1 << 14  # rows of 8 bytes that are looked up at once; they fit in the cache
 
 
 def crc32c(data: np.ndarray) -> int:
@@ -32,17 +33,17 @@ def crc32c(data: np.ndarray) -> int:
 
 
 def masked_crc32c(data: np.ndarray) -> int:
-    """The CRC-32C as TensorFlow's files hold it: rotated, plus a constant."""
+    """The CRC-32C as TensorFlow stores it: rotated, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & ALL_ONES
 
 
 def _from_zero(data: np.ndarray) -> int:
-    """The register after `data`, at most a piece, if it was 0 before."""
+    """The register after `data` (at most one piece), if it was 0 before."""
     if not len(data):
         return 0
     power = max(3, (len(data) - 1).bit_length())
-    if len(data) < 1 << power:  # zeros in front leave a register of 0 as it is
+    if len(data) < 1 << power:  # zeros in front do not change a register of 0
         data = np.concatenate([np.zeros((1 << power) - len(data), np.uint8), data])
     words = np.ascontiguousarray(data).view("<u2").reshape(-1, 4)
     registers = np.concatenate(
@@ -78,7 +79,7 @@ def _shift(register: int, power: int) -> int:
 
 @functools.cache
 def _shifted_bits(power: int) -> tuple[int, ...]:
-    """Each of the register's 32 bits after 2^power zero bytes."""
+    """What each of the 32 bits of the register becomes after 2^power zero bytes."""
     if power:
         half = _shifted_bits(power - 1)
         return tuple(_shift(bit, power - 1) for bit in half)
@@ -90,7 +91,10 @@ def _shifted_bits(power: int) -> tuple[int, ...]:
 
 @functools.cache
 def _tables(power: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every low and every high half of a register after 2^power zero bytes: (65536,) uint32."""
+    """What every low and every high half of a register becomes after 2^power zero bytes.
+
+    Returns two tables of (65536,) uint32.
+    """
     images = np.array(_shifted_bits(power), np.uint32)
     tables = []
     for half in (images[:16], images[16:]):

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint of any known kind, under the apex layout's names, strictly."""
+"""Reading the weights of a checkpoint of any known kind, with the names of the apex layout."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from bert_pretraining.runtime.files import OTHER_CHECKPOINT, checkpoint_kind
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that hold the weights
 OPTIMIZER_STATE = "optimizer state"
-POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, 2, ...: Hugging Face used to store them
+POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, 2, ...; Hugging Face used to store them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
-    weights: tensors under the apex layout's names, mapped where the format allows it.
-    left_out: what is there besides the weights and is not read: what it is -> its names.
+    weights: tensors with the names of the apex layout, memory-mapped if the format allows it.
+    left_out: what is not read; the key says what it is, the value is its names in the file.
     optimizer, state: of a training checkpoint; both are None for weights alone.
-    step: updates done, None where the checkpoint does not tell.
+    step: the number of updates, None where the checkpoint does not store it.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def has_optimizer_state(self) -> bool:
-        """Whether moments or the like are in the checkpoint, read or left out."""
+        """Whether the checkpoint has the state of an optimizer, read or left out."""
         return bool(self.optimizer) or OPTIMIZER_STATE in self.left_out
 
     def summary(self) -> str:
@@ -55,15 +55,15 @@ class Checkpoint:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of any checkpoint that `read_checkpoint` reads, under the apex names."""
+    """The weights of any checkpoint that `read_checkpoint` reads, with the apex names."""
     return read_checkpoint(path).weights
 
 
 def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
     """Read a PyTorch file, a Hugging Face directory or a TensorFlow 1 checkpoint.
 
-    `fix` tells the user what to pass instead of a path that holds no checkpoint.
-    Raises UserError, in one line, for a missing, damaged, unsafe or foreign file.
+    `fix` tells the user what to pass instead, where `path` holds no checkpoint.
+    Raises UserError of one line for a missing, damaged, unsafe or foreign file.
     """
     readers = {
         "torch": _read_torch,
@@ -77,10 +77,10 @@ def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
 def load_weights(model: BertForPreTraining, path: Path) -> Checkpoint:
     """Copy a checkpoint's weights into `model`, on any device.
 
-    Rows of the vocabulary's padding that the checkpoint lacks become 0. The next-sentence head
-    is left out where the model has none. Nothing is copied unless everything fits. Returns what
-    was read, for its `summary()`.
-    Raises UserError that lists every missing, unexpected and misshapen tensor.
+    Padding rows of the vocabulary become 0 where the checkpoint has none. The next-sentence head
+    is left out where the model has none. Nothing is copied unless everything fits. Returns the
+    checkpoint, for its `summary()`.
+    Raises UserError that lists every missing or unexpected tensor, and every wrong shape.
     """
     checkpoint = read_checkpoint(path)
     if "nsp" not in model.losses:
@@ -91,7 +91,7 @@ def load_weights(model: BertForPreTraining, path: Path) -> Checkpoint:
     with torch.no_grad():
         for name, value in weights.items():
             if name == names.DECODER:
-                continue  # the model's word embedding
+                continue  # in the model it is the word embedding
             own[name][: len(value)].copy_(value)
             own[name][len(value) :] = 0.0
     return checkpoint
@@ -113,8 +113,8 @@ def _read_torch(path: Path, fix: str) -> Checkpoint:
     found = keys[wrapper] if wrapper else keys
     if not found or not _are_named_tensors(found):
         raise UserError(
-            f"{path}: holds no named tensors, bare or under a 'model' key; export the model's "
-            f"state_dict() alone, or {fix}"
+            f"{path}: holds no named tensors, bare or under a 'model' key",
+            f"export the model's state_dict() alone, or {fix}",
         )
     weights, unusual, left_out = _renamed(path, found)
     what = f"'{wrapper}' key" if wrapper else "bare"
@@ -136,7 +136,7 @@ def _read_torch(path: Path, fix: str) -> Checkpoint:
 
 
 def _wider_masters(weights: Mapping[str, Tensor], optimizer: dict | None) -> dict[str, Tensor]:
-    """The float32 weights that our optimizer keeps where the model's own are their rounding."""
+    """The master weights of our optimizer, where the model holds them in fewer bits."""
     masters = (optimizer or {}).get("master")
     if not isinstance(masters, dict) or not _are_named_tensors(masters):
         return {}
@@ -152,10 +152,10 @@ def _wider_masters(weights: Mapping[str, Tensor], optimizer: dict | None) -> dic
     return wider
 
 
-def _step(*places: Mapping[str, object]) -> int | None:
-    for place in places:
+def _step(*contents: Mapping[str, object]) -> int | None:
+    for content in contents:
         for key in ("global_steps", "global_step", "step"):
-            value = place.get(key)
+            value = content.get(key)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
@@ -170,7 +170,7 @@ def _read_safetensors(path: Path, fix: str) -> Checkpoint:
 def _read_hugging_face(path: Path, fix: str) -> Checkpoint:
     name, found = hugging_face.read_directory(path)
     if not _are_named_tensors(found):
-        raise UserError(f"{path / name}: holds more than named tensors; {fix}")
+        raise UserError(f"{path / name}: holds more than named tensors", fix)
     weights, unusual, left_out = _renamed(path, found)
     described = ", ".join([name, *sorted(unusual)])
     return Checkpoint(path, f"Hugging Face directory ({described})", weights, left_out)
@@ -186,7 +186,7 @@ def _are_named_tensors(found: Mapping) -> bool:
 def _renamed(
     path: Path, found: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], set[str], dict[str, tuple[str, ...]]]:
-    """(weights under the apex names, what was unusual about the names, what is left out)."""
+    """The weights with the apex names, what was unusual about the names, and what is left out."""
     pairs = []
     unusual: set[str] = set()
     left_out: dict[str, tuple[str, ...]] = {}
@@ -206,7 +206,9 @@ def _without_doubles(path: Path, pairs: Iterable[tuple[str, Tensor]]) -> dict[st
     weights: dict[str, Tensor] = {}
     for name, value in pairs:
         if name in weights:
-            raise UserError(f"{path}: holds {name} twice, under two names; export one model alone")
+            raise UserError(
+                f"{path}: holds {name} twice, under two names", "export one model alone"
+            )
         weights[name] = value
     return weights
 
@@ -216,8 +218,8 @@ def _read_tensorflow(path: Path, fix: str) -> Checkpoint:
     variables = set(bundle.entries)
     if names.TENSORFLOW_2_GRAPH in variables:
         raise UserError(
-            f"{bundle.index}: a checkpoint of TensorFlow 2's objects, which names no weights; save "
-            f"the model with tf.compat.v1.train.Saver, or {fix}"
+            f"{bundle.index}: a checkpoint of TensorFlow 2's objects, which names no weights",
+            f"save the model with tf.compat.v1.train.Saver, or {fix}",
         )
     pairs, slots, left_out = [], [], {}
     for name in bundle.entries:

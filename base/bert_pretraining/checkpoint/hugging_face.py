@@ -1,4 +1,4 @@
-"""Hugging Face's model directories: weights in, weights and config.json out."""
+"""Reading and writing the model directories of Hugging Face."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def read_directory(directory: Path) -> tuple[str, dict[str, Tensor]]:
-    """(the file that names the weights, every tensor in it or in the files that it lists).
+    """The name of the main weight file, and every tensor in it or in the files that it lists.
 
-    The names are those of the files. Raises UserError for damaged or missing files.
+    The tensors have the names that the files give. Raises UserError for damaged or missing
+    files.
     """
     name = next(name for name in HUGGING_FACE_WEIGHTS if (directory / name).is_file())
     path = directory / name
@@ -33,14 +34,16 @@ def read_directory(directory: Path) -> tuple[str, dict[str, Tensor]]:
         found = read_weight_file(directory / part)
         lacking = sorted(wanted - set(found))
         if lacking:
-            raise UserError(f"{directory / part}: lacks {lacking[0]}, which {name} says it holds; "
-                            "copy both again")  # fmt: skip
+            raise UserError(
+                f"{directory / part}: lacks {lacking[0]}, which {name} says it holds",
+                "copy both again",
+            )
         weights |= found
     return name, weights
 
 
 def _parts(index: Path) -> dict[str, set[str]]:
-    """Each file of a sharded model -> the tensors in it."""
+    """The files of a sharded model, each with the names of its tensors."""
     fix = "copy the directory again"
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -50,41 +53,41 @@ def _parts(index: Path) -> dict[str, set[str]]:
                 raise TypeError(f"{part!r} is no file name")
             parts.setdefault(part, set()).add(tensor)
     except OSError as error:
-        raise UserError(f"cannot read {index} ({error.strerror}); {fix}") from error
+        raise UserError(f"cannot read {index} ({error.strerror})", fix) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of weights ({error}); {fix}") from error
+        raise UserError(f"{index}: no index of weights ({error})", fix) from error
     for part in parts:
         if Path(part).name != part:
-            raise UserError(f"{index}: names {part!r}, which is no file beside it; {fix}")
+            raise UserError(f"{index}: names {part!r}, which is no file beside it", fix)
         if not (index.parent / part).is_file():
-            raise UserError(f"no {part} beside {index}, which lists it; {fix}")
+            raise UserError(f"no {part} beside {index}, which lists it", fix)
     return parts
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors or .bin file, mapped."""
+    """The tensors of one .safetensors or .bin file, memory-mapped."""
     if path.suffix != ".safetensors":
         content = read_torch_file(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no named tensors; copy it again")
+            raise UserError(f"{path}: holds no named tensors", "copy it again")
         return content
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot read {path} ({reason}); copy it again") from error
+        raise UserError(f"cannot read {path} ({reason})", "copy it again") from error
     except SafetensorError as error:
         raise UserError(
-            f"{path}: damaged or no file of safetensors ({error}); copy it again"
+            f"{path}: damaged or no file of safetensors ({error})", "copy it again"
         ) from error
 
 
 def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -> None:
     """Write model.safetensors and config.json, whole or not at all.
 
-    A new directory appears under its name when both are complete; in one that is there,
-    each file is replaced whole. Raises OSError or SafetensorError, having left no trace.
+    A new directory gets its name when both files are complete. In a directory that exists,
+    each file is replaced whole. Raises OSError or SafetensorError; then nothing new is left.
     """
     partial = with_ending(directory, UNFINISHED)
     shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +96,7 @@ def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -
         save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
-        # The library makes files that only their owner can read.
+        # safetensors makes files that only their owner can read.
         (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             with open(partial / name, "rb") as file:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people and as plain data."""
+"""The content of a checkpoint, as text and as plain data."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class TensorFigures:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `checkpoint inspect` tells.
+    """Everything that `checkpoint inspect` shows.
 
-    optimizer: names of what the optimizer's state is made of -> a few words each.
-    state: the training state's plain values; other values by a few words.
+    optimizer: the parts of the optimizer's state, each described in a few words.
+    state: the plain values of the training state; other values described in a few words.
     """
 
     checkpoint: Checkpoint
@@ -60,7 +60,7 @@ class Inspection:
         }
 
     def describe(self) -> str:
-        """A page of text: a line for each thing, then one for each tensor."""
+        """Text with one line for each property, then one for each tensor."""
         checkpoint, sizes = self.checkpoint, sizes_of(self.checkpoint.weights)
         own = untied(checkpoint.weights)
         count = sum(value.numel() for value in own.values())
@@ -99,7 +99,7 @@ class Inspection:
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Look at every tensor once."""
+    """Read every tensor once and describe the checkpoint."""
     return Inspection(
         checkpoint,
         {name: _figures(value) for name, value in checkpoint.weights.items()},
@@ -109,7 +109,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def _figures(value: Tensor) -> TensorFigures:
-    # A transposed matrix has the norm of the one that lies in the file.
+    # A transposed matrix has the same norm as the one in the file, which is contiguous.
     flat = (value.mT if value.dim() == 2 and not value.is_contiguous() else value).reshape(-1)
     pieces = flat.split(NUMBERS_AT_A_TIME)
     if not value.dtype.is_floating_point:
@@ -125,7 +125,7 @@ def _figures(value: Tensor) -> TensorFigures:
 
 
 def _in_words(content: Mapping | None) -> dict[str, object] | None:
-    """Plain values as they are, anything larger in a few words."""
+    """Plain values unchanged, and anything larger described in a few words."""
     if content is None:
         return None
     return {str(key): _value_in_words(value) for key, value in content.items()}

@@ -1,6 +1,6 @@
-"""Names of weights: what other programs call them -> the apex layout's names.
+"""The names that other programs give to weights, and the names of the apex layout.
 
-The apex layout is that of this package's model: `bert.encoder.layer.N.attention.self.query
+The apex layout has the names of this package's model: `bert.encoder.layer.N.attention.self.query
 .weight`, `cls.predictions.bias`, ...
 """
 
@@ -12,9 +12,9 @@ WORD_EMBEDDING = "bert.embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 OUTPUT_BIAS = "cls.predictions.bias"
-VOCABULARY_ROWS = (WORD_EMBEDDING, DECODER, OUTPUT_BIAS)  # one row a word piece
+VOCABULARY_ROWS = (WORD_EMBEDDING, DECODER, OUTPUT_BIAS)  # one row for each word piece
 
-# What wrappers of a model put in front of its names.
+# Prefixes that wrappers of a model put in front of its names, and what to call them.
 PREFIXES = {
     "module.": "'module.' in front",
     "bert_model_segment.": "segments",
@@ -60,7 +60,7 @@ TENSORFLOW_COUNTERS = {
 
 
 def from_pytorch(name: str) -> tuple[str, set[str]]:
-    """(the apex layout's name, what was unusual about `name`)."""
+    """The name in the apex layout, and what was unusual about `name`."""
     unusual = set()
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
@@ -73,16 +73,16 @@ def from_pytorch(name: str) -> tuple[str, set[str]]:
 
 
 def from_tensorflow(name: str) -> tuple[str, bool]:
-    """(the apex layout's name, whether the matrix lies transposed)."""
+    """The name in the apex layout, and whether the matrix is stored transposed."""
     *folders, ending = name.split("/")
     folders = [re.sub(r"^layer_(\d+)$", r"layer.\1", folder) for folder in folders]
     return ".".join([*folders, TENSORFLOW_ENDINGS.get(ending, ending)]), ending == "kernel"
 
 
 def tensorflow_slot_of(name: str, variables: set[str]) -> bool:
-    """Whether `name` is an optimizer's slot: it lies under another variable's name.
+    """Whether `name` is optimizer state (a slot, to TensorFlow) of another variable.
 
-    TensorFlow names them so: `bert/pooler/dense/kernel/LAMB`, `.../adam_m`.
+    Its name begins with that variable's: `bert/pooler/dense/kernel/LAMB`, `.../adam_m`.
     """
     parts = name.split("/")
     return any("/".join(parts[:length]) in variables for length in range(1, len(parts)))

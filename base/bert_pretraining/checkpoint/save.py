@@ -1,8 +1,7 @@
-"""Writing checkpoints: whole or not at all, and without stopping the training."""
+"""Writing checkpoints whole, in a thread, while training goes on."""
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bert_pretraining.runtime.files import UNFINISHED
+from bert_pretraining.runtime.files import write_whole
 
 _NAME = re.compile(r"model\.ckpt-(\d+)\.pt")
 
@@ -28,16 +27,16 @@ def saved_in(folder: Path) -> list[Path]:
 
 
 def newest_first(output_dir: Path) -> list[Path]:
-    """Every checkpoint of the runs in `output_dir`: the latest run's last one first.
+    """Every checkpoint of the runs in `output_dir`, the last one of the latest run first.
 
-    Files that lie in `output_dir` itself, as upstream has them, come last.
+    Files in `output_dir` itself, where upstream writes them, come last.
     """
     runs = sorted((path for path in output_dir.glob("run-*") if path.is_dir()), reverse=True)
     return [path for folder in [*runs, output_dir] for path in reversed(saved_in(folder))]
 
 
 def save_checkpoint(path: Path, model: dict, optimizer: dict, state: dict) -> None:
-    """Write {"model", "optimizer", "state"}: plain tensors, numbers and texts only."""
+    """Write {"model", "optimizer", "state"}, which hold plain tensors, numbers and text only."""
     _write(path, {"model": model, "optimizer": optimizer, "state": state})
 
 
@@ -48,31 +47,21 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 def _write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + UNFINISHED)
-    try:
+
+    def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too outlives a power cut
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    write_whole(path, write)
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, one at a time, and keeps the newest.
+    """Writes the checkpoints of a run in a thread, one at a time, and keeps the newest.
 
-    What goes wrong is told by `report` and ends nothing: the run goes on, and the files that
-    were there stay.
+    An error does not end the run: `report` says it, and the files that exist stay.
 
     Args:
-        folder: of this run.
+        folder: of the run.
         keep: how many of its checkpoints to keep; 0 for all.
     """
 
@@ -82,17 +71,23 @@ class CheckpointWriter:
         self._messages: list[str] = []
 
     def write(self, global_steps: int, content: dict[str, dict]) -> None:
-        """Begin to write `content`, which nobody changes meanwhile; waits for the one before."""
+        """Start to write `content`, once the checkpoint before is written.
+
+        The caller must not change `content` until it is written.
+        """
         self._join()
         path = checkpoint_path(self._folder, global_steps)
-        # No daemon: a program that ends waits for a file that is begun.
+        # This is no daemon thread, so that a program waits for it before it ends.
         self._thread = threading.Thread(
             target=self._write, args=(path, content), name="checkpoint writer"
         )
         self._thread.start()
 
     def report(self, say: Callable[[str], None], wait: bool = False) -> None:
-        """Say what became of the files that were begun; wait for the last one if asked to."""
+        """Call `say` with a line for each file that was written or could not be.
+
+        wait: wait for the file that is being written now.
+        """
         if wait:
             self._join()
         messages, self._messages = self._messages, []
@@ -107,18 +102,26 @@ class CheckpointWriter:
     def _write(self, path: Path, content: dict[str, dict]) -> None:
         try:
             save_checkpoint(path, **content)
-            if self._keep:
-                for old in saved_in(self._folder)[: -self._keep]:
-                    old.unlink()
         except (OSError, RuntimeError) as error:
-            # RuntimeError: what torch.save makes of a file's OSError.
+            # RuntimeError: torch.save raises it where a file's OSError is the reason.
             self._messages.append(f"Warning: no checkpoint was written: {path}: {_reason(error)}")
-        else:
-            self._messages.append(f"Checkpoint: {path}")
+            return
+        self._messages.append(f"Checkpoint: {path}")
+        if self._keep:
+            for old in saved_in(self._folder)[: -self._keep]:
+                self._remove(old)
+
+    def _remove(self, old: Path) -> None:
+        try:
+            old.unlink()
+        except OSError as error:
+            self._messages.append(
+                f"Warning: the old checkpoint {old} could not be removed: {_reason(error)}"
+            )
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, if it is what an error came from."""
+    """The message of the operating system, where an OSError is the cause, else of the error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,4 +1,4 @@
-"""Which tensors a model has, and how well a checkpoint's tensors fit them."""
+"""Which tensors a model has, and whether the tensors of a checkpoint fit it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LISTED_AT_MOST = 40  # tensors of one kind in a report
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes; `vocab_size` may be padded or not."""
+    """The sizes of a model. `vocab_size` may or may not include the padding."""
 
     num_layers: int
     hidden_size: int
@@ -44,7 +44,7 @@ class Sizes:
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> Sizes | None:
-    """The sizes that tensors under the apex layout's names tell; None where they do not."""
+    """The sizes that these tensors (with apex names) have; None where some are missing."""
     layers = [re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in weights]
     numbers = {int(match[1]) for match in layers if match}
     wanted = (
@@ -61,7 +61,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> Sizes | None:
 
 
 def expected_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the apex layout, in its order: name -> shape."""
+    """The name and shape of every tensor of the apex layout, in its order."""
     hidden, inner, words = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
         WORD_EMBEDDING: (words, hidden),
@@ -105,10 +105,10 @@ def fit(
 ) -> dict[str, Tensor]:
     """The tensors of `weights` for a model of these shapes, in the model's order.
 
-    Those with a row a word piece may have `vocab_size` rows instead of the model's padded
-    number. A decoder that is not there is the word embedding, as it is in the model.
-    Raises UserError: the first line says how badly they do not fit and what to do, every
-    further one names a tensor.
+    Tensors with one row for each word piece may have `vocab_size` rows instead of the padded
+    number. Where the decoder is missing, it is the word embedding, as in the model.
+    Raises UserError if they do not fit: its first line counts the faults and says what to
+    do, and every further line names a tensor.
     """
     found = dict(weights)
     if WORD_EMBEDDING in found:
@@ -130,11 +130,11 @@ def fit(
         ],
     }
     if any(lines.values()):
-        raise UserError(*_report(path, weights, lines))
+        raise UserError(_problem(path, weights, lines), _fix(lines))
     if not torch.equal(found[DECODER], found[WORD_EMBEDDING]):
         raise UserError(
-            f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor; "
-            "export the checkpoint again, with the two tied"
+            f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor",
+            "export the checkpoint again, with the two tied",
         )
     found[DECODER] = found[WORD_EMBEDDING]
     return {name: found[name] for name in shapes}
@@ -145,41 +145,44 @@ def _fits(name: str, value: Tensor, shape: tuple[int, ...], vocab_size: int) -> 
     return tuple(value.shape) == shape or (name in VOCABULARY_ROWS and value.shape == rows)
 
 
-def _report(
-    path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str]]
-) -> tuple[str, str]:
-    """The problem in one line; the fix, and below it a line for each tensor."""
+def _problem(path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str]]) -> str:
     counts = ", ".join(f"{len(those)} {what}" for what, those in lines.items() if those)
     sizes = sizes_of(weights)
     holds = f" (it holds {sizes})" if sizes else ""
-    problem = f"{path} does not fit the model of bert_config.json{holds}: tensors {counts}"
+    return f"{path} does not fit the model of bert_config.json{holds}: tensors {counts}"
+
+
+def _fix(lines: dict[str, list[str]]) -> str:
+    """What to do, and below it the tensors, one on each line."""
     report = ["pass the checkpoint and bert_config.json of one model"]
-    missing = [line for what, those in lines.items() if what == "missing" for line in those]
-    if len(missing) == sum(map(len, lines.values())) and all(
-        line.startswith(NEXT_SENTENCE_HEAD) for line in missing
-    ):
+    missing = lines["missing"]
+    others = sum(len(those) for those in lines.values()) - len(missing)
+    if not others and all(line.startswith(NEXT_SENTENCE_HEAD) for line in missing):
         report = ["it has no next-sentence head: pass --objective mlm to train without one"]
     for what, those in lines.items():
         report += [f"  {what}: {line}" for line in those[:LISTED_AT_MOST]]
         if len(those) > LISTED_AT_MOST:
             report.append(f"  {what}: {len(those) - LISTED_AT_MOST} more")
-    return problem, "\n".join(report)
+    return "\n".join(report)
 
 
 def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
-    """One name for the output bias, which Hugging Face has two for; UserError if they differ."""
+    """Keep one of the two names that Hugging Face has for the output bias.
+
+    Raises UserError if the two tensors differ.
+    """
     if DECODER_BIAS not in weights:
         return
     bias = weights.pop(DECODER_BIAS)
     if not torch.equal(weights.setdefault(OUTPUT_BIAS, bias), bias):
         raise UserError(
-            f"{path}: {DECODER_BIAS} differs from {OUTPUT_BIAS}, but they are one tensor; "
-            "export the checkpoint again, with the two tied"
+            f"{path}: {DECODER_BIAS} differs from {OUTPUT_BIAS}, but they are one tensor",
+            "export the checkpoint again, with the two tied",
         )
 
 
 def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without a decoder that is the word embedding once more."""
+    """`weights` without the decoder, where it equals the word embedding."""
     decoder, embedding = weights.get(DECODER), weights.get(WORD_EMBEDDING)
     if decoder is None or embedding is None or not torch.equal(decoder, embedding):
         return dict(weights)

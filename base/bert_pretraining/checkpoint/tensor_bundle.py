@@ -1,10 +1,11 @@
-"""TensorFlow's checkpoint files, read without TensorFlow.
+"""Reading the checkpoint files of TensorFlow without TensorFlow.
 
-`NAME.index` is a table of sorted keys (LevelDB's format: prefix-compressed entries in
-blocks, a block of block positions, a footer) from variable names to BundleEntryProto;
-its empty key holds a BundleHeaderProto. The numbers lie in `NAME.data-00000-of-00001`.
+`NAME.index` is a table from variable names to BundleEntryProto; its empty key holds a
+BundleHeaderProto. It has LevelDB's format: sorted, prefix-compressed entries in blocks, a
+block with the positions of the others, and a footer. The numbers are in
+`NAME.data-00000-of-00001`.
 Formats: tensorflow/core/lib/io/format.cc, tensorflow/core/protobuf/tensor_bundle.proto.
-Every block and every tensor that is read is held to its CRC-32C.
+The CRC-32C of every block and of every tensor that is read is verified.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DTYPES = {  # of tensorflow/core/framework/types.proto
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a variable's numbers lie: `size` bytes from `offset` of data file `shard`."""
+    """Where a variable is stored: `size` bytes from `offset` on, in data file `shard`."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -55,7 +56,7 @@ class Entry:
 
 
 class TensorBundle:
-    """The variables of a checkpoint by name; numbers are mapped, and read when asked for."""
+    """The variables of a checkpoint by name. A variable is read when it is asked for."""
 
     def __init__(self, prefix: Path) -> None:
         """prefix: the path without `.index`. UserError for a damaged or unreadable index."""
@@ -65,40 +66,49 @@ class TensorBundle:
         try:
             content = self.index.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {self.index} ({error.strerror})") from error
+            raise UserError(
+                f"cannot read {self.index} ({error.strerror})", "name a checkpoint that can be read"
+            ) from error
         try:
             table = dict(_table(content))
             header = _message(table.pop(b""))
             self.entries = {key.decode(): _entry(value) for key, value in table.items()}
         except (ValueError, TypeError, LookupError, struct.error) as error:
             raise UserError(
-                f"{self.index}: damaged or no index of a TensorFlow checkpoint ({error}); "
-                "copy it again"
+                f"{self.index}: damaged or no index of a TensorFlow checkpoint ({error})",
+                "copy it again",
             ) from error
         self.num_shards = _number(header, 1)
         if _number(header, 2):
-            raise UserError(f"{self.index}: big-endian numbers are not supported; write it anew")
+            raise UserError(
+                f"{self.index}: big-endian numbers are not supported",
+                "save it with a little-endian machine",
+            )
 
     def tensor(self, name: str) -> Tensor:
-        """One variable's numbers, where they lie in the file; UserError if they are damaged."""
+        """The numbers of one variable, memory-mapped; UserError if they are damaged."""
         entry = self.entries[name]
         dtype = DTYPES.get(entry.dtype)
         if dtype is None or entry.partitioned:
             what = "is partitioned" if entry.partitioned else f"has type number {entry.dtype}"
-            raise UserError(f"{self.index}: {name} {what}, which cannot be read; save it anew")
+            raise UserError(
+                f"{self.index}: {name} {what}, which cannot be read",
+                "save the checkpoint again in one part, with usual types",
+            )
         shard = self._shard(entry.shard)
         if entry.size != math.prod(entry.shape) * dtype.itemsize:
-            raise UserError(f"{self.index}: {name}: size and shape disagree; copy it again")
+            raise UserError(f"{self.index}: {name}: size and shape disagree", "copy it again")
         if entry.offset + entry.size > len(shard):
             raise UserError(
-                f"{self._shard_path(entry.shard)}: cut off, {name} lies beyond its end; "
-                "copy it again"
+                f"{self._shard_path(entry.shard)}: cut off, {name} lies beyond its end",
+                "copy it again",
             )
         numbers = shard[entry.offset : entry.offset + entry.size]
         if masked_crc32c(numbers) != entry.masked_crc:
             raise UserError(
                 f"{self._shard_path(entry.shard)}: wrong checksum (CRC-32C) of {name}: the file "
-                "is damaged; copy it again"
+                "is damaged",
+                "copy it again",
             )
         if not entry.size:
             return torch.empty(entry.shape, dtype=dtype)
@@ -110,20 +120,20 @@ class TensorBundle:
         return with_ending(self.prefix, f".data-{number:05d}-of-{self.num_shards:05d}")
 
     def _shard(self, number: int) -> np.ndarray:
-        """All bytes of a data file, (N,) uint8, mapped; what is written to them stays private."""
+        """All bytes of a data file, (N,) uint8, memory-mapped; writing to them keeps the file."""
         if number not in self._shards:
             path = self._shard_path(number)
             try:
                 self._shards[number] = np.memmap(path, np.uint8, "c")
             except FileNotFoundError as error:
-                raise UserError(f"no {path} beside {self.index}; copy both") from error
+                raise UserError(f"no {path} beside {self.index}", "copy both") from error
             except (OSError, ValueError) as error:  # ValueError: an empty file
-                raise UserError(f"cannot read {path} ({error}); copy it again") from error
+                raise UserError(f"cannot read {path} ({error})", "copy it again") from error
         return self._shards[number]
 
 
 def _table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Every key and value of a table file. ValueError says what is wrong with it."""
+    """Every key and value of a table file. Raises ValueError that says what is wrong."""
     if len(content) < FOOTER_BYTES:
         raise ValueError("cut off" if content else "empty")
     footer = content[-FOOTER_BYTES:]
@@ -137,7 +147,7 @@ def _table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block_position(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-    """((offset, size) of a block, where the next thing in `data` begins)."""
+    """The offset and size of a block, and the position in `data` behind them."""
     offset, position = _varint(data, position)
     size, position = _varint(data, position)
     return (offset, size), position
@@ -172,7 +182,7 @@ def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byte
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """(a number of 7 bits a byte, low ones first; where the next thing begins)."""
+    """A number in 7 bits of each byte, low bits first, and the position in `data` behind it."""
     number = 0
     for shift in range(0, 64, 7):
         byte = data[position]
@@ -209,7 +219,7 @@ def _message(data: bytes) -> dict[int, list[int | bytes]]:
 
 
 def _number(fields: dict[int, list[int | bytes]], field: int) -> int:
-    """A numeric field, 0 if it is not there."""
+    """A numeric field; 0 if it is missing."""
     value = fields.get(field, [0])[-1]
     if not isinstance(value, int):
         raise ValueError(f"field {field} is no number")

@@ -1,4 +1,4 @@
-"""PyTorch's files, read without running anything in them."""
+"""Reading the files of PyTorch without running any code that is in them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ READ_AT_A_TIME = 1 << 20  # bytes
 
 
 def read_torch_file(path: Path) -> object:
-    """What torch.save wrote: tensors, mapped where the file allows it, in plain containers.
+    """What torch.save wrote: tensors in plain containers, memory-mapped if the file allows it.
 
-    Only tensors and plain containers are unpickled (`weights_only=True`), and the checksums
-    that files of PyTorch 1.6 and later carry are verified.
+    Only tensors and plain containers are unpickled (`weights_only=True`). Files of PyTorch
+    1.6 and later have checksums, which are verified.
     Raises UserError for a damaged or foreign file, and for one that would run code.
     """
-    # mmap: tensors are read where they are used; files of PyTorch before 1.6 cannot.
+    # A mapped tensor is read from the file when it is used. Files before PyTorch 1.6 cannot be.
     in_place = _is_archive(path)
     try:
         if in_place:
             _verify_checksums(path)
         with warnings.catch_warnings():
-            # Of a foreign pickle's protocol: the error that follows says it better.
+            # The error that follows says more than this warning.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except pickle.UnpicklingError as error:
@@ -40,43 +40,44 @@ def read_torch_file(path: Path) -> object:
             else "not a checkpoint of PyTorch, or one with more than tensors in it"
         )
         raise UserError(
-            f"{path}: {what}, which is not safe to read; copy it again, or export its tensors alone"
+            f"{path}: {what}, which is not safe to read",
+            "copy it again, or export its tensors alone",
         ) from error
-    except Exception as error:  # what a torn file fails with depends on where it is torn
+    except Exception as error:  # a cut file fails in many ways, depending on where it is cut
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: not a checkpoint of PyTorch, or a damaged one ({reason}); copy it again"
+            f"{path}: not a checkpoint of PyTorch, or a damaged one ({reason})", "copy it again"
         ) from error
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether the file is of PyTorch 1.6 or later; UserError for the torn half of one."""
+    """Whether the file is of PyTorch 1.6 or later; UserError for one that is cut off."""
     try:
         with open(path, "rb") as file:
             starts = file.read(len(ARCHIVE_START)) == ARCHIVE_START
             ends = zipfile.is_zipfile(file)
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); copy it again") from error
+        raise UserError(f"cannot read {path} ({error.strerror})", "copy it again") from error
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: damaged at its end ({error}); copy it again") from error
+        raise UserError(f"{path}: damaged at its end ({error})", "copy it again") from error
     if starts and not ends:
-        raise UserError(f"{path}: damaged, its end is missing; copy it again")
+        raise UserError(f"{path}: damaged, its end is missing", "copy it again")
     return ends
 
 
 def _verify_checksums(path: Path) -> None:
-    """zipfile.BadZipFile if a record is damaged. torch.load does not look."""
+    """Raise zipfile.BadZipFile if a record is damaged, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.CRC:  # 0: written with torch.serialization.set_crc32_options(False)
+            if record.CRC:  # it is 0 if written with torch.serialization.set_crc32_options(False)
                 with archive.open(record) as file:
                     while file.read(READ_AT_A_TIME):
                         pass
 
 
 def _called_functions(path: Path) -> str:
-    """Names of functions that an archive's pickle would call; empty where that is not to tell."""
+    """The functions that the pickle of an archive would call; empty where they are not known."""
     try:
         return ", ".join(sorted(get_unsafe_globals_in_checkpoint(path))[:3])
-    except Exception:  # no archive, or a torn one, which the caller reports anyway
+    except Exception:  # no archive, or a cut one, which the caller reports anyway
         return ""

@@ -1,4 +1,4 @@
-"""The command line of `checkpoint ...`: flags in, functions of checkpoint/ called, lines out."""
+"""The command line of `checkpoint ...`: parse the flags, call checkpoint/, print lines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _parser(command: str, text: str) -> config.FlagParser:
 
 
 def _show(text: str) -> None:
-    """Print, to a reader that may have seen enough before the end, as `head` has."""
+    """Print. A reader may close the pipe before the end, as `head` does; that is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -46,8 +46,8 @@ def _show(text: str) -> None:
 def inspect(arguments: list[str]) -> None:
     """`checkpoint inspect FILE`: what is in it."""
     parser = _parser("inspect", f"What a checkpoint holds. {FORMS}.")
-    parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--json", action="store_true", help="print it as JSON (default: as text)")
     values = parser.parse(arguments)
 
     from bert_pretraining.checkpoint import formats, inspection
@@ -64,11 +64,13 @@ def diff(arguments: list[str]) -> int:
         f"cannot be read. A, B as FILE. {FORMS}. Rows of 0 that pad the vocabulary, and the type "
         "of the numbers, make no difference.",
     )
-    parser.add_argument("first", type=Path, metavar="A")
-    parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("first", type=Path, metavar="A", help="a checkpoint")
+    parser.add_argument("second", type=Path, metavar="B", help="another checkpoint")
     parser.add_argument("--training_state", action="store_true",
-        help="compare the optimizer's and the training's state too")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="every difference as JSON")
+        help="compare the state of the optimizer and of the training too "
+        "(default: the weights alone)")  # fmt: skip
+    parser.add_argument("--json", action="store_true",
+        help="print every difference as JSON (default: the first ones as text)")  # fmt: skip
     values = parser.parse(arguments)
 
     from bert_pretraining.checkpoint import comparison, formats
@@ -92,18 +94,24 @@ def convert(arguments: list[str]) -> None:
         "the training state that SRC has, if any; the optimizer starts fresh.",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC")
-    add("destination", type=Path, metavar="DST")
-    add("--to", required=True, choices=("apex", "hf", "resume"), help="the layout of DST")
+    add("source", type=Path, metavar="SRC", help="the checkpoint to read")
+    add("destination", type=Path, metavar="DST", help="the file to write; for hf a directory")
+    add("--to", required=True, choices=("apex", "hf", "resume"),
+        help="the layout of DST (required)")  # fmt: skip
     add("--bert_config", "--bert_config_path", type=Path, metavar="FILE",
-        help=f"the model's sizes; by default {BERT_CONFIG_NAME} beside SRC, or Hugging Face's "
-        f"{HUGGING_FACE_CONFIG} beside its weights. Only hf cannot do without")  # fmt: skip
+        help=f"the model's sizes, which only hf needs (default: {BERT_CONFIG_NAME} beside SRC, or "
+        f"Hugging Face's {HUGGING_FACE_CONFIG} beside its weights)")  # fmt: skip
     add("--trim_vocab", action="store_true",
-        help="hf: leave out the rows that pad the vocabulary to a multiple of 8")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace DST if it is there")
+        help="hf: leave out the rows that pad the vocabulary to a multiple of 8 "
+        "(default: keep them)")  # fmt: skip
+    add("--overwrite", action="store_true",
+        help="replace DST if it exists (default: refuse)")  # fmt: skip
     values = parser.parse(arguments)
     if values.trim_vocab and values.to != "hf":
-        raise UserError("--trim_vocab is for --to hf; the trainer's own layouts keep the padding")
+        raise UserError(
+            "--trim_vocab is for --to hf, because the trainer's own layouts keep the padding",
+            "leave it out, or pass --to hf",
+        )
     _check_destination(values.destination, values.to, values.overwrite)
 
     from bert_pretraining.checkpoint import conversion, formats
@@ -115,18 +123,18 @@ def convert(arguments: list[str]) -> None:
 
 
 def _check_destination(path: Path, target: str, overwrite: bool) -> None:
-    """UserError where something lies at `path` that must not, or cannot, be replaced."""
+    """UserError where something at `path` must not be replaced, or cannot be."""
     if not path.exists():
         return
     if path.is_dir() != (target == "hf"):
         kind = "a directory" if path.is_dir() else "a file"
-        raise UserError(f"{path} is {kind}, which --to {target} cannot replace; name another")
+        raise UserError(f"{path} is {kind}, which --to {target} cannot replace", "name another DST")
     if not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already; name another, or pass --overwrite")
+        raise UserError(f"{path} is there already", "name another DST, or pass --overwrite")
 
 
 def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]]:
-    """(the model of the bert_config.json given or beside the checkpoint, notes for the user)."""
+    """The model of the bert_config.json given or beside the checkpoint, and notes for the user."""
     from bert_pretraining.checkpoint.conversion import Model
     from bert_pretraining.checkpoint.names import WORD_EMBEDDING
     from bert_pretraining.checkpoint.structure import Sizes, sizes_of
@@ -134,7 +142,8 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     beside = [folder / BERT_CONFIG_NAME]
     if checkpoint.path.is_dir() or checkpoint.path.suffix in HUGGING_FACE_ENDINGS:
-        beside.append(folder / HUGGING_FACE_CONFIG)  # elsewhere, a run's settings are called so
+        # Only here: beside other checkpoints, a file of this name holds the settings of a run.
+        beside.append(folder / HUGGING_FACE_CONFIG)
     path = given or next((path for path in beside if path.is_file()), None)
     if path is None:
         sizes = sizes_of(checkpoint.weights)
@@ -143,8 +152,8 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
                 "" if WORD_EMBEDDING in checkpoint.weights else f", {WORD_EMBEDDING} is not there"
             )
             raise UserError(
-                f"{checkpoint.path}: its tensors do not tell the model's sizes{lacking}; name "
-                "them with checkpoint inspect, or pass --bert_config FILE"
+                f"{checkpoint.path}: its tensors do not tell the model's sizes{lacking}",
+                "pass --bert_config FILE (checkpoint inspect lists the tensors)",
             )
         return Model(sizes, None), []
     values = BertConfig.load(path)
@@ -166,7 +175,7 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
 
 
 def _hugging_face_config(values: BertConfig) -> dict:
-    """config.json for BertForPreTraining, without the vocabulary's size."""
+    """The config.json of BertForPreTraining, without the size of the vocabulary."""
     return {
         "architectures": ["BertForPreTraining"],
         "model_type": "bert",

@@ -1,1 +1,1 @@
-"""Shards, their order, packed batches, and the makers of data sets."""
+"""What feeds training: shards, the order of their sequences, packed batches."""

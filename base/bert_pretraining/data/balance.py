@@ -1,8 +1,9 @@
-"""Batches of level token counts: equal work on every rank, no communication.
+"""Batches with about equal numbers of tokens, so that all ranks have about equal work.
 
-In a window of many batches, sequences are assigned to batches at random, and then
-sequences are swapped between the longest and the shortest batches until all have about
-the same number of tokens. Every batch keeps exactly B sequences.
+The ranks do not communicate for this. In a window of many batches, sequences are assigned
+to batches at random. Then sequences are swapped between the longest and the shortest
+batches until all have about the same number of tokens. Every batch keeps exactly B
+sequences.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import numpy as np
 
 MAX_ROUNDS = 24
-SWAPS_AT_ONCE = 1 << 20  # bounds the memory: a few numbers for each swap that is looked at
-LEVEL = 0.0005  # spread of token counts, as a share of their mean, that ends the swapping
+SWAPS_AT_ONCE = 1 << 20  # possible swaps that are compared at once; limits the memory
+LEVEL = 0.0005  # swapping ends when token counts differ by this share of their mean
 
 
 def balance(lengths: np.ndarray, batch_size: int, random: np.random.RandomState) -> np.ndarray:
-    """Assign a window's sequences to batches of level token counts.
+    """Assign the sequences of a window to batches with about equal numbers of tokens.
 
     Args:
-        lengths: (K * B,) tokens of each sequence.
+        lengths: (K * B,) the number of tokens of each sequence.
         batch_size: B.
-        random: decides everything but the swaps.
+        random: for the first assignment and the order of the batches.
 
-    Returns (K, B) indices into `lengths`, each exactly once, the batches in random order.
+    Returns (K, B) indices into `lengths`, each exactly once. The batches have random order.
     """
     batches = random.permutation(len(lengths)).reshape(-1, batch_size)
     half = len(batches) // 2
@@ -51,9 +52,9 @@ def balance(lengths: np.ndarray, batch_size: int, random: np.random.RandomState)
 
 
 def _best_swaps(long: np.ndarray, short: np.ndarray) -> np.ndarray:
-    """For pairs of batches, the swap of one sequence each that levels their tokens best.
+    """For pairs of batches, the swap of one sequence each that makes their tokens most equal.
 
-    long, short: (P, B) tokens. Returns (P,): the place in long times B plus that in short.
+    long, short: (P, B) tokens. Returns (P,): the index in long, times B, plus that in short.
     """
     wanted = (long.sum(axis=1) - short.sum(axis=1))[:, None, None]
     moved = long[:, :, None] - short[:, None, :]
@@ -63,14 +64,14 @@ def _best_swaps(long: np.ndarray, short: np.ndarray) -> np.ndarray:
 def window_of(
     number: int, batch_size: int, offset: int, epoch_starts: tuple[int, int], window: int
 ) -> range:
-    """The batch numbers that are balanced together with batch `number`.
+    """The numbers of the batches that are balanced together with batch `number`.
 
-    Batch n of a rank holds its samples offset + n * batch_size and on. Windows lie inside
-    one epoch; a batch that reaches into the next epoch is a window of its own, so that no
-    sequence is drawn before another epoch's turn.
+    Batch n of a rank begins with its sample offset + n * batch_size. A window lies inside
+    one epoch. A batch that reaches into the next epoch is a window of its own, so that no
+    sequence of the next epoch comes too early.
 
-    epoch_starts: the rank's first sample of the epoch that the batch begins in, and of the
-    next. window: batches at most.
+    epoch_starts: the first sample of this rank in the epoch in which the batch begins, and
+    in the next epoch. window: the largest number of batches.
     """
     first = max(0, -(-(epoch_starts[0] - offset) // batch_size))
     end = (epoch_starts[1] - offset) // batch_size

@@ -1,7 +1,7 @@
-"""What a run reads: where it lies, and whether it is there and of the right kind.
+"""Where the files are that a run reads, and whether they exist and are of the right kind.
 
-The launcher asks before it starts any rank, each rank asks again, and `--dry_run` asks
-for everything at once. No shard is opened, and nothing heavy imported.
+The launcher checks before it starts any rank, and each rank checks again. `--dry_run`
+reports all faults at once. No shard is opened, and no large package is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
 TRAIN_NAME = "2048_shards_uncompressed"
 EVAL_NAME = "eval_set_uncompressed"
 BERT_CONFIG_NAME = "bert_config.json"
-# Setting, the package that it needs, and pyproject.toml's extra with that package.
+# A setting, the package that it needs, and the extra of pyproject.toml with that package.
 PACKAGES_OF_SETTINGS = (
     ("tensorboard_dir", "tensorboard", "tensorboard"),
     ("report", "matplotlib", "report"),
@@ -41,9 +41,9 @@ class DataPaths:
 
 
 def data_paths(config: Config) -> DataPaths:
-    """The directories and files that `data_dir` and its overrides stand for.
+    """The directories and files that `data_dir` and its overrides name.
 
-    Raises UserError for the first of them that is missing or of the wrong kind.
+    Raises UserError for the first one that is missing or of the wrong kind.
     """
     paths = _choose(config)
     for check in _checks(config, paths):
@@ -52,7 +52,7 @@ def data_paths(config: Config) -> DataPaths:
 
 
 def faults(config: Config) -> list[str]:
-    """The messages of everything for which `data_paths` would refuse to go on."""
+    """The messages of all faults for which `data_paths` would raise UserError."""
     try:
         paths = _choose(config)
     except UserError as error:
@@ -74,7 +74,7 @@ def _choose(config: Config) -> DataPaths:
         given = len(lacking) < len(flags)
         parts = f", or the parts of it that you did not name: {', '.join(lacking)}"
         raise UserError(
-            f"no data: pass --data_dir DIR{parts if given else ''} (see README, 'Data')"
+            "no data", f"pass --data_dir DIR{parts if given else ''} (see README, 'Data')"
         )
     if root is not None:
         fix = (
@@ -96,7 +96,7 @@ def _choose(config: Config) -> DataPaths:
 
 
 def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
-    """Calls that raise UserError where something cannot be read, each for one thing."""
+    """The checks, each of which raises UserError if one file, directory or package is missing."""
     for name, package, extra in PACKAGES_OF_SETTINGS:
         if getattr(config, name):
             yield partial(_require_package, name, package, extra)
@@ -119,8 +119,8 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
 def _require_package(name: str, package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise UserError(
-            f"--{name}: {package} is not installed; leave it out, or: {sys.executable} -m pip "
-            f"install {package} (the extra [{extra}])"
+            f"--{name}: {package} is not installed",
+            f"leave it out, or: {sys.executable} -m pip install {package} (the extra [{extra}])",
         )
 
 
@@ -128,9 +128,10 @@ def _require_two_sets(paths: DataPaths) -> None:
     try:
         same = os.path.samefile(paths.train_dir, paths.eval_dir)
     except OSError:
-        return  # a missing one has its own message
+        return  # another check reports a missing directory
     if same:
         raise UserError(
             f"train_dir and eval_dir are the same directory, {paths.train_dir}: a model that is "
-            "evaluated on what it trains on proves nothing; pass an --eval_dir of other sequences"
+            "evaluated on what it trains on proves nothing",
+            "pass an --eval_dir of other sequences",
         )

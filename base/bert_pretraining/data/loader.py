@@ -1,7 +1,8 @@
-"""Feeds packed batches: whole shards read ahead in one thread, packed in another."""
+"""Loading packed batches: one thread reads whole shards ahead, another one packs."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -12,28 +13,35 @@ from pathlib import Path
 import numpy as np
 
 from bert_pretraining.data.balance import balance, window_of
+from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import pack, pack_rows
-from bert_pretraining.data.shards import FlatShard, ShardInfo, list_shards, read_shard
+from bert_pretraining.data.shards import list_shards, read_shard
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.runtime.seeds import derive
 
-PACKED_TOGETHER = 32  # batches; fewer cost more calls and more changes of threads
-GROUPS_AHEAD = 2  # of so many batches each, packed before they are asked for
-BALANCE_WINDOW = 1024  # batches; more are more level, and take longer to the first batch
+PACKED_TOGETHER = 32  # batches in a group; smaller groups cost more calls and thread switches
+GROUPS_AHEAD = 2  # groups of batches that are packed before training asks for them
+# Batches that are balanced together. A larger window gives more equal batches, but a later
+# first batch.
+BALANCE_WINDOW = 1024
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Which batches one rank wants.
+    """Which batches the loader of one rank gives.
 
-    batch_size: sequences a batch, on this rank. The rank uses the samples g with
-    g % world_size == rank. vocab_size, max_seq_length: what the model can take; a shard
-    that goes beyond is an error. batching: "random", or "balanced" for level token
-    counts; these also depend on batch_size and world_size. samples_seen: how many samples
-    all ranks together have used already; nothing before them, or with "balanced" before their
-    window, is read. pin_memory: page-locked batches, for copies that do not block.
+    batch_size: sequences of each batch of this rank. The rank uses the samples g with
+    g % world_size == rank. vocab_size, max_seq_length: the limits of the model; a shard
+    beyond them is an error. batching: "random", or "balanced" for batches with about equal
+    numbers of tokens. samples_seen: how many samples all ranks together have used already,
+    any number. pin_memory: whether batches are page-locked, so that copies do not block.
+
+    Random batches continue with sample number samples_seen on any number of ranks. Which
+    samples share a balanced batch also depends on batch_size and world_size. So a run that
+    resumes inside a window with other values assigns the samples of that window again, and
+    some of them come twice or not at all in that epoch.
     """
 
     batch_size: int
@@ -50,18 +58,14 @@ class TrainingLoader:
     """An endless iterator over one rank's batches.
 
     Args:
-        shards: as `list_shards` gives them, the same on every rank.
-        order: the data set's order; the same on every rank.
-        config: this rank's wishes.
+        shards: from `list_shards`, the same on every rank.
+        order: the order of the data set, the same on every rank.
+        config: for this rank.
 
-    Iterating raises UserError when a shard is damaged or gone.
+    Iterating raises UserError if a shard is damaged or missing.
     """
 
     def __init__(self, shards: list[ShardInfo], order: SampleOrder, config: LoaderConfig) -> None:
-        if config.samples_seen % config.world_size:
-            raise ValueError(
-                f"{config.samples_seen} samples do not divide by {config.world_size} ranks"
-            )
         self._shards = shards
         self._order = order
         self._config = config
@@ -83,7 +87,7 @@ class TrainingLoader:
                     put(group)
                     if stop.is_set():
                         return
-            except BaseException as error:  # handed to the consumer, which raises it
+            except BaseException as error:  # the consumer raises it
                 put(error)
 
         producer = threading.Thread(target=produce, name="packer", daemon=True)
@@ -96,11 +100,18 @@ class TrainingLoader:
                 yield from item
         finally:
             stop.set()
+            with contextlib.suppress(queue.Empty):
+                groups.get_nowait()  # makes room, so that a waiting producer sees `stop` at once
             producer.join()
 
     def _groups(self) -> Iterator[list[PackedBatch]]:
         config, order = self._config, self._order
-        number, offset = divmod(config.samples_seen // config.world_size, config.batch_size)
+        # Samples go to the ranks in turn, so where samples_seen is not a multiple of the number
+        # of ranks, the first ranks have used one more than the others. The number of the next
+        # batch is the same on all ranks.
+        number = config.samples_seen // config.world_size // config.batch_size
+        own_samples_seen = -((config.rank - config.samples_seen) // config.world_size)
+        offset = own_samples_seen - number * config.batch_size
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
             loaded: dict[int, Future[FlatShard]] = {}
 
@@ -114,7 +125,7 @@ class TrainingLoader:
             while True:
                 window = self._window(number, offset)
                 first, last = (
-                    offset + place * config.batch_size for place in (window[0], window.stop)
+                    offset + batch * config.batch_size for batch in (window[0], window.stop)
                 )
                 samples = np.arange(first, last, dtype=np.int64) * config.world_size + config.rank
                 shard_of, row_of = order.locate(samples)
@@ -125,20 +136,20 @@ class TrainingLoader:
                 for shard in set(loaded) - set(needed):
                     del loaded[shard]
                 shards = [load(shard).result() for shard in used.tolist()]
-                chosen = self._deal(shards, index_of, row_of, window)[number - window.start :]
-                for group in range(0, len(chosen), PACKED_TOGETHER):
-                    places = chosen[group : group + PACKED_TOGETHER].ravel()
+                batches = self._assign(shards, index_of, row_of, window)[number - window.start :]
+                for start in range(0, len(batches), PACKED_TOGETHER):
+                    chosen = batches[start : start + PACKED_TOGETHER].ravel()
                     yield pack(
                         shards,
-                        index_of[places],
-                        row_of[places],
+                        index_of[chosen],
+                        row_of[chosen],
                         config.batch_size,
                         config.pin_memory,
                     )
                 number = window.stop
 
     def _window(self, number: int, offset: int) -> range:
-        """The batches that are drawn together with batch `number`."""
+        """The numbers of the batches that are made together with batch `number`."""
         config, order = self._config, self._order
         if config.batching == "random":
             return range(number, number + PACKED_TOGETHER)
@@ -150,10 +161,10 @@ class TrainingLoader:
         )
         return window_of(number, config.batch_size, offset, starts, BALANCE_WINDOW)
 
-    def _deal(
+    def _assign(
         self, shards: list[FlatShard], index_of: np.ndarray, row_of: np.ndarray, window: range
     ) -> np.ndarray:
-        """Which of the window's sequences make up each of its batches: (K, B) places."""
+        """Assign the sequences of the window to its batches: (K, B) indices into row_of."""
         config = self._config
         if config.batching == "random" or len(window) == 1:
             return np.arange(len(row_of)).reshape(-1, config.batch_size)
@@ -176,10 +187,10 @@ def load_evaluation_batches(
 ) -> tuple[int, list[tuple[int, PackedBatch]]]:
     """The first `num_examples` sequences of the evaluation set in fixed batches.
 
-    The batches are numbered over the whole set whatever the number of ranks is, and
-    rank r of W takes every W-th: so any world size evaluates exactly the same thing.
+    The batches are numbered over the whole set, and rank r of W takes the numbers n with
+    n % W == r. So every number of ranks evaluates exactly the same batches.
 
-    Returns the number of batches over all ranks, and this rank's (number, batch) pairs.
+    Returns the number of batches of all ranks, and the (number, batch) pairs of this rank.
     """
     count = 0
     mine: list[tuple[int, PackedBatch]] = []
@@ -195,5 +206,5 @@ def load_evaluation_batches(
                 mine.append((count, pack_rows(shard, rows[start : start + batch_size])))
             count += 1
     if count == 0:
-        raise UserError(f"no evaluation sequences in {directory}; make the data set again")
+        raise UserError(f"no evaluation sequences in {directory}", "make the data set again")
     return count, mine

@@ -1,19 +1,19 @@
-"""Which sequence comes when: a pure function of (seed, sample number).
+"""The order of the sequences: a pure function of the seed and the sample number.
 
-Samples are numbered 0, 1, 2, ... without end: sample g belongs to epoch g // N, N the
-number of sequences. In every epoch the shards are shuffled and the sequences inside
-each shard are shuffled; the epoch is then dealt, sample by sample, to L lanes, each of
-which walks its own stretch of the shuffled shards:
+Samples are numbered 0, 1, 2, ... without end. With N sequences, sample g belongs to epoch
+g // N. In every epoch the shards are shuffled, and the sequences inside each shard are
+shuffled. The epoch is then divided into L lanes of consecutive sequences of the shuffled
+shards, and the samples take the lanes in turn:
 
     shuffled shards   | 7 7 7 7 | 2 2 2 | 5 5 5 5 5 | ...
     L = 2 lanes         0 0 0 0   0 0 1   1 1 1 1 1
     samples             0 2 4 6   8 ... |  1 3 5 7 ...
 
-Rank r of W uses the samples g with g % W == r, so where W divides L a rank reads its own
-lanes' shards only. Every sequence is used once an epoch whatever N, L and W are, batches
-are always full (one may reach into the next epoch), and the order does not depend on W:
-a resumed run only needs the number of samples seen and L. (Balanced batches deal a window of
-samples among themselves; see `loader.py`.)
+Rank r of W uses the samples g with g % W == r. So where W divides L, a rank reads only the
+shards of its own lanes. Every sequence is used once in each epoch, whatever N, L and W are.
+Batches are always full; one may reach into the next epoch. The order does not depend on W,
+so that a run resumes with the number of samples seen and L alone. (With balanced batches, a
+window of samples is assigned to batches in another order; see `loader.py`.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bert_pretraining.runtime.seeds import derive
 
 
 class SampleOrder:
-    """The order of a data set's sequences.
+    """The order of the sequences of a data set.
 
     Args:
         shard_sizes: sequences in each shard, in the order of the sorted file names.
@@ -53,7 +53,7 @@ class SampleOrder:
         return sample // self.num_sequences
 
     def shard_ordinal(self, sample: int) -> int:
-        """How many shards the sample's lane has left behind in this epoch."""
+        """How many shards the lane of the sample has finished in this epoch."""
         epoch, in_epoch = divmod(sample, self.num_sequences)
         lane, step = in_epoch % self.lanes, in_epoch // self.lanes
         _, ends = self._epoch_shards(epoch)
@@ -62,21 +62,21 @@ class SampleOrder:
         return int(now - first)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the given samples lie.
+        """Find the given samples in the shards.
 
-        samples: (n,) int64 sample numbers. Returns the shard of each and its row in that
-        shard, (n,) int64 both.
+        samples: (n,) int64 sample numbers. Returns the shard of each sample and its row in
+        that shard, both (n,) int64.
         """
         shard_of, row_of = np.empty_like(samples), np.empty_like(samples)
         epochs = samples // self.num_sequences
         for epoch in np.unique(epochs).tolist():
             mine = np.flatnonzero(epochs == epoch)
             in_epoch = samples[mine] - epoch * self.num_sequences
-            place = self._lane_starts[in_epoch % self.lanes] + in_epoch // self.lanes
+            position = self._lane_starts[in_epoch % self.lanes] + in_epoch // self.lanes
             shards, ends = self._epoch_shards(epoch)
-            index = np.searchsorted(ends, place, side="right")
+            index = np.searchsorted(ends, position, side="right")
             shard_of[mine] = shards[index]
-            row = place - (ends - self.shard_sizes[shards])[index]
+            row = position - (ends - self.shard_sizes[shards])[index]
             for which in np.unique(index).tolist():
                 here = index == which
                 rows = self._shard_rows(epoch, int(shards[which]))
@@ -84,17 +84,17 @@ class SampleOrder:
         return shard_of, row_of
 
     def following_shards(self, samples: np.ndarray) -> list[int]:
-        """The shards that the lanes of these samples come to next, for prefetching."""
+        """The next shard of each lane that these samples belong to, for prefetching."""
         following = []
         epoch = int(samples[-1]) // self.num_sequences
         in_epoch = samples[samples // self.num_sequences == epoch] - epoch * self.num_sequences
         shards, ends = self._epoch_shards(epoch)
         for lane in np.unique(in_epoch % self.lanes):
             last = in_epoch[in_epoch % self.lanes == lane][-1]
-            place = self._lane_starts[lane] + last // self.lanes
-            next_place = ends[np.searchsorted(ends, place, side="right")]
-            if next_place < self._lane_starts[lane + 1]:
-                following.append(int(shards[np.searchsorted(ends, next_place, side="right")]))
+            position = self._lane_starts[lane] + last // self.lanes
+            next_start = ends[np.searchsorted(ends, position, side="right")]
+            if next_start < self._lane_starts[lane + 1]:
+                following.append(int(shards[np.searchsorted(ends, next_start, side="right")]))
             else:
                 next_shards, next_ends = self._epoch_shards(epoch + 1)
                 start = self._lane_starts[lane]
@@ -103,8 +103,8 @@ class SampleOrder:
         return following
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        # RandomState's streams are frozen by NumPy's policy (NEP 19), so that a run
-        # resumes in the same order under another NumPy; default_rng's are not.
+        # NumPy never changes the numbers of RandomState (NEP 19), so that a run resumes in the
+        # same order with another NumPy. It may change those of default_rng.
         random = np.random.RandomState(derive(self.seed, "shards", epoch))
         shards = random.permutation(len(self.shard_sizes))
         return shards, np.cumsum(self.shard_sizes[shards])

@@ -1,4 +1,4 @@
-"""Shards' rows -> `PackedBatch`es, on the host and on the device."""
+"""Packing rows of shards into `PackedBatch`es, and copying these to the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from bert_pretraining.data.shards import FlatShard, ragged_arange
+from bert_pretraining.data.flat_shard import FlatShard, ragged_arange
 from bert_pretraining.model.batch import PackedBatch
 
 
@@ -18,16 +18,16 @@ def pack(
     batch_size: int,
     pin_memory: bool = False,
 ) -> list[PackedBatch]:
-    """Pack chosen sequences, in the order given, into batches of batch_size.
+    """Pack the chosen sequences, in the given order, into batches of batch_size.
 
-    Several batches at once, because small arrays cost NumPy calls rather than copying. The
-    batches are views of common arrays.
+    Several batches are packed at once, because NumPy calls on small arrays cost more than
+    the copying. The batches are views of common arrays.
 
     Args:
-        shards: where the sequences lie.
+        shards: the shards with the sequences.
         shard_of, rows: (N,) integers, N at least 1: sequence n is row rows[n] of
             shards[shard_of[n]].
-        batch_size: sequences a batch; the last batch gets what remains.
+        batch_size: sequences of each batch; the last batch may have fewer.
         pin_memory: page-locked memory, for copies that do not block (needs a CUDA device).
     """
     lengths, starts, masked_counts, masked_starts, next_sentence = _gather(shards, shard_of, rows)
@@ -35,7 +35,7 @@ def pack(
     num_sequences = np.diff(first_rows, append=len(rows))
     num_tokens = np.add.reduceat(lengths, first_rows)
     num_masked = np.add.reduceat(masked_counts, first_rows)
-    # Where each sequence starts in the common arrays, and in its batch.
+    # The start of each sequence in the common arrays, and in its batch.
     token_starts = np.cumsum(lengths) - lengths
     starts_in_batch = token_starts - np.repeat(token_starts[first_rows], num_sequences)
     ends_of_batch = np.cumsum(num_sequences)
@@ -56,7 +56,7 @@ def pack(
 
     masked_positions = take("masked_positions", masked, masked_counts, np.int32)
     masked_positions += np.repeat(starts_in_batch.astype(np.int32), masked_counts)
-    # 32-bit integers where they do: half the memory to touch here and to copy to a device.
+    # 32-bit integers where they suffice: half the memory to write here and to copy to a device.
     common = {
         "input_ids": (take("input_ids", tokens, lengths, np.int32), num_tokens),
         "segment_ids": (take("segment_ids", tokens, lengths, np.int32), num_tokens),
@@ -89,32 +89,33 @@ def pack_rows(shard: FlatShard, rows: np.ndarray) -> PackedBatch:
 def _gather(
     shards: Sequence[FlatShard], shard_of: np.ndarray, rows: np.ndarray
 ) -> list[np.ndarray]:
-    """What is known of each sequence, (N,) int64: lengths and starts, of tokens and masks."""
+    """For each sequence, (N,) int64 each: length and start of its tokens, number and start of
+    its masked tokens, next-sentence label."""
     names = ("lengths", "offsets", "masked_counts", "masked_offsets", "next_sentence_labels")
     if len(shards) == 1:
         return [getattr(shards[0], name)[rows].astype(np.int64) for name in names]
     gathered = [np.empty(len(rows), dtype=np.int64) for _ in names]
     for index, shard in enumerate(shards):
-        places = np.flatnonzero(shard_of == index)
+        here = np.flatnonzero(shard_of == index)
         for values, name in zip(gathered, names, strict=True):
-            values[places] = getattr(shard, name)[rows[places]]
+            values[here] = getattr(shard, name)[rows[here]]
     return gathered
 
 
 def on_device(batches: Iterator[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
     """The same batches on `device`.
 
-    On a CUDA device each is copied on a stream of its own while the one before it is worked
-    on; the batches should lie in pinned memory.
+    On a CUDA device, a stream of its own copies each batch while the step works on the batch
+    before. The batches should be in pinned memory.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    copying = torch.cuda.Stream(device)
+    copy_stream = torch.cuda.Stream(device)
     ahead: tuple[PackedBatch, torch.cuda.Event] | None = None
     for batch in batches:
-        with torch.cuda.stream(copying):
-            copied = batch.to(device), copying.record_event()
+        with torch.cuda.stream(copy_stream):
+            copied = batch.to(device), copy_stream.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
         ahead = copied
@@ -123,9 +124,9 @@ def on_device(batches: Iterator[PackedBatch], device: torch.device) -> Iterator[
 
 
 def _arrived(batch: PackedBatch, copied: torch.cuda.Event) -> PackedBatch:
-    working = torch.cuda.current_stream(batch.input_ids.device)
-    working.wait_event(copied)
+    compute_stream = torch.cuda.current_stream(batch.input_ids.device)
+    compute_stream.wait_event(copied)
     for tensor in batch.tensors().values():
-        # Its memory must not be given away while the working stream may still read it.
-        tensor.record_stream(working)
+        # The allocator must not reuse its memory while the compute stream may still read it.
+        tensor.record_stream(compute_stream)
     return batch

@@ -1,4 +1,4 @@
-"""What accuracy two predictors without a network reach: a yardstick for the target."""
+"""The accuracy of two predictors without a network, to compare the target with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 def baselines(train: dict[str, np.ndarray], evaluation: dict[str, np.ndarray]) -> dict[str, float]:
-    """Masked-token accuracy on `evaluation` of predictors that count in `train`.
+    """Masked-token accuracy on `evaluation` of predictors that count tokens in `train`.
 
-    "commonest token": always the token most often masked. "neighbour statistics": the
-    label most often seen between this left and right neighbour, else after this left
-    one, else the commonest.
+    "commonest token" always predicts the token that is masked most often. "neighbour
+    statistics" predicts the label that is most frequent between this left and this right
+    token, else after this left token, else in all.
 
     train, evaluation: arrays as in a shard.
     """
@@ -35,9 +35,9 @@ def baselines(train: dict[str, np.ndarray], evaluation: dict[str, np.ndarray]) -
 
 
 def _masked(arrays: dict[str, np.ndarray]) -> list[tuple[int, int, int]]:
-    """(left token, right token, label) of every masked token, as the model sees them."""
+    """(left token, right token, label) of every masked token; the tokens are the input's."""
     row, column = np.nonzero(arrays["masked_lm_ids"])
-    place = arrays["masked_lm_positions"][row, column]
+    position = arrays["masked_lm_positions"][row, column]
     ids = arrays["input_ids"]
-    columns = (ids[row, place - 1], ids[row, place + 1], arrays["masked_lm_ids"][row, column])
+    columns = (ids[row, position - 1], ids[row, position + 1], arrays["masked_lm_ids"][row, column])
     return list(zip(*(part.tolist() for part in columns), strict=True))

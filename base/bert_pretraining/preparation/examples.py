@@ -1,9 +1,9 @@
-"""MLM + NSP examples from tokenised documents, by BERT's procedure.
+"""Making MLM and NSP examples from tokenised documents, as BERT's authors do.
 
 The procedure and the order of its random draws are those of the MLPerf reference
-(`create_pretraining_data.py`, HDF5 variant), so that the same text, vocabulary and seed
-give the same bytes. Everything works on token ids: the reference's list of vocabulary
-words, from which it draws replacements, is numbered in the order of the ids.
+(`create_pretraining_data.py`, HDF5 variant). So the same text, vocabulary and seed give the
+same bytes. This code works on token ids where the reference works on words; its list of
+words, from which it draws random tokens, has the order of the ids.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_WORD_LENGTH = 200  # longer words become [UNK], as in the reference's tokeni
 
 @dataclass(frozen=True)
 class ExampleSettings:
-    """The reference's flags, with its defaults."""
+    """The flags of the reference, with its defaults."""
 
     max_seq_length: int = 512
     max_predictions_per_seq: int = 76
@@ -42,7 +42,10 @@ class ExampleSettings:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Lists of numbers hold no cycles; looking for them takes a tenth of the time, or more."""
+    """Switch off the search for reference cycles, which lists of numbers do not have.
+
+    The search would take a tenth of the time or more.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -53,7 +56,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 class Vocabulary:
-    """WordPiece: text -> ids. Raises UserError for a vocabulary that lacks special tokens."""
+    """A WordPiece tokeniser. Raises UserError if the vocabulary has not all special tokens."""
 
     def __init__(self, tokens: Sequence[str], where: str, lower_case: bool = True) -> None:
         self.ids = {}
@@ -61,7 +64,10 @@ class Vocabulary:
             self.ids.setdefault(token, len(self.ids))
         missing = [token for token in (CLS, SEP, MASK, "[UNK]") if token not in self.ids]
         if missing:
-            raise UserError(f"{where}: the vocabulary lacks {missing[0]}; it is not BERT's form")
+            raise UserError(
+                f"{where}: the vocabulary lacks {missing[0]}",
+                "pass a vocabulary in the form of BERT's vocab.txt",
+            )
         self._lower_case = lower_case
         self._tokenizer = Tokenizer(
             models.WordPiece(self.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_LENGTH)
@@ -78,20 +84,22 @@ class Vocabulary:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the vocabulary {path} ({error})") from error
+            raise UserError(
+                f"cannot read the vocabulary {path} ({error})", "pass another --vocab"
+            ) from error
         return cls([line.strip() for line in text.rstrip("\n").split("\n")], str(path), lower_case)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def encode(self, sentences: list[str]) -> list[Sentence]:
-        """Each sentence's ids; empty for one without tokens."""
+        """The token ids of each sentence; an empty list for a sentence without tokens."""
         if self._lower_case:
-            # Python's lower() knows the Greek final sigma, as the reference does; the
-            # library's, letter by letter, does not.
+            # The reference uses Python's lower(), which knows the Greek final sigma. The
+            # tokenizers library lower-cases letter by letter and does not.
             sentences = [sentence.lower() for sentence in sentences]
-        # Beyond the lower-casing nothing looks across a space: each different word is
-        # tokenised once, however often it comes.
+        # After the lower-casing, no step looks across a space. So each different word is
+        # tokenised only once.
         words = dict.fromkeys(chain.from_iterable(sentence.split(" ") for sentence in sentences))
         ids = {word: [self.ids[word]] for word in words if self._is_one_token(word)}
         others = [word for word in words if word not in ids]
@@ -102,18 +110,18 @@ class Vocabulary:
         ]
 
     def _is_one_token(self, word: str) -> bool:
-        """Whether that is plain: nothing to normalise or split, and the longest piece is all."""
+        """Whether the word is a vocabulary entry that needs no normalising and no splitting."""
         return (
             word in self.ids and word.isascii() and word.isalnum() and len(word) <= MAX_WORD_LENGTH
         )
 
     def documents(self, text: str) -> list[Document]:
-        """Text of one sentence a line, a blank line between documents -> documents."""
+        """Documents from text of one sentence a line, with blank lines between documents."""
         return self.documents_of_lines(text.split("\n"))
 
     @_without_garbage_collection()
     def documents_of_lines(self, lines: list[str]) -> list[Document]:
-        """The same, of lines."""
+        """Documents from the lines of such a text."""
         lines = [line.strip() for line in lines]
         documents: list[Document] = [[]]
         for line, ids in zip(lines, self.encode(lines), strict=True):
@@ -125,7 +133,7 @@ class Vocabulary:
 
 
 class Example(NamedTuple):
-    """One sequence with its masks applied. `positions` ascend."""
+    """One sequence after masking. `positions` ascend."""
 
     ids: list[int]
     first_length: int
@@ -141,7 +149,7 @@ def create_examples(
     settings: ExampleSettings,
     generator: random.Random,
 ) -> list[Example]:
-    """All documents' examples, dupe_factor times over, shuffled. Shuffles `documents`."""
+    """The examples of all documents, made dupe_factor times, shuffled. Shuffles `documents`."""
     maker = _ExampleMaker(documents, vocabulary, settings, generator)
     shuffle(documents, generator)
     examples = [
@@ -155,7 +163,7 @@ def create_examples(
 
 
 def to_arrays(examples: list[Example], settings: ExampleSettings) -> dict[str, np.ndarray]:
-    """Examples -> padded arrays, named, shaped and typed as in a shard."""
+    """Padded arrays of the examples, with the names, shapes and dtypes of a shard."""
     length, predictions = settings.max_seq_length, settings.max_predictions_per_seq
     shapes = {
         "input_ids": (len(examples), length),
@@ -177,34 +185,35 @@ def to_arrays(examples: list[Example], settings: ExampleSettings) -> dict[str, n
 
 
 def pick(arrays: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """`count` examples spread evenly over all: the reference's evaluation pick."""
+    """`count` examples spread evenly over all, as the reference picks them for evaluation."""
     ratio = len(arrays["next_sentence_labels"]) / count
     rows = [int(index * ratio) for index in range(count)]
     return {key: array[rows] for key, array in arrays.items()}
 
 
 def shuffle(items: list, generator: random.Random) -> None:
-    """What `generator.shuffle(items)` does, with the same draws, in half its time.
+    """Do what `generator.shuffle(items)` does, with the same draws, in half its time.
 
-    It swaps each item, from the last one down, with one at or before its place; that is
-    drawn, again and again, as the bits that the count of such places needs, until it is one
-    of them. Here nothing is called for an item but the generator.
+    Python's shuffle swaps each item, from the last one down, with an item at or before its
+    index. To choose that index it draws as many random bits as the number of such indices
+    has, and draws again while the result is too large. This code does the same, but calls
+    nothing but the generator.
     """
     draw = generator.getrandbits
-    place = len(items) - 1
-    while place > 0:
-        bits = (place + 1).bit_length()
-        last = max((1 << bits - 1) - 1, 1)  # the last place that needs as many bits
-        for here in range(place, last - 1, -1):
+    index = len(items) - 1
+    while index > 0:
+        bits = (index + 1).bit_length()
+        last = max((1 << bits - 1) - 1, 1)  # the lowest index that needs as many bits
+        for here in range(index, last - 1, -1):
             other = draw(bits)
             while other > here:
                 other = draw(bits)
             items[here], items[other] = items[other], items[here]
-        place = last - 1
+        index = last - 1
 
 
 def draw_below(count: int, generator: random.Random) -> int:
-    """What `generator.randint(0, count - 1)` gives, with the same draws, in half its time."""
+    """Return what `generator.randint(0, count - 1)` does, with the same draws, in half the time."""
     bits = count.bit_length()
     drawn = generator.getrandbits(bits)
     while drawn >= count:
@@ -224,7 +233,7 @@ class _ExampleMaker:
         self.random = generator
         self.cls, self.sep, self.mask = (vocabulary.ids[token] for token in (CLS, SEP, MASK))
         self.vocab_size = len(vocabulary)
-        self.places = list(range(settings.max_seq_length))
+        self.positions = list(range(settings.max_seq_length))
         self.specials_in_text = any(
             self.cls in sentence or self.sep in sentence
             for document in documents
@@ -232,7 +241,7 @@ class _ExampleMaker:
         )
 
     def from_document(self, documents: list[Document], index: int) -> list[Example]:
-        """Cut one document into chunks of about the target length, an example each."""
+        """Cut one document into chunks of about the target length, and make examples of them."""
         max_tokens = self.settings.max_seq_length - 3  # [CLS], [SEP], [SEP]
         target = max_tokens
         if self.random.random() < self.settings.short_seq_prob:
@@ -241,16 +250,16 @@ class _ExampleMaker:
         examples = []
         chunk: list[Sentence] = []
         chunk_length = 0
-        place = 0
-        while place < len(document):
-            chunk.append(document[place])
-            chunk_length += len(document[place])
-            if place == len(document) - 1 or chunk_length >= target:
+        number = 0
+        while number < len(document):
+            chunk.append(document[number])
+            chunk_length += len(document[number])
+            if number == len(document) - 1 or chunk_length >= target:
                 example, unused = self._from_chunk(chunk, documents, index, target, max_tokens)
                 examples.append(example)
-                place -= unused  # sentences that a random second segment left over
+                number -= unused  # a random second segment leaves these sentences unused
                 chunk, chunk_length = [], 0
-            place += 1
+            number += 1
         return examples
 
     def _from_chunk(
@@ -285,8 +294,8 @@ class _ExampleMaker:
                 break
         document = documents[other]
         segment: Sentence = []
-        for place in range(draw_below(len(document), self.random), len(document)):
-            segment.extend(document[place])
+        for number in range(draw_below(len(document), self.random), len(document)):
+            segment.extend(document[number])
             if len(segment) >= target:
                 break
         return segment
@@ -294,7 +303,7 @@ class _ExampleMaker:
     def _truncate(
         self, first: Sentence, second: Sentence, max_tokens: int
     ) -> tuple[Sentence, Sentence]:
-        """Drop tokens of the longer segment, from its front or back by a coin each."""
+        """Drop tokens of the longer segment, each from its front or its end at random."""
         starts, ends = [0, 0], [len(first), len(second)]
         excess = len(first) + len(second) - max_tokens
         for _ in range(excess):
@@ -306,25 +315,25 @@ class _ExampleMaker:
         return first[starts[0] : ends[0]], second[starts[1] : ends[1]]
 
     def _mask(self, ids: list[int], middle: int) -> tuple[list[int], list[int], list[int]]:
-        """Mask some tokens; `middle` is where the first [SEP] stands.
+        """Mask some tokens; `middle` is the position of the first [SEP].
 
-        Of the chosen ones 80% become [MASK], 10% stay, 10% become a random token.
+        Of the chosen tokens 80% become [MASK], 10% stay, 10% become a random token.
         """
-        candidates = self.places[1:middle] + self.places[middle + 1 : len(ids) - 1]
+        candidates = self.positions[1:middle] + self.positions[middle + 1 : len(ids) - 1]
         if self.specials_in_text:
-            # A [CLS] or [SEP] that came from the text is no candidate either.
+            # A [CLS] or [SEP] that came from the text is not masked either.
             specials = (self.cls, self.sep)
-            candidates = [place for place in candidates if ids[place] not in specials]
+            candidates = [position for position in candidates if ids[position] not in specials]
         shuffle(candidates, self.random)
         wanted = max(1, round(len(ids) * self.settings.masked_lm_prob))
         wanted = min(self.settings.max_predictions_per_seq, wanted)
         chosen = candidates[:wanted]
         masked = list(ids)
         draw = self.random.random
-        for place in chosen:
+        for position in chosen:
             if draw() < 0.8:
-                masked[place] = self.mask
+                masked[position] = self.mask
             elif draw() >= 0.5:
-                masked[place] = draw_below(self.vocab_size, self.random)
+                masked[position] = draw_below(self.vocab_size, self.random)
         positions = sorted(chosen)
-        return masked, positions, [ids[place] for place in positions]
+        return masked, positions, [ids[position] for position in positions]

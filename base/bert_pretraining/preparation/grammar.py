@@ -1,11 +1,12 @@
-"""A small probabilistic grammar: the corpus of the mini data set.
+"""A small probabilistic grammar, which writes the corpus of the mini data set.
 
-Every document has a topic, a person and two things of the topic. What can be masked can
-be inferred from both sides: a determiner and a verb agree with their noun in number, a
-pronoun with its person, and each thing has its own adjective, verb and place. Whole
-topics differ, so that a sentence pair from two documents can be told from a real pair.
+Every document has a topic, a person and two things of the topic. A masked token can be
+inferred from the tokens on both sides: a determiner and a verb agree with their noun in
+number, a pronoun with its person, and each thing has its own adjective, verb and place. The
+topics differ, so that a model can tell two sentences of different documents from a real
+pair.
 
-Only `random.Random.random()` is drawn from: its stream is the same on every Python.
+Only `random.Random.random()` is used, because its stream is the same on every Python.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class _Thing:
 
 
 class Grammar:
-    """Draws documents: lists of sentences."""
+    """Writes random documents, which are lists of sentences."""
 
     def __init__(self, seed: int) -> None:
         self._uniform = random.Random(seed).random
@@ -76,12 +77,12 @@ class Grammar:
         ]
 
     def text(self, num_documents: int) -> str:
-        """`num_documents` documents: a sentence a line, a blank line after each document."""
+        """`num_documents` documents of one sentence a line, each with a blank line behind it."""
         documents = (self.document() for _ in range(num_documents))
         return "".join("\n".join(sentences) + "\n\n" for sentences in documents)
 
     def document(self) -> list[str]:
-        """8 to 16 sentences of one topic about one person and two things."""
+        """A document of 8 to 16 sentences about one person and two things of one topic."""
         (*people, adverb), things = self._choose(self._topics)
         person = self._choose(people)
         first = self._choose(things)

@@ -7,7 +7,8 @@
     checksum       a shard's published md5            (hdf5_md5.py)
     prepare        all of them, in parallel, resumable
 
-Same arguments, same bytes in every dataset. Files appear whole or not at all.
+The same arguments give the same bytes in every dataset. Every file is written whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from bert_pretraining.data.shards import (
     SCHEMA,
     read_arrays,
     read_token_rows,
-    replace_file,
     shard_rows,
     write_shard,
     write_varlength_shard,
@@ -43,15 +43,18 @@ from bert_pretraining.preparation.examples import (
     pick,
     to_arrays,
 )
-from bert_pretraining.preparation.text_sources import read_text
+from bert_pretraining.preparation.manifest import OutputFiles, write_manifest
+from bert_pretraining.preparation.text_sources import read_bytes, read_text
 from bert_pretraining.preparation.verify_report import md5_of
+from bert_pretraining.runtime.files import write_whole
 
 REFERENCE_SEED = 12345
+ONE_A_LINE = "give text with one sentence a line"
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What one text file's examples depend on, beside the text."""
+    """What the examples of a text file depend on besides the text."""
 
     vocab: Path
     examples: ExampleSettings = field(default_factory=ExampleSettings)
@@ -61,7 +64,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What `data prepare` can be told."""
+    """The flags of `data prepare`."""
 
     text_dir: Path
     eval_text: Path
@@ -73,12 +76,13 @@ class PrepareSettings:
 
 
 def create_file(inputs: Sequence[Path], output: Path, settings: TextSettings) -> int:
-    """Examples of text files (one sentence a line, blank lines between documents).
+    """Make the examples of text files (one sentence a line, blank lines between documents).
 
     The documents of all inputs form one corpus. Returns the number of examples.
     Raises UserError for text that is missing, empty or not UTF-8.
 
-    Memory: about 100 bytes for every byte of text at the reference's dupe factor of 10.
+    It needs about 100 bytes of memory for every byte of text, at the reference's dupe
+    factor of 10.
     """
     lines: list[str] = []
     for path in inputs:
@@ -86,54 +90,56 @@ def create_file(inputs: Sequence[Path], output: Path, settings: TextSettings) ->
     vocabulary = Vocabulary.load(settings.vocab, settings.lower_case)
     documents = vocabulary.documents_of_lines(lines)
     if not documents:
-        raise UserError(f"{inputs[0]}: no sentences; give text with one sentence a line")
+        raise UserError(f"{inputs[0]}: no sentences", ONE_A_LINE)
     generator = random.Random(settings.seed)
     examples = create_examples(documents, vocabulary, settings.examples, generator)
     write_shard(output, to_arrays(examples, settings.examples))
     return len(examples)
 
 
-def pick_file(source: Path, output: Path, num_examples: int) -> None:
-    """`num_examples` spread evenly over the examples in `source`.
+def pick_file(source: Path, output: Path, num_examples: int, flag: str = "--num_examples") -> None:
+    """Pick `num_examples` that are spread evenly over the examples in `source`.
 
-    Raises UserError if there are fewer than that.
+    Raises UserError, which names `flag`, if `source` has fewer than that.
     """
     available = shard_rows(source)
     if not 1 <= num_examples <= available:
         raise UserError(
-            f"{source} has {available} examples, {num_examples} are wanted; "
-            "give more text, or a smaller --num_examples"
+            f"{source} has {available} examples, {num_examples} are wanted",
+            f"give more text, or a smaller {flag}",
         )
     write_shard(output, pick(read_arrays(source), num_examples))
 
 
-def shard_sizes(num_examples: int, num_shards: int) -> list[int]:
+def shard_sizes(num_examples: int, num_shards: int, flag: str = "--num_shards") -> list[int]:
     """How many examples each shard gets.
 
-    The reference tests its place in the shard where it means the shard's number, so all
-    but an exact division come out one short, and up to one example a shard is dropped.
-    The published checksums depend on it.
+    The reference compares the wrong index: where the number of examples is no multiple of
+    the number of shards, every shard gets one example less, and up to one example for each
+    shard is dropped. The published checksums depend on that.
 
-    Raises UserError if a shard would be empty.
+    Raises UserError, which names `flag`, if a shard would be empty.
     """
     nominal = -(-num_examples // num_shards)
     excess = num_shards * nominal - num_examples
     if nominal < 2:
         raise UserError(
-            f"{num_examples} examples do not fill {num_shards} shards; "
-            "give more text, or a smaller --num_shards"
+            f"{num_examples} examples do not fill {num_shards} shards",
+            f"give more text, or a smaller {flag}",
         )
     return [nominal - 1] + [nominal - (excess > 0)] * (num_shards - 1)
 
 
-def shard(inputs: Sequence[Path], output_dir: Path, num_shards: int) -> tuple[int, int]:
+def shard(
+    inputs: Sequence[Path], output_dir: Path, num_shards: int, flag: str = "--num_shards"
+) -> tuple[int, int]:
     """Chop the examples of `inputs`, in this order, into equal shards.
 
-    Writes `part_<number>_of_<count>.hdf5`; a shard that is there with the right number of
-    rows is kept. Holds one input file and one shard in memory.
-    Returns how many shards were written, and how many were there.
+    Writes `part_<number>_of_<count>.hdf5`, and keeps a shard that exists already with the
+    right number of rows. Holds one input file and one shard in memory.
+    Returns how many shards were written, and how many existed already.
     """
-    sizes = shard_sizes(sum(shard_rows(path) for path in inputs), num_shards)
+    sizes = shard_sizes(sum(shard_rows(path) for path in inputs), num_shards, flag)
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = [
         output_dir / f"part_{number:05d}_of_{num_shards:05d}.hdf5" for number in range(num_shards)
@@ -151,14 +157,15 @@ def shard(inputs: Sequence[Path], output_dir: Path, num_shards: int) -> tuple[in
 
 
 def to_varlength(source: Path, output: Path) -> None:
-    """A fixed-length shard without its padding: one array a row, no input_mask."""
+    """Write a fixed-length shard in the form without padding: no input_mask."""
     write_varlength_shard(output, read_arrays(source))
 
 
 def checksum(path: Path) -> str:
-    """The md5 that is published for a shard: of its rows' md5s, each of its token ids.
+    """The md5 of a shard, in the form in which it is published.
 
-    The text that is hashed is Python's own of a list, as in the reference's script.
+    It is the md5 of the list of the rows' md5s, and a row's is that of its list of token
+    ids. A list is hashed as Python prints it, as in the reference's script.
     """
     return md5_of([md5_of(row.tolist()) for row in read_token_rows(path)])
 
@@ -166,57 +173,66 @@ def checksum(path: Path) -> str:
 def prepare(settings: PrepareSettings) -> list[str]:
     """Text files -> `2048_shards_uncompressed/` and `eval_set_uncompressed/`.
 
-    Every file in text_dir is a text file; the examples of each go to `output_dir/work/`,
-    which is removed at the end. A rerun with the same settings keeps what is whole.
-    Needs disk for the examples twice; memory: `jobs` times `create_file`'s.
+    Every file in text_dir is a text file. The examples of each go to `output_dir/work/`,
+    which is removed at the end. A rerun keeps every whole file that its settings would
+    make in the same way. It needs disk space for the examples twice, and `jobs` times the
+    memory of `create_file`.
 
-    Returns lines that say what was made and what was there already.
-    Raises UserError for bad input, and if output_dir was begun with other settings.
+    Returns lines that say what was made and what existed already.
+    Raises UserError for bad input, and where `write_manifest` refuses changed settings.
     """
     texts = _texts(settings.text_dir)
-    output_dir = settings.output_dir
-    work = output_dir / "work"
-    shards_dir = output_dir / "2048_shards_uncompressed"
-    eval_path = output_dir / "eval_set_uncompressed" / _eval_name(settings.num_eval_examples)
-    _claim(settings, texts)
-    done = output_dir / "prepare_finished.json"
-    if done.is_file():
-        return [f"{output_dir} is finished already: nothing to do"]
+    files = OutputFiles(settings.output_dir)
+    messages = write_manifest(files, _manifest(settings, texts))
+    if files.finished.is_file():
+        return [f"{settings.output_dir} is finished already: nothing to do"]
 
-    messages = []
-    for directory in (work, shards_dir, eval_path.parent):
+    for directory in (files.work, files.shards, files.evaluation):
         directory.mkdir(parents=True, exist_ok=True)
-    eval_all = work / "eval_all.hdf5"
-    tasks = {text: work / f"{text.name}.hdf5" for text in texts}
-    tasks[settings.eval_text] = eval_all
+    examples = {text: files.examples(text.name) for text in texts}
+    tasks = {**examples, settings.eval_text: files.eval_examples}
     missing = {text: output for text, output in tasks.items() if not output.is_file()}
     _create_all(missing, settings)
     messages.append(f"examples: {len(missing)} files made, {len(tasks) - len(missing)} there")
-    if not eval_path.is_file():
-        pick_file(eval_all, eval_path, settings.num_eval_examples)
-    examples = [tasks[text] for text in texts]
-    made, there = shard(examples, shards_dir, settings.num_shards)
+    picked = files.picked(settings.num_eval_examples)
+    if not picked.is_file():
+        pick_file(files.eval_examples, picked, settings.num_eval_examples, "--num_eval_examples")
+    inputs = list(examples.values())
+    made, there = shard(inputs, files.shards, settings.num_shards, "--shards")
     messages.append(f"shards: {made} made, {there} there")
-    sizes = [shard_rows(path) for path in examples]
-    kept = sum(shard_sizes(sum(sizes), settings.num_shards))
+    kept = sum(shard_sizes(sum(shard_rows(path) for path in inputs), settings.num_shards))
     messages.append(f"{kept} training examples in {settings.num_shards} shards")
-    messages.append(f"{settings.num_eval_examples} evaluation examples: {eval_path}")
-    shutil.copyfile(settings.text.vocab, output_dir / "vocab.txt")
-    replace_file(done, json.dumps({"training_examples": kept}) + "\n")
-    shutil.rmtree(work)
+    messages.append(f"{settings.num_eval_examples} evaluation examples: {picked}")
+    write_whole(settings.output_dir / "vocab.txt", read_bytes(settings.text.vocab))
+    write_whole(files.finished, json.dumps({"training_examples": kept}) + "\n")
+    shutil.rmtree(files.work)
     return messages
+
+
+def _manifest(settings: PrepareSettings, texts: list[Path]) -> dict:
+    """What the data set depends on, for `prepare.json`."""
+    return {
+        "texts": {text.name: text.stat().st_size for text in texts},
+        "eval_text": len(read_bytes(settings.eval_text)),
+        "vocab": hashlib.md5(read_bytes(settings.text.vocab)).hexdigest(),
+        "examples": dataclasses.asdict(settings.text.examples),
+        "seed": settings.text.seed,
+        "lower_case": settings.text.lower_case,
+        "num_shards": settings.num_shards,
+        "num_eval_examples": settings.num_eval_examples,
+    }
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of one text file, without the line ends."""
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"{path}: empty; give text with one sentence a line")
+        raise UserError(f"{path}: empty", ONE_A_LINE)
     return text.removesuffix("\n").split("\n")
 
 
 def _chop(inputs: Sequence[Path], sizes: list[int]) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of the inputs end to end, `sizes[i]` of them at a time."""
+    """Yield the rows of the inputs in order, `sizes[i]` of them as piece i."""
     remaining = iter(inputs)
     held: list[dict[str, np.ndarray]] = []
     rows = 0
@@ -232,64 +248,23 @@ def _chop(inputs: Sequence[Path], sizes: list[int]) -> Iterator[dict[str, np.nda
 
 def _texts(text_dir: Path) -> list[Path]:
     if not text_dir.is_dir():
-        raise UserError(f"no such directory of text files: {text_dir}; pass --text_dir")
+        raise UserError(f"no such directory of text files: {text_dir}", "pass --text_dir DIR")
     texts = sorted(
         path for path in text_dir.iterdir() if path.is_file() and path.name != "eval.txt"
     )
     if not texts:
-        raise UserError(f"no text files in {text_dir}; expected part-00000-of-00500 and so on")
+        raise UserError(
+            f"no text files in {text_dir}; expected part-00000-of-00500 and so on",
+            "make them with data segment, or pass another --text_dir",
+        )
     return texts
 
 
-def _eval_name(count: int) -> str:
-    return f"part_eval_{count // 1000}k.hdf5" if count % 1000 == 0 else f"part_eval_{count}.hdf5"
-
-
-def _claim(settings: PrepareSettings, texts: list[Path]) -> None:
-    """Write down what output_dir is made with, or find that it is the same."""
-    values = {
-        "texts": {text.name: text.stat().st_size for text in texts},
-        "eval_text": _size(settings.eval_text),
-        "vocab": hashlib.md5(_bytes(settings.text.vocab)).hexdigest(),
-        "examples": dataclasses.asdict(settings.text.examples),
-        "seed": settings.text.seed,
-        "lower_case": settings.text.lower_case,
-        "num_shards": settings.num_shards,
-        "num_eval_examples": settings.num_eval_examples,
-    }
-    record = settings.output_dir / "prepare.json"
-    if record.is_file():
-        before = json.loads(record.read_text())
-        changed = [key for key in values if before.get(key) != values[key]]
-        if changed:
-            raise UserError(
-                f"{settings.output_dir} was begun with another {changed[0]}; delete it, "
-                "or choose another --output_dir"
-            )
-        return
-    try:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(record, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {settings.output_dir} ({error.strerror})") from error
-
-
-def _size(path: Path) -> int:
-    return len(_bytes(path))
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-
-
 def _create_all(tasks: dict[Path, Path], settings: PrepareSettings) -> None:
-    """Create examples of every text in parallel processes; the first error ends all."""
+    """Create the examples of every text, in parallel processes; the first error ends all."""
     total = sum(text.stat().st_size for text in tasks)
     bar = tqdm(total=total, desc="examples", unit="B", unit_scale=True)
-    # spawn: a forked child would share the parent's HDF5 state and threads
+    # spawn, because a forked child would share the parent's HDF5 state and threads
     context = multiprocessing.get_context("spawn")
     with bar, ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
         futures = {

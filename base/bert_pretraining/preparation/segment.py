@@ -1,27 +1,28 @@
-"""`data segment`: raw text -> one sentence a line, with evaluation articles set apart.
+"""`data segment`: raw text becomes one sentence a line, with evaluation articles set apart.
 
-Input is one of two, told apart by the first line that is not blank.
+The first line that is not blank tells which of two forms the input has.
 
-WikiExtractor's output: articles in `<doc ...>` ... `</doc>`, each on lines of their own.
-As in the MLPerf reference the first line of an article, its title, is dropped, and each
-further line is a paragraph. HTML entities are resolved and leftover tags removed.
+The output of WikiExtractor has articles in `<doc ...>` ... `</doc>`, each tag on a line of
+its own. As in the MLPerf reference the first line of an article, its title, is dropped, and
+each further line is a paragraph. HTML entities are resolved, and other tags are removed.
 
-Plain text: lines up to a blank line are a paragraph. Where the text has two or more blank
+In plain text, lines up to a blank line are a paragraph. If the text has two or more blank
 lines in a row anywhere between paragraphs, these separate articles, and a single blank
-line separates paragraphs; where it has none, each paragraph is an article.
+line separates paragraphs. Otherwise each paragraph is an article.
 
 A sentence ends at `.`, `!` or `?` (one or more, then perhaps closing quotes or brackets)
 if white space and then a capital letter, a digit, an opening quote or an opening bracket
 follow; and at the end of a paragraph. It does not end at a single period
 
-- after one of ABBREVIATIONS, in capitals or not ("Dr. Watson"; at the price of joining
-  "... and Co. They ..." with what follows),
+- after one of ABBREVIATIONS, in capitals or not ("Dr. Watson"; this wrongly joins
+  "... and Co. They ..." to the next sentence),
 - after one of BEFORE_NUMBERS if a digit follows ("No. 5", but "She said no. They left."),
 - after a single capital, or letters with periods between them ("J. Smith", "U.S. Army",
-  "e.g. X"; at the price of joining "So do I. They ..." and "... the U.S. They ...").
+  "e.g. X"; this wrongly joins "So do I. They ..." and "... the U.S. They ...").
 
-A decimal ("3.14") has no white space. White space, line ends among it, becomes one space.
-The rule is made for English; text without capital letters is split at digits and quotes only.
+A decimal ("3.14") has no white space. White space, also at line ends, becomes one space.
+The rule is made for English. Text without capital letters is split only before digits and
+quotes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _FILE_SEED_STEP = 13  # the reference's
 
 @dataclass(frozen=True)
 class SegmentReport:
-    """What was made. `without_text` counts articles that had a title only."""
+    """What was made. `without_text` counts articles that have only a title."""
 
     output_dir: Path
     num_parts: int
@@ -79,19 +80,19 @@ def segment(
     each article.
 
     The inputs are sorted by their paths as text. There is one part for each, or
-    `num_files` parts, each of inputs that follow one another. output_dir holds all of it,
-    or is not there if it fails. Memory: up to ten times the largest input file.
+    `num_files` parts, each of consecutive inputs. When anything fails, no output_dir is left
+    behind. It needs memory of up to ten times the largest input file.
 
-    The evaluation articles are those the MLPerf reference picks. Of F inputs number f
-    (from 0) gives int((f + 1) * num_eval_articles / F) - int(f * num_eval_articles / F),
-    drawn by a generator of its own, seeded seed + 13 * f. As in the reference the draw is
-    among the pieces that the segmented file falls into at its blank lines, and what
-    follows the last blank line is such a piece, although empty: where it is drawn, there
-    is one evaluation article less (the report has the true number).
+    The evaluation articles are those that the MLPerf reference picks. Of F inputs, number f
+    (from 0) gives int((f + 1) * num_eval_articles / F) - int(f * num_eval_articles / F)
+    articles. A generator with the seed `seed + 13 * f` picks them. As in the reference, it
+    picks among the pieces between the blank lines of the segmented file, and the empty piece
+    behind the last blank line counts too. If that one is picked, there is one evaluation
+    article less; the report has the true number.
 
     Raises UserError for an input that is missing, empty, given twice, not UTF-8 or cut off
-    in an article, that has fewer articles than are wanted of it for evaluation, or where
-    a part would be left without articles, and for an output_dir that holds anything.
+    in an article, for one with fewer articles than are needed for evaluation, for a part
+    without articles, and for an output_dir that holds anything.
     """
     paths = sorted(inputs, key=str)
     num_parts = len(paths) if num_files is None else num_files
@@ -99,15 +100,18 @@ def segment(
     if not paths or num_eval_articles < 0 or not 1 <= num_parts <= len(paths):
         raise UserError(
             f"{len(paths)} --input files, --num_eval_articles {num_eval_articles}, --num_files "
-            f"{num_parts}: give an input, no negative number, and at most a part for each input"
+            f"{num_parts} do not fit together",
+            "give an input, no negative number, and at most a part for each input",
         )
     seen: set[str] = set()
     for path in paths:
         if os.path.realpath(path) in seen:
-            raise UserError(f"{path}: given twice; its articles would be in both sets")
+            raise UserError(
+                f"{path}: given twice, so that its articles would be in both sets", "give it once"
+            )
         seen.add(os.path.realpath(path))
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists; delete it, or choose another --output_dir")
+        raise UserError(f"{output_dir} exists", "delete it, or choose another --output_dir")
 
     staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -117,8 +121,8 @@ def segment(
         os.replace(staging, output_dir)
     except OSError as error:
         raise UserError(
-            f"cannot write {output_dir} ({error.strerror or error}); "
-            "free disk space, or choose another --output_dir"
+            f"cannot write {output_dir} ({error.strerror or error})",
+            "free disk space, or choose another --output_dir",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -126,7 +130,7 @@ def segment(
 
 
 def describe(report: SegmentReport) -> str:
-    """What a reader wants to know of the segmented text."""
+    """The lines that `data segment` prints."""
     lines = [
         f"Made {report.output_dir}: {report.train_articles} articles in {report.num_parts} parts "
         f"to train on, {report.eval_articles} in eval.txt, {report.sentences} sentences in all"
@@ -137,7 +141,7 @@ def describe(report: SegmentReport) -> str:
 
 
 def sentences(paragraph: str) -> list[str]:
-    """The sentences of one paragraph, by this module's rule."""
+    """The sentences of one paragraph, by the rule of this module."""
     text = " ".join(paragraph.split())
     found, start = [], 0
     for match in _SENTENCE_END.finditer(text):
@@ -153,9 +157,9 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def articles(text: str, where: str) -> Iterator[list[str]]:
-    """Each article's paragraphs, by this module's rules; an article may have none.
+    """The paragraphs of each article, by the rules of this module; an article may have none.
 
-    Raises UserError, which says `where`, for `<doc ...>` and `</doc>` that do not alternate.
+    Raises UserError, which begins with `where`, if `<doc ...>` and `</doc>` do not alternate.
     """
     lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
@@ -175,7 +179,7 @@ def eval_choice(num_pieces: int, wanted: int, seed: int) -> set[int]:
 
 
 def _is_abbreviation(word: str, following: str) -> bool:
-    """Whether a period behind `word` belongs to it."""
+    """Whether a period behind `word` belongs to it, and so ends no sentence."""
     lowered = word.lower()
     if lowered in ABBREVIATIONS or (lowered in BEFORE_NUMBERS and following.isdigit()):
         return True
@@ -195,7 +199,8 @@ def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
             continue
         if _opens(line) != (body is None):
             raise UserError(
-                f"{where}: line {number} does not fit <doc ...> ... </doc>; extract the text again"
+                f"{where}: line {number} does not fit <doc ...> ... </doc>",
+                "extract the text again",
             )
         if body is None:
             body = []
@@ -205,7 +210,7 @@ def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
         else:
             body.append(line)
     if body is not None:
-        raise UserError(f"{where}: cut off, its last </doc> is missing; extract the text again")
+        raise UserError(f"{where}: cut off, its last </doc> is missing", "extract the text again")
 
 
 def _without_tags(line: str) -> str:
@@ -213,7 +218,7 @@ def _without_tags(line: str) -> str:
 
 
 def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
-    """Blank lines counted between paragraphs only, not at the ends of the file."""
+    """Blank lines at the start and the end of the file do not count."""
     stripped = "\n".join(line.strip() for line in lines).strip("\n")
     separator = "\n\n\n+" if "\n\n\n" in stripped else "\n\n"
     for article in re.split(separator, stripped):
@@ -223,18 +228,21 @@ def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
 def _read(path: Path) -> str:
     text = read_text(path, "utf-8-sig")
     if not text.strip():
-        raise UserError(f"{path}: empty; give text, or leave the file out")
+        raise UserError(f"{path}: empty", "give text, or leave the file out")
     return text
 
 
 def _write(
     paths: list[Path], directory: Path, num_parts: int, num_eval_articles: int, seed: int
 ) -> tuple[int, int, int, int]:
-    """All files; returns articles to train on and to evaluate on, sentences, empty articles."""
+    """Segment all files.
+
+    Returns the numbers of training articles, evaluation articles, sentences and empty articles.
+    """
     trained = [0] * num_parts
     evaluated = num_sentences = without_text = 0
     with contextlib.ExitStack() as stack:
-        # newline: the same bytes on every system
+        # newline="\n" gives the same bytes on every system.
         evaluation = stack.enter_context(
             open(directory / "eval.txt", "w", encoding="utf-8", newline="\n")
         )
@@ -252,9 +260,10 @@ def _write(
             if behind - before > len(kept):
                 raise UserError(
                     f"{path}: {len(kept)} articles with text, {behind - before} of them wanted "
-                    "for evaluation; give longer files, or a smaller --num_eval_articles"
+                    "for evaluation",
+                    "give longer files, or a smaller --num_eval_articles",
                 )
-            # One piece more than articles: the empty one behind the last blank line.
+            # There is one more piece than articles: the empty one behind the last blank line.
             chosen = eval_choice(len(kept) + 1, behind - before, seed + number * _FILE_SEED_STEP)
             part = number * num_parts // len(paths)
             name = f"part-{part:05d}-of-{num_parts:05d}"
@@ -267,7 +276,7 @@ def _write(
             trained[part] += len(kept) - picked
             if not trained[part] and (number + 1) * num_parts // len(paths) != part:
                 raise UserError(
-                    f"{path}: no article is left for {name}; give longer files, or a smaller "
-                    "--num_eval_articles or --num_files"
+                    f"{path}: no article is left for {name}",
+                    "give longer files, or a smaller --num_eval_articles or --num_files",
                 )
     return sum(trained), evaluated, num_sentences, without_text

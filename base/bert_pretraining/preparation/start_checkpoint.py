@@ -1,4 +1,4 @@
-"""The mini data set's start checkpoint: random weights, or the packaged one's making."""
+"""Making the start checkpoint of the mini data set, at random or from a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_pretraining.model.heads import BertForPreTraining
 
 
 def write_random_start(data_dir: Path, checkpoint_name: str, seed: int) -> None:
-    """Random weights for `data_dir/bert_config.json`, in the apex layout."""
+    """Write random weights for `data_dir/bert_config.json`, in the apex layout."""
     config = BertConfig.load(data_dir / "bert_config.json")
     kernels = select("reference", torch.device("cpu"), torch.float32)
     model = BertForPreTraining(config, kernels, seed)
@@ -22,10 +22,10 @@ def write_random_start(data_dir: Path, checkpoint_name: str, seed: int) -> None:
 
 
 def package_start(trained_dir: Path, destination: Path) -> None:
-    """Take the newest `model.ckpt-<step>.pt` of a run as the packaged start checkpoint."""
+    """Write the newest `model.ckpt-<step>.pt` of a run as a start checkpoint."""
     trained = sorted(
         trained_dir.glob("run-*/model.ckpt-*.pt"), key=lambda path: path.stat().st_mtime
     )
     if not trained:
-        raise UserError(f"no model.ckpt-<step>.pt in {trained_dir}; the training run wrote none")
+        raise UserError(f"no model.ckpt-<step>.pt in {trained_dir}", "run with --save_checkpoint")
     write_weights(destination, read_weights(trained[-1]))

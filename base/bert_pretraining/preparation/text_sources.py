@@ -1,7 +1,7 @@
-"""Other texts for a mini data set: the running Python's documentation, or any files.
+"""Other texts for a mini data set: the documentation of this Python, or any files.
 
-Documents become one sentence a line; the vocabulary is the text's commonest words and
-endings, counted, so that it is the same on every run.
+The vocabulary holds the most frequent words and word endings of the text. They are counted,
+so that the vocabulary is the same on every run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_ENDINGS = 200
 
 
 def standard_library_documents() -> list[list[str]]:
-    """The docstrings of the running Python's standard library, a module a document."""
+    """The docstrings of the standard library of this Python, one document for each module."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -29,7 +29,7 @@ def standard_library_documents() -> list[list[str]]:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # some of the library's files are broken on purpose
+            continue  # some files of the library are wrong on purpose
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
         documents.append([line for text in texts if text for line in sentences(text)])
@@ -37,7 +37,7 @@ def standard_library_documents() -> list[list[str]]:
 
 
 def file_documents(paths: Iterable[Path]) -> list[list[str]]:
-    """Plain text files: blank lines separate documents, and sentences end in . ! or ?"""
+    """Read plain text, where blank lines separate documents and sentences end in . ! or ?"""
     documents = []
     for path in paths:
         text = read_text(path).replace("\r\n", "\n")
@@ -46,23 +46,33 @@ def file_documents(paths: Iterable[Path]) -> list[list[str]]:
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """A whole text file, line ends as they are; UserError if it is missing or not UTF-8."""
+    """A whole text file, with its line ends as they are; UserError if it is not UTF-8."""
     try:
-        return path.read_bytes().decode(encoding)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
+        return read_bytes(path).decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from error
+        raise UserError(
+            f"{path}: not UTF-8 text (byte {error.start})", "convert the file to UTF-8"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file; UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror})", "name a file that can be read"
+        ) from error
 
 
 def sentences(text: str) -> list[str]:
-    """Split running text after . ! or ? that a space follows."""
+    """Split text behind every . ! or ? that is followed by a space."""
     flat = " ".join(text.split())
     return [part for part in re.split(r"(?<=[.!?]) ", flat) if part]
 
 
 def count_vocabulary(documents: list[list[str]]) -> list[str]:
-    """A WordPiece vocabulary of the text: specials, characters, endings, commonest words."""
+    """A WordPiece vocabulary: special tokens, characters, frequent endings, frequent words."""
     words: Counter[str] = Counter()
     for document in documents:
         for sentence in document:

@@ -1,9 +1,10 @@
-"""`data verify`: is a directory a data set that can be trained on, and which one is it?
+"""`data verify`: check whether a directory is a data set for training, and which one.
 
-Every file is read whole, once, by one of `jobs` processes, which hands back a summary.
-Memory: for each job, one file and some blocks of rows; and here, to find repeated
-sequences by 8-byte hashes, 16 bytes a training sequence (2.5 GB for the real set of 157
-million, where two different ones share a hash with a chance below one in a thousand).
+One of `jobs` processes reads each file once and returns a summary. Each process needs
+memory for one file and some blocks of rows. This process needs 16 bytes for each training
+sequence, because it finds repeated sequences by 8-byte hashes: 2.5 GB for the real set of
+157 million sequences. The chance that two different ones have equal hashes is below one in
+a thousand.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from tqdm import tqdm
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import verify_report as report
 from bert_pretraining.preparation.verify_file import Task, check_file
-from bert_pretraining.preparation.verify_report import FileSummary, Findings, VerifyReport
+from bert_pretraining.preparation.verify_report import CheckResults, FileSummary, VerifyReport
 from bert_pretraining.runtime.files import UNFINISHED
 
 
 def verify(directory: Path, jobs: int = 1) -> VerifyReport:
     """Check a data set: `*shards*/` and `eval*/` with files named `*part*`, bert_config.json.
 
-    A set is held against the published md5s where its names say that it has 2048 or 4320
+    A set is compared with the published md5s if its names say that it has 2048 or 4320
     shards and its vocabulary has 30522 entries. Raises UserError only for a directory
     that does not exist or holds no such files; other faults are problems in the report.
     """
     if not directory.is_dir():
-        raise UserError(f"no such directory: {directory}; name the one that holds the data set")
-    findings = Findings(not_checked=list(report.NEVER_CHECKED))
-    names = _find_files(directory, findings)
-    vocab_size, max_positions = _read_config(directory / "bert_config.json", findings)
+        raise UserError(f"no such directory: {directory}", "name the one that holds the data set")
+    results = CheckResults(not_checked=list(report.NEVER_CHECKED))
+    names = _find_files(directory, results)
+    vocab_size, max_positions = _read_config(directory / "bert_config.json", results)
     known = np.empty(0, np.uint64)
     checked: dict[str, list[FileSummary]] = {}
     roles = {name: "evaluation" if _is_eval(name) else "training" for name in names}
-    # The evaluation set first: training files are searched for its sequences.
+    # The evaluation set comes first, because training files are searched for its sequences.
     for name in sorted(names, key=lambda name: (roles[name], name)):
-        count = report.check_names(name, names[name], findings)
+        count = report.check_names(name, names[name], results)
         genuine = vocab_size == report.PUBLISHED_VOCAB_SIZE and count in report.PUBLISHED_COUNTS
         is_eval = roles[name] == "evaluation"
         tasks = [
@@ -50,27 +51,27 @@ def verify(directory: Path, jobs: int = 1) -> VerifyReport:
                  wants_md5=is_eval or genuine)
             for file in names[name]
         ]  # fmt: skip
-        files = _check_files(name, tasks, jobs, findings)
+        files = _check_files(name, tasks, jobs, results)
         checked[name] = files
-        report.compare_files(name, files, findings)
-        report.check_duplicates(name, files, findings)
+        report.compare_files(name, files, results)
+        report.check_duplicates(name, files, results)
         if is_eval:
             known = np.unique(np.concatenate([known, *(file.text_hashes for file in files)]))
         else:
             evaluation = [file for part in checked if _is_eval(part) for file in checked[part]]
-            report.check_overlap(files, evaluation, findings)
+            report.check_overlap(files, evaluation, results)
     files = [file for part in checked.values() for file in part]
-    report.compare_special_tokens(files, findings)
-    report.list_unread(files, findings)
+    report.compare_special_tokens(files, results)
+    report.list_unread(files, results)
     eval_md5, eval_sequences = report.fingerprint(files)
     checkpoint = next((path.name for path in sorted(directory.glob("model.ckpt-*"))), None)
-    findings.notes.append(f"start checkpoint: {checkpoint or 'none'}")
+    results.notes.append(f"start checkpoint: {checkpoint or 'none'}")
     return VerifyReport(
         directory=directory,
-        published=report.check_published(files, vocab_size, findings),
-        problems_by_kind=findings.problems,
-        notes=findings.notes,
-        not_checked=findings.not_checked,
+        published=report.check_published(files, vocab_size, results),
+        problems_by_kind=results.problems,
+        notes=results.notes,
+        not_checked=results.not_checked,
         sets=[report.summarize(name, roles[name], part) for name, part in checked.items()],
         vocab_size=vocab_size,
         eval_md5=eval_md5,
@@ -83,8 +84,8 @@ def _is_eval(name: str) -> bool:
     return name.startswith("eval")
 
 
-def _find_files(directory: Path, findings: Findings) -> dict[str, list[str]]:
-    """Subdirectory -> its files with `part` in the name, sorted."""
+def _find_files(directory: Path, results: CheckResults) -> dict[str, list[str]]:
+    """Each subdirectory with its files that have `part` in the name, sorted."""
     found = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir() and ("shards" in path.name or _is_eval(path.name)):
@@ -93,21 +94,21 @@ def _find_files(directory: Path, findings: Findings) -> dict[str, list[str]]:
             found[path.name] = read
             if len(inside) > len(read):
                 line = f"{path.name}: {len(inside) - len(read)} files that training does not read"
-                findings.notes.append(line)
+                results.notes.append(line)
     if not any(found.values()):
         raise UserError(
-            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/; "
-            "name the directory that holds 2048_shards_uncompressed/"
+            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/",
+            "name the directory that holds 2048_shards_uncompressed/",
         )
     for wanted, example in ((False, "2048_shards_uncompressed"), (True, "eval_set_uncompressed")):
         if not any(files for name, files in found.items() if _is_eval(name) is wanted):
             line = f"{example}: no such directory with files in it; make or copy it"
-            findings.problem("missing directory", line)
+            results.problem("missing directory", line)
     return {name: files for name, files in found.items() if files}
 
 
-def _read_config(path: Path, findings: Findings) -> tuple[int | None, int | None]:
-    """vocab_size and max_position_embeddings, None where the file does not tell."""
+def _read_config(path: Path, results: CheckResults) -> tuple[int | None, int | None]:
+    """vocab_size and max_position_embeddings; None where the file does not say."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         values = [config[key] for key in ("vocab_size", "max_position_embeddings")]
@@ -118,18 +119,18 @@ def _read_config(path: Path, findings: Findings) -> tuple[int | None, int | None
         fault = f"cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError) as error:
         fault = f"no JSON object with vocab_size and max_position_embeddings ({error!r})"
-    findings.problem("bert_config.json", f"{path.name}: {fault}; take the data set's own")
-    findings.not_checked.append("vocabulary: whether token ids are in it; bert_config.json fails")
+    results.problem("bert_config.json", f"{path.name}: {fault}; take the data set's own")
+    results.not_checked.append("vocabulary: whether token ids are in it; bert_config.json fails")
     return None, None
 
 
 def _check_files(
-    name: str, tasks: Sequence[Task], jobs: int, findings: Findings
+    name: str, tasks: Sequence[Task], jobs: int, results: CheckResults
 ) -> list[FileSummary]:
-    """Check all files of one directory, in order; their problems go to `findings`."""
+    """Check all files of one directory, in order. Their problems go into `results`."""
     summaries: list[FileSummary] = []
     jobs = max(1, min(jobs, len(tasks)))
-    # spawn: a forked child would share the parent's HDF5 state
+    # spawn, because a forked child would share the parent's HDF5 state
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         checked = pool.map(check_file, tasks) if jobs > 1 else map(check_file, tasks)
@@ -137,8 +138,8 @@ def _check_files(
             for summary in tqdm(checked, name, len(tasks), unit="file", disable=None):
                 summaries.append(summary)
                 for kind, line in summary.problems:
-                    findings.problem(kind, line)
+                    results.problem(kind, line)
         except BrokenProcessPool:
             line = f"{name}: a process died, {len(tasks) - len(summaries)} files not checked"
-            findings.problem("process died", f"{line}; run again with fewer --jobs")
+            results.problem("process died", f"{line}; run again with fewer --jobs")
     return summaries

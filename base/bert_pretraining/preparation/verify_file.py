@@ -1,4 +1,4 @@
-"""`data verify`: one file, read whole and once, in blocks of rows that stay in the cache."""
+"""The part of `data verify` that reads and checks one file, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LABELS = "next_sentence_labels"
 class Task:
     """One file to check.
 
-    eval_hashes: (K,) uint64 text hashes to look for in a training file; None makes it an
-    evaluation file. max_positions, vocab_size: None where not known.
+    eval_hashes: (K,) uint64 text hashes to look for in a training file; None for an
+    evaluation file. max_positions, vocab_size: None where they are not known.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Task:
 class _Block:
     """Sequences without padding, none empty, as in `shards.FlatShard`.
 
-    rows: (N,) where they stand in the file.
+    rows: (N,) their row numbers in the file.
     """
 
     rows: np.ndarray
@@ -50,17 +50,17 @@ class _Block:
 
 
 class _Faults(dict[str, tuple[int, int]]):
-    """Fault -> number of sequences that have it, and the first one's row."""
+    """For each fault, the number of sequences that have it, and the row of the first one."""
 
     def add(self, fault: str, rows: np.ndarray) -> None:
-        """rows: ascending; a row counts once, however often it comes."""
+        """Count these rows, which ascend. A row that comes several times counts once."""
         if len(rows):
             count, first = self.get(fault, (0, int(rows[0])))
             self[fault] = (count + len(np.unique(rows)), first)
 
 
 def check_file(task: Task) -> FileSummary:
-    """Read and check one file; what is wrong with it is in the summary's problems."""
+    """Read and check one file. Its faults are the problems of the summary."""
     name = f"{task.path.parent.name}/{task.path.name}"
     summary = FileSummary(name, is_eval=task.eval_hashes is None)
     try:
@@ -83,7 +83,7 @@ def check_file(task: Task) -> FileSummary:
 
 
 def _schema_fault(file: h5py.File) -> tuple[str, str] | None:
-    """What is wrong with datasets, dtypes and shapes: (kind, words), or None."""
+    """The first fault of datasets, dtypes and shapes as (kind, description), or None."""
     ids = file.get("input_ids")
     varlength = isinstance(ids, h5py.Dataset) and h5py.check_vlen_dtype(ids.dtype) is not None
     for key in (*VARLENGTH_DATASETS, LABELS) if varlength else SCHEMA:
@@ -106,7 +106,7 @@ def _schema_fault(file: h5py.File) -> tuple[str, str] | None:
 def _summarize(
     summary: FileSummary, arrays: dict[str, np.ndarray], task: Task, faults: _Faults
 ) -> None:
-    """Fill in the summary from a file's arrays, block by block."""
+    """Fill in the summary from the arrays of a file, block by block."""
     varlength = arrays["input_ids"].ndim == 1
     summary.readable = True
     summary.num_sequences = len(arrays[LABELS])
@@ -147,7 +147,7 @@ def _summarize(
 
 
 def _fixed_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Faults) -> _Block:
-    """Padded rows without their padding; faults of the padding are noted."""
+    """Remove the padding of rows. Faults of the padding are counted."""
 
     def add(fault: str, bad: np.ndarray) -> None:
         if bad.any():
@@ -176,7 +176,7 @@ def _fixed_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Faults)
 
 
 def _varlength_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Faults) -> _Block:
-    """Rows end to end; those whose datasets differ in length are noted and left out."""
+    """Concatenate rows. Rows whose datasets differ in length are counted and left out."""
     sizes = {
         key: np.fromiter(map(len, part[key]), np.int64, len(rows)) for key in VARLENGTH_DATASETS
     }
@@ -205,7 +205,7 @@ def _varlength_block(part: dict[str, np.ndarray], rows: np.ndarray, faults: _Fau
 def _check_block(
     block: _Block, ends: np.ndarray, task: Task, special_tokens: tuple[int, int], faults: _Faults
 ) -> None:
-    """Note the faults of tokens, segments and predictions."""
+    """Count the faults of tokens, segments and predictions."""
     rows, ids, labels, positions = block.rows, block.ids, block.labels, block.positions
     mask_ends = np.cumsum(block.counts)
 
@@ -228,12 +228,12 @@ def _check_block(
     outside = (positions < 1) | (positions >= np.repeat(block.lengths, block.counts))
     add("have a masked position outside their words", outside, mask_ends)
     falls = np.diff(positions, prepend=np.int16(-1)) <= 0
-    falls[(mask_ends - block.counts)[block.counts > 0]] = False  # a sequence's first one
+    falls[(mask_ends - block.counts)[block.counts > 0]] = False  # the first of each sequence
     add("have masked positions that do not ascend", falls, mask_ends)
 
 
 def _random_bits(count: int, salt: int) -> np.ndarray:
-    """(count,) uint64 that look random, the same everywhere (splitmix64)."""
+    """(count,) pseudo-random uint64, the same on every machine (splitmix64)."""
     bits = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(salt << 32)
     bits *= np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -241,28 +241,32 @@ def _random_bits(count: int, salt: int) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-TOKEN_BITS = _random_bits(2**16, 1)  # by the id's 16 bits
-PLACE_BITS = _random_bits(2**16, 2) | np.uint64(1)  # odd: a product keeps every bit
+TOKEN_BITS = _random_bits(2**16, 1)  # one for each 16-bit token id
+# Odd numbers, because a product with an odd number loses no bit.
+POSITION_BITS = _random_bits(2**16, 2) | np.uint64(1)
 LABEL_FACTOR = np.uint64(0xD6E8FEB86659FD93)
 
 
 def _hashes(block: _Block, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) uint64 each: of tokens with masks and labels; of the tokens before masking."""
+    """Two hashes of each sequence, (N,) uint64.
+
+    The first is of its tokens, masks and labels, the second of its tokens before masking.
+    """
     starts = ends - block.lengths
-    places = np.arange(ends[-1]) - np.repeat(starts, block.lengths)
-    tokens = TOKEN_BITS[block.ids.view("u2")] * PLACE_BITS[places & 0xFFFF]
+    positions_of_tokens = np.arange(ends[-1]) - np.repeat(starts, block.lengths)
+    tokens = TOKEN_BITS[block.ids.view("u2")] * POSITION_BITS[positions_of_tokens & 0xFFFF]
     masked = np.add.reduceat(tokens, starts)
-    # A faulty position must not reach into another sequence.
+    # A wrong position must not point into another sequence.
     last = np.repeat(block.lengths - 1, block.counts)
     positions = np.clip(block.positions, 0, last)
-    labels = TOKEN_BITS[block.labels.view("u2")] * PLACE_BITS[positions & 0xFFFF]
+    labels = TOKEN_BITS[block.labels.view("u2")] * POSITION_BITS[positions & 0xFFFF]
     hidden = tokens[np.repeat(starts, block.counts) + positions]
     labels_sum, hidden_sum = (_sums(values, block.counts) for values in (labels, hidden))
     return masked + labels_sum * LABEL_FACTOR, masked + labels_sum - hidden_sum
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums of runs of `counts` values each, wrapping around; a run may be empty."""
+    """Sums of runs of `counts` values each, modulo 2^64; a run may be empty."""
     totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values)])
     ends = np.cumsum(counts)
     return totals[ends] - totals[ends - counts]

@@ -1,4 +1,4 @@
-"""What the summaries of a data set's files say together, and the report of `data verify`."""
+"""The report of `data verify`, and the checks that compare the files of a data set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_pretraining.errors import UserError
-
 NAME_PATTERN = re.compile(r"part[-_](\d+)[-_]of[-_](\d+)\.(hdf5|h5)")
 PUBLISHED_VOCAB_SIZE = 30522
 PUBLISHED_COUNTS = (2048, 4320)
-CHECKSUMS = Path(__file__).with_name("checksums")  # the published lists: name, tab, md5
-TOLERATED_SHARE = 0.01  # of sequences that repeat, or stand in both sets
+CHECKSUMS = Path(__file__).with_name(
+    "checksums"
+)  # the published lists; each line holds a name, a tab and an md5
+TOLERATED_SHARE = 0.01  # of the sequences may repeat others, or be in both sets
 MAX_BINS = 16
 SHOWN_PROBLEMS, SHOWN_NOTES, SHOWN_NOT_CHECKED, SHOWN_SETS = 16, 5, 7, 4
 FIX = "make or copy it again"
@@ -31,15 +31,15 @@ NEVER_CHECKED = (
 
 @dataclass
 class FileSummary:
-    """What one file holds, small enough to hand from process to process.
+    """What one file holds, small enough to be passed from process to process.
 
-    name: `directory/file`. problems: (kind, line). readable: its content was checked.
-    max_seq_length: None in a variable-length file. special_tokens: what sequences begin
-    and end with. length_counts: (L,) int64, how many sequences have each length.
-    hashes: (N,) uint64 of each sequence's tokens and masks. digest: equal for equal
-    sequences in equal order. text_hashes: uint64 of the tokens before masking, all of an
-    evaluation file's, or a training file's that the evaluation set has too.
-    row_md5s: an evaluation file's. md5: as published, where asked for.
+    name: `directory/file`. problems: (kind, line). readable: the content was checked.
+    max_seq_length: None for a variable-length file. special_tokens: the tokens that
+    sequences begin and end with. length_counts: (L,) int64, the number of sequences of each
+    length. hashes: (N,) uint64, of the tokens and masks of each sequence. digest: equal for
+    equal sequences in equal order. text_hashes: uint64, of the tokens before masking; of an
+    evaluation file all, of a training file those that the evaluation set has too.
+    row_md5s: of an evaluation file. md5: in the published form, where it is wanted.
     """
 
     name: str
@@ -59,8 +59,8 @@ class FileSummary:
 
 
 @dataclass
-class Findings:
-    """Problems by kind, notes, and what was not checked."""
+class CheckResults:
+    """What the checks have found so far: problems by kind, notes, and what was not checked."""
 
     problems: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -72,9 +72,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """Counts of one directory. max_seq_length is None for variable-length files.
+    """The counts of one directory. max_seq_length is None for variable-length files.
 
-    histogram: (shortest, longest, sequences) of bins of equal width, a power of two.
+    histogram: (shortest, longest, number of sequences) of each bin. The bins have equal
+    width, a power of two.
     """
 
     name: str
@@ -98,11 +99,11 @@ class SetSummary:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All that `verify` found, a line each: problems by kind, notes, what was not checked.
+    """All that `verify` found, in lines: problems by kind, notes, what was not checked.
 
-    eval_md5: of the evaluation sequences in their order, None where they could not all
-    be read. published: how many files were held against a published md5, and how many
-    of them matched. checkpoint: the start checkpoint's file name.
+    eval_md5: of the evaluation sequences in their order, None where some could not be read.
+    published: how many files were compared with a published md5, and how many of them
+    matched. checkpoint: the file name of the start checkpoint.
     """
 
     directory: Path
@@ -122,11 +123,11 @@ class VerifyReport:
 
     @property
     def problems(self) -> list[str]:
-        """One line each: file, what is wrong, how to fix it."""
+        """One line for each problem: the file, what is wrong, how to fix it."""
         return [line for lines in self.problems_by_kind.values() for line in lines]
 
     def to_json(self) -> dict:
-        """The report as values that `json` can write."""
+        """The report as plain data for json.dumps."""
         return {
             "ok": self.ok,
             "directory": str(self.directory),
@@ -141,7 +142,7 @@ class VerifyReport:
         }
 
     def describe(self) -> str:
-        """At most 40 lines: verdict, counts, the first problems of each kind, the rest."""
+        """At most 40 lines: the result, counts, the first problems of each kind, notes."""
         count = len(self.problems)
         verdict = "good" if self.ok else f"NOT good: {count} problem{'s' * (count > 1)}"
         lines = [f"{self.directory}: {verdict}"]
@@ -167,7 +168,7 @@ def _first(lines: list[str], limit: int) -> list[str]:
 
 
 def _shown(problems: dict[str, list[str]]) -> list[str]:
-    """The first few of each kind: three, or fewer where there are many kinds."""
+    """The first problems of each kind: three, or fewer where there are many kinds."""
     limit = max(1, min(3, SHOWN_PROBLEMS // max(1, len(problems))))
     shown = []
     for kind, lines in problems.items():
@@ -177,30 +178,8 @@ def _shown(problems: dict[str, list[str]]) -> list[str]:
     return shown
 
 
-def plot_lengths(report: VerifyReport, path: Path) -> None:
-    """Draw each set's length histogram into an image file.
-
-    Raises UserError without matplotlib, or where `path` cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib; install it: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens in a sequence", ylabel="share of the set's sequences")
-    for part in report.sets:
-        edges = [low for low, _, _ in part.histogram] + [part.histogram[-1][1] + 1]
-        shares = [count / max(1, part.sequences) for _, _, count in part.histogram]
-        axes.stairs(shares, edges, label=f"{part.name}, mean {part.mean_length:.1f}")
-    axes.legend()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}); name another file") from error
-
-
 def summarize(name: str, role: str, files: Sequence[FileSummary]) -> SetSummary:
-    """Add up one directory's files."""
+    """Add up the files of one directory."""
     counts = np.zeros(max([2, *(len(file.length_counts) for file in files)]), np.int64)
     for file in files:
         counts[: len(file.length_counts)] += file.length_counts
@@ -225,14 +204,17 @@ def summarize(name: str, role: str, files: Sequence[FileSummary]) -> SetSummary:
     )
 
 
-def check_names(set_name: str, names: Sequence[str], findings: Findings) -> int | None:
-    """Hold file names against their `_of_NNNNN`; returns that count, None without one."""
+def check_names(set_name: str, names: Sequence[str], results: CheckResults) -> int | None:
+    """Compare the names of files with the count in them, `_of_NNNNN`.
+
+    Returns that count, None where no name has one.
+    """
     matches = {name: NAME_PATTERN.fullmatch(name) for name in names}
     numbered = {name: (int(match[1]), int(match[2])) for name, match in matches.items() if match}
     if not numbered:
         if not set_name.startswith("eval"):
             line = f"{set_name}: whether all shards are there; no name has _of_<count>"
-            findings.not_checked.append(line)
+            results.not_checked.append(line)
         return None
     count = Counter(of for _, of in numbered.values()).most_common(1)[0][0]
     by_number: dict[int, str] = {}
@@ -250,19 +232,19 @@ def check_names(set_name: str, names: Sequence[str], findings: Findings) -> int 
         else:
             by_number[number] = name
             continue
-        findings.problem(kind, f"{set_name}/{name}: {line}; move it away")
+        results.problem(kind, f"{set_name}/{name}: {line}; move it away")
     absent = count - len(by_number)
     if absent:
         missing = (number for number in range(count) if number not in by_number)
         first = [f"part_{next(missing):05d}_of_{count:05d}.hdf5" for _ in range(min(3, absent))]
         named = ", ".join(first) + (f" and {absent - 3} more" if absent > 3 else "")
         line = f"{set_name}: {absent} of {count} shards missing: {named}; make or copy them"
-        findings.problem("missing shards", line)
+        results.problem("missing shards", line)
     return count
 
 
-def compare_files(set_name: str, files: Sequence[FileSummary], findings: Findings) -> None:
-    """One form and one length over a directory's files; sizes that are about equal."""
+def compare_files(set_name: str, files: Sequence[FileSummary], results: CheckResults) -> None:
+    """Check that the files of a directory have one form, one length and about equal sizes."""
     readable = [file for file in files if file.readable]
     if not readable:
         return
@@ -271,31 +253,31 @@ def compare_files(set_name: str, files: Sequence[FileSummary], findings: Finding
         if file.max_seq_length != usual:
             own, others = (size or "varying numbers of" for size in (file.max_seq_length, usual))
             line = f"rows of {own} tokens, in the other files of {others}; make all of one form"
-            findings.problem("other length of rows", f"{file.name}: {line}")
+            results.problem("other length of rows", f"{file.name}: {line}")
     sizes = [file.num_sequences for file in readable]
     if max(sizes) > 1.05 * min(sizes) + 1:
         line = f"{set_name}: files are uneven: {min(sizes)} to {max(sizes)} sequences"
-        findings.notes.append(line)
+        results.notes.append(line)
 
 
-def compare_special_tokens(files: Sequence[FileSummary], findings: Findings) -> None:
-    """All files' sequences begin with one [CLS] and end with one [SEP]."""
+def compare_special_tokens(files: Sequence[FileSummary], results: CheckResults) -> None:
+    """Check that the sequences of all files begin with one [CLS] and end with one [SEP]."""
     found = [file for file in files if file.special_tokens]
     usual = Counter(file.special_tokens for file in found).most_common(1)
     for file in found:
         if file.special_tokens != usual[0][0]:
             own, others = ("{} ... {}".format(*pair) for pair in (file.special_tokens, usual[0][0]))
             line = f"sequences are [{own}], in the other files [{others}]; use one vocabulary"
-            findings.problem("other [CLS] or [SEP]", f"{file.name}: {line}")
+            results.problem("other [CLS] or [SEP]", f"{file.name}: {line}")
 
 
-def check_duplicates(set_name: str, files: Sequence[FileSummary], findings: Findings) -> None:
-    """Files that repeat, and sequences that do; empties the files' hashes to free memory."""
+def check_duplicates(set_name: str, files: Sequence[FileSummary], results: CheckResults) -> None:
+    """Find files and sequences that repeat others. Removes `hashes` of the files after use."""
     seen: dict[bytes, str] = {}
     for file in files:
         if file.digest and seen.setdefault(file.digest, file.name) != file.name:
             line = f"the same sequences as {seen[file.digest]}; make or copy the right file"
-            findings.problem("duplicate shard", f"{file.name}: {line}")
+            results.problem("duplicate shard", f"{file.name}: {line}")
     flat = np.concatenate([np.empty(0, np.uint64), *(file.hashes for file in files)])
     ends = np.cumsum([len(file.hashes) for file in files])
     for file in files:
@@ -303,20 +285,20 @@ def check_duplicates(set_name: str, files: Sequence[FileSummary], findings: Find
     ordered = np.sort(flat)
     repeats = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeats):
-        places = np.searchsorted(ends, np.flatnonzero(flat == repeats[0])[:2], "right")
-        one, other = (files[place].name for place in places)
+        indices = np.searchsorted(ends, np.flatnonzero(flat == repeats[0])[:2], "right")
+        one, other = (files[index].name for index in indices)
         line = f"{set_name}: {_share(len(repeats), len(flat))} sequences repeat others"
         line += f", one of them in {one} and {other}"
         if len(repeats) > TOLERATED_SHARE * len(flat):
-            findings.problem("duplicate sequences", f"{line}; make the set again")
+            results.problem("duplicate sequences", f"{line}; make the set again")
         else:
-            findings.notes.append(line)
+            results.notes.append(line)
 
 
 def check_overlap(
-    train: Sequence[FileSummary], evaluation: Sequence[FileSummary], findings: Findings
+    train: Sequence[FileSummary], evaluation: Sequence[FileSummary], results: CheckResults
 ) -> None:
-    """Evaluation sequences that training has too, token for token before masking."""
+    """Find evaluation sequences that training has too, with equal tokens before masking."""
     shared = [file for file in train if len(file.text_hashes)]
     if not shared or not evaluation:
         return
@@ -327,9 +309,9 @@ def check_overlap(
         f"too, the first in {shared[0].name}"
     )
     if found.sum() > TOLERATED_SHARE * len(found):
-        findings.problem("evaluation in training", f"{line}; take them out of training")
+        results.problem("evaluation in training", f"{line}; take them out of training")
     else:
-        findings.notes.append(line)
+        results.notes.append(line)
 
 
 def _share(part: int, whole: int) -> str:
@@ -337,9 +319,9 @@ def _share(part: int, whole: int) -> str:
 
 
 def row_md5s(ids: np.ndarray, ends: np.ndarray) -> list[str]:
-    """Each sequence's md5, of Python's text of its list of token ids.
+    """The md5 of each sequence, that is, of its list of token ids as Python prints it.
 
-    ids: (T,) sequences end to end; ends: (N,) where each ends.
+    ids: (T,) the tokens of all sequences; ends: (N,) the index behind each sequence.
     """
     tokens, start, sums = ids.tolist(), 0, []
     for end in ends.tolist():
@@ -349,31 +331,31 @@ def row_md5s(ids: np.ndarray, ends: np.ndarray) -> list[str]:
 
 
 def md5_of(values: list[int] | list[str]) -> str:
-    """The md5 of Python's text of a list; of its rows' md5s, a file's published md5."""
+    """The md5 of a list as Python prints it. For the md5s of rows, it is the published md5."""
     return hashlib.md5(str(values).encode(), usedforsecurity=False).hexdigest()
 
 
 def fingerprint(files: Sequence[FileSummary]) -> tuple[str | None, int]:
-    """md5 of all evaluation sequences in order, None where some are unread; their number."""
+    """The md5 of all evaluation sequences in order, None where some are unread; their number."""
     evaluation = [file for file in files if file.is_eval]
     sums = [md5 for file in evaluation for md5 in file.row_md5s]
     whole = bool(evaluation) and all(file.readable for file in evaluation)
     return md5_of(sums) if whole else None, len(sums)
 
 
-def list_unread(files: Sequence[FileSummary], findings: Findings) -> None:
-    """Files with a fault that kept their content from being checked."""
+def list_unread(files: Sequence[FileSummary], results: CheckResults) -> None:
+    """Count the files whose content could not be checked."""
     unread = sum(not file.readable for file in files)
     if unread:
-        findings.not_checked.append(f"content of {unread} files that could not be read (above)")
+        results.not_checked.append(f"content of {unread} files that could not be read (above)")
 
 
 def check_published(
-    files: Sequence[FileSummary], vocab_size: int | None, findings: Findings
+    files: Sequence[FileSummary], vocab_size: int | None, results: CheckResults
 ) -> tuple[int, int]:
-    """Hold md5s against the published lists; returns how many, and how many match.
+    """Compare md5s with the published lists; returns how many, and how many match.
 
-    A set none of whose shards match is somebody's own, which is no fault.
+    If no shard matches, the set is not the published one, which is no fault.
     """
     lines = [line.split() for path in CHECKSUMS.glob("*.chk") for line in path.open()]
     published = dict(lines)
@@ -385,15 +367,15 @@ def check_published(
     matched = sum(same for _, same in compared)
     if not compared:
         line = "published md5s: they are for 2048 or 4320 shards and 30522 tokens"
-        findings.not_checked.append(line)
+        results.not_checked.append(line)
     elif not matched:
         line = "none of the published checksums match: this is not the published data set"
-        findings.notes.append(line)
+        results.notes.append(line)
     elif not any(same for file, same in compared if not file.is_eval):
-        findings.notes.append("only the evaluation set matches its published checksum")
+        results.notes.append("only the evaluation set matches its published checksum")
     else:
         for file, same in compared:
             if not same:
                 line = f"its md5 {file.md5} is not the published one; {FIX}"
-                findings.problem("not the published content", f"{file.name}: {line}")
+                results.problem("not the published content", f"{file.name}: {line}")
     return len(compared), matched

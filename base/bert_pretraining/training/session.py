@@ -12,11 +12,12 @@ from bert_pretraining import progress
 from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, training_state
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved, TrainingState
 from bert_pretraining.config import Config
+from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.inputs import DataPaths
 from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
-from bert_pretraining.data.shards import ShardInfo, list_shards
+from bert_pretraining.data.shards import list_shards
 from bert_pretraining.logs.run_folder import versions
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.batch import PackedBatch

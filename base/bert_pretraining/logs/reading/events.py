@@ -1,7 +1,7 @@
-"""Log files -> events: MLPerf's `:::MLLOG` lines and DeepSparkHub's `[PerfLog]` lines.
+"""Reading events from log files: MLPerf's `:::MLLOG` and DeepSparkHub's `[PerfLog]` lines.
 
-A log may hold anything between its events, and a line anything before its event (a rank, a
-progress bar). `run_of_events.py` makes a run of the events.
+A log may have other lines between its events, and other text before an event on its line (a
+rank, a progress bar). `run_of_events.py` makes a run of the events.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Event:
     """One event of a log.
 
     Attributes:
-        line: its line's number, from 1.
-        kind: "INTERVAL_START", "INTERVAL_END" or "POINT_IN_TIME"; where the record does not
-            say, the key's ending does.
+        line: the number of its line, from 1.
+        kind: "INTERVAL_START", "INTERVAL_END" or "POINT_IN_TIME". If the record does not
+            say it, the ending of the key does.
         key: MLLOG's `key` or PerfLog's `event`.
         value: any JSON value; None where the record has none.
         time_ms: milliseconds of Unix time; None where the record has none.
-        metadata: the record's, {} where it has none.
-        namespace: MLLOG's, "" where the record has none.
+        metadata: {} where the record has none.
+        namespace: of MLLOG; "" where the record has none.
     """
 
     line: int
@@ -46,7 +46,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a line that has an event's token."""
+    """What is wrong with a line that has the token of an event."""
 
     line: int
     what: str
@@ -56,7 +56,7 @@ class Fault:
 class LogFile:
     """Every event of a file, in the order of its lines, and every fault.
 
-    A record that lacks only its value, time or metadata is an event and a fault.
+    A record without value, time or metadata is both an event and a fault.
     """
 
     path: Path
@@ -69,7 +69,8 @@ def mllog_events(path: str | Path, strict: bool = True) -> list[Event]:
     """The events of a file's `:::MLLOG` lines.
 
     Args:
-        strict: a malformed line raises UserError; otherwise what it holds is read if it can be.
+        strict: whether a malformed line raises UserError. If not, as much of it is read as
+            possible.
 
     Raises:
         UserError: the file cannot be read, is not text, or, if `strict`, has a malformed line,
@@ -79,12 +80,12 @@ def mllog_events(path: str | Path, strict: bool = True) -> list[Event]:
 
 
 def perflog_events(path: str | Path, strict: bool = True) -> list[Event]:
-    """The events of a file's `[PerfLog]` lines; arguments and errors as `mllog_events` has them."""
+    """The events of a file's `[PerfLog]` lines, with the arguments and errors of `mllog_events`."""
     return _events(read_log(path, (PERFLOG_TOKEN,)), strict).perflog
 
 
 def read_log(path: str | Path, tokens: tuple[str, ...] = (MLLOG_TOKEN, PERFLOG_TOKEN)) -> LogFile:
-    """Both kinds of events of a file, faults collected.
+    """The events of both kinds in a file, and the faults.
 
     Raises:
         UserError: the file cannot be read or is not text.
@@ -102,22 +103,24 @@ def read_log(path: str | Path, tokens: tuple[str, ...] = (MLLOG_TOKEN, PERFLOG_T
 def _events(log: LogFile, strict: bool) -> LogFile:
     if strict and log.faults:
         fault = log.faults[0]
-        raise UserError(f"{log.path}:{fault.line}: {fault.what}")
+        raise UserError(
+            f"{log.path}:{fault.line}: {fault.what}", "repair that line, or pass another log"
+        )
     return log
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines. A carriage return ends a record, as it does for MLPerf's own readers."""
+    """Numbered lines. A carriage return ends a record too, as in MLPerf's own readers."""
     try:
         with open(path, "rb") as file:
             if b"\0" in file.read(_PROBE_BYTES):
-                raise UserError(f"{path}: not a text file; pass a log")
+                raise UserError(f"{path}: not a text file", "pass a log")
             file.seek(0)
             for number, line in enumerate(file, 1):
                 for text in line.decode("utf-8", errors="replace").rstrip("\n").split("\r"):
                     yield number, text
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); pass a log") from error
+        raise UserError(f"cannot read {path} ({error.strerror})", "pass a log") from error
 
 
 def _take(
@@ -128,7 +131,7 @@ def _take(
     events: list[Event],
     faults: list[Fault],
 ) -> None:
-    """Parse every record of a line; of two on one line, MLPerf's own readers drop the first."""
+    """Parse every record of a line. More than one is a fault: MLPerf's own readers keep one."""
     records = text.split(token)[1:]
     wrong: list[str] = []
     if len(records) > 1:

@@ -1,4 +1,4 @@
-"""A run's events -> the run. The MLPerf log counts where it and the PerfLog say the same."""
+"""Making a run of its events. Where both logs say something, the MLPerf log counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bert_pretraining.logs.reading.runs import (
 )
 
 Value = TypeVar("Value")
-# Hyperparameters that MLPerf's closed division names, in the order in which a reader wants them.
+# The hyperparameters that MLPerf's closed division names, in the order of the report.
 HYPERPARAMETERS = tuple(
     "global_batch_size gradient_accumulation_steps opt_base_learning_rate "
     "opt_learning_rate_training_steps opt_learning_rate_warmup_steps num_warmup_steps "
@@ -33,9 +33,9 @@ HYPERPARAMETERS = tuple(
 
 @dataclass
 class _Facts:
-    """The values of one kind of log, by key: the last of each, the first of intervals' starts."""
+    """The events of one kind of log by key. Of several values with one key the last counts."""
 
-    place: Path
+    path: Path
     faults: list[str]
     events: list[Event]
     by_key: dict[str, list[Event]] = field(default_factory=dict)
@@ -55,28 +55,28 @@ class _Facts:
         return next((time for time in times if time is not None), None)
 
     def fault(self, event: Event, what: str) -> None:
-        self.faults.append(f"{self.place}:{event.line}: {what}")
+        self.faults.append(f"{self.path}:{event.line}: {what}")
 
 
 def reduce_run(
-    place: Path, name: str, logs: Sequence[LogFile], mllog: list[Event], perflog: list[Event]
+    path: Path, name: str, logs: Sequence[LogFile], mllog: list[Event], perflog: list[Event]
 ) -> Run:
-    """One run of all its events.
+    """Make one run of all its events.
 
     Args:
-        place: the run's file or folder, for error messages.
-        logs: the files that the events are from, with their faults.
-        mllog, perflog: of one run and, PerfLog, of one rank.
+        path: the file or folder of the run, for error messages.
+        logs: the files with the events, and their faults.
+        mllog, perflog: the events of one run, and those of one rank of it.
 
     Raises:
         UserError: another benchmark's log.
     """
     faults = [f"{log.path}:{fault.line}: {fault.what}" for log in logs for fault in log.faults]
-    mlperf = _Facts(next((log.path for log in logs if log.mllog), place), faults, mllog)
-    perf = _Facts(next((log.path for log in logs if log.perflog), place), faults, perflog)
+    mlperf = _Facts(next((log.path for log in logs if log.mllog), path), faults, mllog)
+    perf = _Facts(next((log.path for log in logs if log.perflog), path), faults, perflog)
     benchmark = mlperf.value("submission_benchmark")
     if benchmark not in (None, "bert"):
-        raise UserError(f"{place}: a log of {benchmark!r}, not of BERT; leave it out")
+        raise UserError(f"{path}: a log of {benchmark!r}, not of BERT", "leave it out")
     settings = _settings(perf)
     finished = perf.value("FINISHED")
     finished = finished if isinstance(finished, dict) else {}
@@ -120,7 +120,7 @@ def reduce_run(
 
 
 def _first(*values: Value | None) -> Value | None:
-    """The first that is known."""
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
@@ -139,7 +139,7 @@ def _status(mlperf: _Facts, finished: dict) -> str:
 
 
 def _train_samples(mlperf: _Facts) -> int | None:
-    """Sequences that were trained. Before run_start, some logs have the planned number here."""
+    """Sequences that were trained. Some logs have the planned number before run_start instead."""
     starts, trained = mlperf.all("run_start"), mlperf.all("train_samples")
     if not trained or (starts and trained[-1].line < starts[0].line):
         return None
@@ -149,7 +149,7 @@ def _train_samples(mlperf: _Facts) -> int | None:
 def _evaluations(
     mlperf: _Facts, perf: _Facts, finished: dict, started: int | None
 ) -> tuple[EvaluationPoint, ...]:
-    """The MLPerf log's evaluations, or else the PerfLog's; losses are only in the latter."""
+    """The evaluations of the MLPerf log, else of the PerfLog. Only the PerfLog has losses."""
     from_perf = _perflog_evaluations(perf, finished, started)
     losses = {point.samples: point.loss for point in from_perf}
     points: dict[tuple, EvaluationPoint] = {}
@@ -161,7 +161,7 @@ def _evaluations(
             continue
         seconds = _since(started, event.time_ms)
         point = EvaluationPoint(samples, seconds, accuracy, losses.get(samples))
-        points.setdefault((samples, accuracy), point)  # some logs have a line a rank
+        points.setdefault((samples, accuracy), point)  # some logs have a line for each rank
     found = list(points.values())
     if _counts_epochs(found, _whole(mlperf.value("global_batch_size"))):
         event = mlperf.all("eval_accuracy")[-1]
@@ -172,7 +172,7 @@ def _evaluations(
 
 
 def _counts_epochs(points: list[EvaluationPoint], batch_size: int | None) -> bool:
-    """Whether `samples` cannot be sequences: the same for several, or fewer than an update's."""
+    """Whether `samples` cannot count sequences: several are equal, or below one batch."""
     numbers = {point.samples for point in points}
     partial = any(0 < number < (batch_size or 1) for number in numbers)
     return partial or len(numbers) < len(points)
@@ -181,7 +181,7 @@ def _counts_epochs(points: list[EvaluationPoint], batch_size: int | None) -> boo
 def _without_samples(
     points: list[EvaluationPoint], train_samples: int | None
 ) -> tuple[EvaluationPoint, ...]:
-    """Points whose samples are not known, but for the last: after all that was trained."""
+    """The points with unknown samples, except the last, which comes after all training."""
     unknown = [dataclasses.replace(point, samples=None) for point in points]
     return (*unknown[:-1], dataclasses.replace(points[-1], samples=train_samples))
 
@@ -230,7 +230,7 @@ def _training(mlperf: _Facts, perf: _Facts, started: int | None) -> tuple[Traini
 
 
 def _tracked_stats(mlperf: _Facts, started: int | None) -> list[TrainingPoint]:
-    """NVIDIA's throughput since the last evaluation, in sequences a second."""
+    """NVIDIA's throughput since the last evaluation, in sequences per second."""
     points = []
     for event in mlperf.all("tracked_stats"):
         samples = _whole(event.metadata.get("epoch_num"))
@@ -247,7 +247,7 @@ def _resumed_samples(perf: _Facts) -> int | None:
 
 
 def _batch_size(perf: _Facts) -> int | None:
-    """Sequences an update, where the counters of two steps tell it; else those of one."""
+    """Sequences of an update, by the counters of two steps, else of one."""
     values = [event.value for event in perf.all("STEP_END") if isinstance(event.value, dict)]
     counters = [
         (_whole(value.get("num_trained_samples")), _whole(value.get("global_steps")))
@@ -267,7 +267,7 @@ def _between(facts: _Facts, start: str, stop: str) -> float | None:
 
 
 def _since(started: int | None, time_ms: int | None) -> float | None:
-    """Seconds; an evaluation before the clock's start counts as at it."""
+    """Seconds since the start of the clock; 0 for an event before it."""
     return None if started is None or time_ms is None else max(0, time_ms - started) / 1000
 
 

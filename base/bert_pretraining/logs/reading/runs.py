@@ -1,17 +1,17 @@
-"""A run as its logs tell it: what was trained, how fast, and how well."""
+"""A run as its logs describe it: what was trained, how fast, and how well."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-TARGET_MLM_ACCURACY = 0.72  # MLPerf's, where a log does not say another
+TARGET_MLM_ACCURACY = 0.72  # the target of MLPerf, for a log that names no other
 SUCCESS, ABORTED, UNFINISHED = "success", "aborted", "unfinished"
 
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """One evaluation, after `samples` trained sequences, `seconds` after the clock's start."""
+    """One evaluation, after `samples` trained sequences and `seconds` of the clock."""
 
     samples: int | None
     seconds: float | None
@@ -21,7 +21,7 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """What a log says of training at one moment; None for what it does not say."""
+    """What a log says about training at one moment; None where it says nothing."""
 
     samples: int
     seconds: float | None
@@ -31,18 +31,18 @@ class TrainingPoint:
     sequences_per_second: float | None = None
 
 
-@dataclass(frozen=True, eq=False)  # a run is itself, not its values
+@dataclass(frozen=True, eq=False)  # runs are compared by identity
 class Run:
-    """One run. The clock starts at `run_start`, in a PerfLog alone at TRAIN_BEGIN.
+    """One run. The clock starts at `run_start`, or without an MLPerf log at TRAIN_BEGIN.
 
     Attributes:
         source: "MLPerf log", "PerfLog" or "MLPerf log and PerfLog".
-        status: "success" or "aborted" as the log says; "unfinished" where its end is missing.
-        target: masked-token accuracy at which training was to stop.
+        status: "success" or "aborted" as the log says; "unfinished" if the end is missing.
+        target: the masked-token accuracy at which training stops.
         train_samples: sequences trained; eval_samples: sequences of an evaluation.
-        resumed_samples: those of train_samples that a run before this one had trained.
-        run_seconds: from the clock's start to its end; init_seconds: before it.
-        evaluations, training: in the order of samples, or of time where those are unknown.
+        resumed_samples: those of train_samples that an earlier run had trained.
+        run_seconds: from the start to the end of the clock; init_seconds: before its start.
+        evaluations, training: in the order of samples, or of time if samples are unknown.
         faults: what is wrong with the logs, with file and line.
     """
 
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def sequences_per_second(self) -> float | None:
-        """Sequences trained a second of the clock, evaluations included."""
+        """Sequences trained per second of the clock, evaluations included."""
         if not self.train_samples or not self.run_seconds:
             return None
         return (self.train_samples - self.resumed_samples) / self.run_seconds

@@ -1,0 +1,150 @@
+"""The files of a data set that `data prepare` makes, and `prepare.json`, its settings.
+
+A rerun compares its settings with those in `prepare.json`. What does not depend on a
+changed setting is kept, and what does is removed, so that the rerun makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.files import write_whole
+
+FLAGS = {
+    "texts": "--text_dir",
+    "eval_text": "--eval_text",
+    "vocab": "--vocab",
+    "seed": "--random_seed",
+    "lower_case": "--do_lower_case",
+    "num_shards": "--shards",
+    "num_eval_examples": "--num_eval_examples",
+}
+HASHED = ("texts", "eval_text", "vocab")  # sizes or sums stand for what these flags name
+CHANGES_ALL = ("vocab", "examples", "seed", "lower_case")  # every example depends on these
+ANOTHER = "choose another --output_dir, or delete it"
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Where `data prepare` writes. `work` holds the examples, until the data set is finished."""
+
+    root: Path
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "2048_shards_uncompressed"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval_set_uncompressed"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "prepare.json"
+
+    @property
+    def finished(self) -> Path:
+        return self.root / "prepare_finished.json"
+
+    @property
+    def eval_examples(self) -> Path:
+        """All examples of the evaluation text, from which some are picked."""
+        return self.work / "eval_all.hdf5"
+
+    def examples(self, text_name: str) -> Path:
+        """The examples of one training text."""
+        return self.work / f"{text_name}.hdf5"
+
+    def picked(self, count: int) -> Path:
+        """The evaluation set of `count` examples."""
+        name = f"{count // 1000}k" if count % 1000 == 0 else f"{count}"
+        return self.evaluation / f"part_eval_{name}.hdf5"
+
+
+def write_manifest(files: OutputFiles, settings: dict) -> list[str]:
+    """Write the settings down; first remove what a run with other settings has left.
+
+    settings: as in `prepare.json`. Returns a line for each setting that has changed.
+    Raises UserError, and removes nothing, where the data set is finished, or where all
+    examples that were made depend on a changed setting.
+    """
+    before = _read(files.manifest)
+    changed = [key for key in settings if before and before.get(key) != settings[key]]
+    differences = [line for key in changed for line in _difference(key, before, settings)]
+    told = ", ".join(differences)
+    if changed and files.finished.is_file():
+        raise UserError(f"{files.root} is finished, and was made with {told}", ANOTHER)
+    has_examples = any(files.work.glob("*.hdf5"))
+    if has_examples and any(key in CHANGES_ALL for key in changed):
+        raise UserError(
+            f"{files.root} was begun with {told}, and all examples in it depend on that",
+            f"pass the same setting as before, {ANOTHER}",
+        )
+    try:
+        # Outdated files go first: if this is interrupted, the next run finds the old settings.
+        for path in _outdated(files, before, settings, changed) if before else []:
+            path.unlink(missing_ok=True)
+        files.root.mkdir(parents=True, exist_ok=True)
+        if before != settings:
+            write_whole(files.manifest, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {files.root} ({error.strerror})", "choose another --output_dir"
+        ) from error
+    return [f"begun with {line}: what depends on it is made again" for line in differences]
+
+
+def _read(manifest: Path) -> dict | None:
+    """The settings of the run before; None where there was none."""
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {manifest} ({error})", ANOTHER) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{manifest} holds no settings of data prepare", ANOTHER)
+    return found
+
+
+def _difference(key: str, before: dict, settings: dict) -> list[str]:
+    """What was given before and what is given now, by the names of the flags."""
+    old, new = before.get(key), settings[key]
+    if key == "examples":
+        old = old if isinstance(old, dict) else {}
+        return [
+            f"--{name} {old.get(name)}, not {value}"
+            for name, value in new.items()
+            if old.get(name) != value
+        ]
+    if key in HASHED:
+        return [f"{'other files in' if key == 'texts' else 'another'} {FLAGS[key]}"]
+    return [f"{FLAGS[key]} {_shown(old)}, not {_shown(new)}"]
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _outdated(files: OutputFiles, before: dict, settings: dict, changed: list[str]) -> list[Path]:
+    """The files that depend on a changed setting."""
+    paths = []
+    if "texts" in changed:
+        now = settings["texts"]
+        paths += [
+            files.examples(name) for name, size in before["texts"].items() if now.get(name) != size
+        ]
+    if "eval_text" in changed:
+        paths.append(files.eval_examples)
+    if {"eval_text", "num_eval_examples"} & set(changed):
+        paths.append(files.picked(before["num_eval_examples"]))
+    if {"texts", "num_shards"} & set(changed):
+        paths += files.shards.glob(f"part_*_of_{before['num_shards']:05d}.hdf5")
+    return paths
