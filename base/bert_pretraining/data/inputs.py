@@ -74,7 +74,7 @@ def _choose(config: Config) -> DataPaths:
         given = len(lacking) < len(flags)
         parts = f", or the parts of it that you did not name: {', '.join(lacking)}"
         raise UserError(
-            "no data", f"pass --data_dir DIR{parts if given else ''} (see README, 'Data')"
+            "no data", f"pass --data_dir DIR{parts if given else ''} (see docs/data.md)"
         )
     if root is not None:
         fix = (
