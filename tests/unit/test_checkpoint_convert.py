@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_reported_and_not_written(
     torch.save({"fc": torch.ones(1)}, tmp_path / "fc.pt")
     code, _, err = run_checkpoint("convert", tmp_path / "fc.pt", tmp_path / "x.pt", "--to", "apex")
     assert code == 2
-    assert "its tensors do not tell the model's sizes" in err
+    assert "its tensors do not show the model's sizes" in err
     assert not (tmp_path / "x.pt").exists()
 
 
