@@ -77,7 +77,7 @@ def test_inspect_of_tensors_that_are_no_bert(run_checkpoint: object, tmp_path: P
     torch.save({"fc.weight": torch.full((3, 4), 2.0), "count": torch.tensor(7)}, tmp_path / "a.pt")
     code, out, _ = run_checkpoint("inspect", tmp_path / "a.pt")
     assert code == 0
-    assert "Model: not told by these tensors; no BERT, or not all of one" in out
+    assert "Model: unknown; the tensors are no BERT, or not all of one" in out
     assert "fc.weight  3 x 4" in out
     assert out.splitlines()[-1].split() == ["count", "number", "int64", "7"]
 

@@ -151,12 +151,12 @@ def test_what_does_not_fit_is_reported_and_not_written(
     (tmp_path / "config.json").write_text("{}")  # a run's settings, beside its checkpoints
     code, _, err = run_checkpoint("convert", source, tmp_path / "x.pt", "--to", "hf")
     assert code == 2
-    assert "no bert_config.json beside the source: " in err
+    assert "no bert_config.json beside the source, " in err
     assert "pass --bert_config FILE" in err
     torch.save({"fc": torch.ones(1)}, tmp_path / "fc.pt")
     code, _, err = run_checkpoint("convert", tmp_path / "fc.pt", tmp_path / "x.pt", "--to", "apex")
     assert code == 2
-    assert "its tensors do not tell the model's sizes" in err
+    assert "its tensors do not show the model's sizes" in err
     assert not (tmp_path / "x.pt").exists()
 
 

@@ -105,7 +105,7 @@ def test_help_tells_defaults_and_allowed_values(
         told = (action.help or "") % {"default": action.default}
         if action.required:
             assert told.endswith("(required)"), flag
-        elif action.nargs != 0:
+        else:
             assert "(default: " in told, flag
         if action.choices:
             assert "{" + ",".join(action.choices) + "}" in text, flag

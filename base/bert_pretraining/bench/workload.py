@@ -66,9 +66,10 @@ def batch_of(lengths: np.ndarray, config: BertConfig) -> PackedBatch:
 def step_flops(lengths: np.ndarray, num_masked: int, config: BertConfig) -> float:
     """Floating-point operations that forward and backward over real tokens need.
 
-    Matrix products only, a multiplication and an addition each: a layer's projections
-    24 H^2 a token (H hidden size, 4 H intermediate), attention 4 L^2 H a sequence, the MLM
-    head 2 H^2 + 2 H V a masked token. Backward takes twice forward.
+    Only matrix products count, with a multiplication and an addition each. With the hidden
+    size H, the intermediate size 4 H, the length L and the vocabulary V, each layer needs
+    24 H^2 for a token and 4 L^2 H for a sequence (attention), and the MLM head needs
+    2 H^2 + 2 H V for a masked token. Backward needs twice as many as forward.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     projections = 2 * hidden * (4 * hidden + 2 * inner) * int(lengths.sum())
@@ -78,7 +79,7 @@ def step_flops(lengths: np.ndarray, num_masked: int, config: BertConfig) -> floa
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product here, the best of 7."""
+    """Floating-point operations per second of a large matrix product; the best of 7."""
     rows, inner, columns = (2048, 1024, 4096) if device.type == "cpu" else (12288, 4096, 4096)
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
@@ -92,7 +93,7 @@ def announce(text: str) -> None:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, the device's work included."""
+    """Seconds that a call takes, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -126,7 +127,7 @@ def alternate(
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """MiB that a call needs at most, beyond what is held before it (Linux or CUDA)."""
+    """The most MiB that a call needs beyond those in use before it (Linux or CUDA)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

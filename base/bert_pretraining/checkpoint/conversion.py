@@ -103,7 +103,7 @@ def _hugging_face_config(model: Model, weights: dict[str, Tensor]) -> dict:
     """The config.json of these weights. Removes the decoder, which Hugging Face ties itself."""
     if model.hugging_face is None:
         raise UserError(
-            "no bert_config.json beside the source: the weights do not tell the number of "
+            "no bert_config.json beside the source, and the weights do not show the number of "
             f"attention heads that {hugging_face.CONFIG_NAME} needs",
             "pass --bert_config FILE",
         )

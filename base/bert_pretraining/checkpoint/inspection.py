@@ -71,7 +71,7 @@ class Inspection:
         lines = [
             f"Checkpoint: {checkpoint.path}",
             f"Format: {checkpoint.format}",
-            f"Model: {sizes or 'not told by these tensors; no BERT, or not all of one'}",
+            f"Model: {sizes or 'unknown; the tensors are no BERT, or not all of one'}",
             f"Weights: {len(self.tensors)} tensors, {count:,} numbers, {size / 2**20:,.1f} MiB, "
             f"{', '.join(dtypes) or 'no type'}{tied}",
             f"Step: {step}",

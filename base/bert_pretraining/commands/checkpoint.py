@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXIT_EQUAL, EXIT_DIFFERENT = 0, 1
 FORMS = (
     "FILE: a PyTorch file, a Hugging Face directory, a .safetensors file, or a TensorFlow 1 "
-    "checkpoint (model.ckpt-28252, whose .index and .data files lie there)"
+    "checkpoint (model.ckpt-28252, which has .index and .data files)"
 )
 FIX = "name a checkpoint (see checkpoint inspect --help)"
 HUGGING_FACE_CONFIG = "config.json"
@@ -152,7 +152,7 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
                 "" if WORD_EMBEDDING in checkpoint.weights else f", {WORD_EMBEDDING} is not there"
             )
             raise UserError(
-                f"{checkpoint.path}: its tensors do not tell the model's sizes{lacking}",
+                f"{checkpoint.path}: its tensors do not show the model's sizes{lacking}",
                 "pass --bert_config FILE (checkpoint inspect lists the tensors)",
             )
         return Model(sizes, None), []

@@ -85,7 +85,8 @@ def make_mini(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--pretrain", action="store_true",
-        help="train the start checkpoint again (to about 0.34) and put it into the package",
+        help="train the start checkpoint again (to about 0.34) and put it into the package "
+        "(default: no)",
     )  # fmt: skip
     values = parser.parse(arguments)
 
@@ -334,7 +335,9 @@ def verify(arguments: list[str]) -> int:
         "verify", "Check a whole data set. The exit code is 0 if it is sound, 1 if it is not."
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="the data set")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON (default: as text)"
+    )
     _add_number(parser, "--jobs", 1, 1, "processes")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE",

@@ -84,7 +84,7 @@ def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -
 
 
 def format_of(path: Path) -> ShardFormat:
-    """How this file is read, told by the ending of its name."""
+    """How this file is read, by the ending of its name."""
     return FORMATS.get(path.suffix, HDF5)
 
 
@@ -231,7 +231,7 @@ def _write_hdf5(path: Path, fill: Callable[[h5py.File], None]) -> None:
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot write {path} ({reason})", "free disk space, or choose another place"
+            f"cannot write {path} ({reason})", "free disk space, or write to another folder"
         ) from error
 
 

@@ -144,7 +144,7 @@ def _content(settings: MiniSettings) -> _Content:
 
 
 def _require_no_difference(output_dir: Path, difference: str | None) -> None:
-    """UserError where what lies in output_dir differs from what is asked for."""
+    """UserError where the content of output_dir differs from what is asked for."""
     if difference is not None:
         raise UserError(
             f"{output_dir} exists and {difference}", "choose another --output_dir, or delete it"
