@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_pretraining.optim import Lamb, ShardedLamb, create_optimizer, sharded_lamb
+from bert_pretraining.optim import Optimizer, ShardedLamb, create_optimizer, sharded_lamb
 from bert_pretraining.optim.flat_torch import TorchKernels
 from bert_pretraining.optim.sharded_lamb import AT_A_TIME
 from bert_pretraining.runtime import process_group
@@ -100,7 +100,7 @@ def watched() -> Iterator[Sending]:
         yield sending
 
 
-def values_of(optimizer: Lamb) -> list[Tensor]:
+def values_of(optimizer: Optimizer) -> list[Tensor]:
     return [optimizer.gradient_norm, *(parameter.detach() for parameter in optimizer.parameters)]
 
 

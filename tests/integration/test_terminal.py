@@ -13,9 +13,9 @@ import termios
 from pathlib import Path
 
 import pytest
-from bert_pretraining.logs.terminal import BOLD, NORMAL
 
 from bert_pretraining.logs.reading.events import mllog_events, read_log
+from bert_pretraining.logs.terminal import BOLD, NORMAL
 from helpers import ROOT, command, error_lines
 from mlperf_logs import BELOW_TARGET, failures
 
