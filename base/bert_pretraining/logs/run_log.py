@@ -117,7 +117,7 @@ class RunLog:
         self._tell(Sink.weights_loaded, list(parameters))
 
     def clock_started(self) -> None:
-        """MLPerf's clock starts: from here on data is read."""
+        """MLPerf's clock starts: from here on sequences are read."""
         self._tell(Sink.clock_started)
 
     def evaluation_started(self, state: RunState) -> None:

@@ -122,7 +122,7 @@ class Sink:
         """These parameters of the model have a start checkpoint's weights."""
 
     def clock_started(self) -> None:
-        """From here on data is read, and MLPerf's clock runs."""
+        """From here on sequences are read, and MLPerf's clock runs."""
 
     def evaluation_started(self, samples: int) -> None:
         """An evaluation begins, after `samples` trained sequences."""

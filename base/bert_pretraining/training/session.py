@@ -33,9 +33,9 @@ from bert_pretraining.training.evaluate import Evaluation, evaluate
 class Session:
     """What a run is made of. Its making takes three steps, all of which every rank takes:
 
-    the constructor    finds out what to start from, and builds all that needs no data
-    `read_data`        starts MLPerf's clock, and opens the data sets
-    `begin`            evaluates the start weights, or goes on where the run was
+    the constructor       finds out what to start from, and builds all that needs no sequence
+    `start_the_clock`     starts MLPerf's clock, then reads the evaluation set
+    `begin`               evaluates the start weights, or goes on where the run was
 
     Attributes:
         config, ranks, log: what it was made with.
@@ -43,10 +43,8 @@ class Session:
         triggers: what is due after which step.
         schedule: the learning rate by the number of updates made.
         training: model, optimizer, loss scale and update.
-        order: which sample comes when; from `read_data` on.
+        order: which sample comes when.
     """
-
-    order: SampleOrder
 
     def __init__(
         self, config: Config, paths: DataPaths, ranks: Ranks, log: RunLog, run: RunState
@@ -68,6 +66,15 @@ class Session:
         )
         log.hyperparameters(self._seed, self.triggers)
         self._bert_config = BertConfig.load(paths.bert_config)
+        # Of the shards, only the headers are read here: how many sequences each one holds. MLPerf's
+        # training rules allow that before the clock starts: metadata is not data.
+        self._shards: list[ShardInfo] = process_group.from_main(
+            lambda: list_shards(paths.train_dir)
+        )
+        sizes = [shard.num_sequences for shard in self._shards]
+        lanes = config.data_lanes or (self._saved.lanes if self._saved else ranks.world_size)
+        self.order = SampleOrder(sizes, self._seed, lanes)
+        progress.check_update(config.global_batch_size, self.order.num_sequences)
         self.training: Training = build(
             Setup(
                 config=config,
@@ -79,29 +86,6 @@ class Session:
                 log=log,
             )
         )
-        self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
-
-    def _choose_seed(self) -> int:
-        if self.config.seed is not None:
-            return self.config.seed
-        return self._saved.seed if self._saved else seeds.draw_master_seed()
-
-    def read_data(self) -> None:
-        """Start the clock, then open both data sets: MLPerf lets no data be read before.
-
-        UserError where a shard is damaged, or an update takes more than the training set holds.
-        """
-        config, ranks = self.config, self.ranks
-        process_group.barrier(ranks.device)
-        self.log.clock_started()
-        process_group.barrier(ranks.device)
-        self._shards: list[ShardInfo] = process_group.from_main(
-            lambda: list_shards(self._paths.train_dir)
-        )
-        sizes = [shard.num_sequences for shard in self._shards]
-        lanes = config.data_lanes or (self._saved.lanes if self._saved else ranks.world_size)
-        self.order = SampleOrder(sizes, self._seed, lanes)
-        progress.check_update(config.global_batch_size, self.order.num_sequences)
         self._state = TrainingState(
             self.training.module,
             self.training.optimizer,
@@ -109,6 +93,22 @@ class Session:
             DataOrder(self._seed, lanes, sizes),
             training_state.settings_of(config),
         )
+        self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
+
+    def _choose_seed(self) -> int:
+        if self.config.seed is not None:
+            return self.config.seed
+        return self._saved.seed if self._saved else seeds.draw_master_seed()
+
+    def start_the_clock(self) -> None:
+        """Start MLPerf's clock on all ranks, then read the evaluation set.
+
+        No sequence is read before. UserError where an evaluation shard is damaged.
+        """
+        config, ranks = self.config, self.ranks
+        process_group.barrier(ranks.device)
+        self.log.clock_started()
+        process_group.barrier(ranks.device)
         self._num_eval_batches, self._eval_batches = load_evaluation_batches(
             self._paths.eval_dir,
             config.num_eval_examples,

@@ -33,7 +33,7 @@ def main(resolved: Resolved) -> int:
         run = RunState()
         try:
             session = Session(config, paths, ranks, log, run)
-            session.read_data()
+            session.start_the_clock()
             reason = train(session, stop)
         except BaseException:
             # The process group stays as it is: to leave it now would make the other ranks
