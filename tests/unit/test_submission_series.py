@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.lock import FolderLock
 from bert_pretraining.submission import series
 from bert_pretraining.submission.series import Series, run_series
 from helpers import command
@@ -133,10 +133,11 @@ def test_two_processes_do_not_share_a_series(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher(monkeypatch, [0, 0, 0])
-    with open(tmp_path / series.LOCK_FILE, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another 'submission run' is at work"):
-            start(tmp_path)
+    with (
+        FolderLock(tmp_path),
+        pytest.raises(UserError, match="in use by another 'submission run'"),
+    ):
+        start(tmp_path)
     assert start(tmp_path).complete
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from bert_pretraining.report import compare, figures, summary
 from bert_pretraining.report.page import DrawnPicture, page
 from bert_pretraining.report.style import DARK, LIGHT
 from bert_pretraining.report.view import View
-from bert_pretraining.runtime.files import UNFINISHED
+from bert_pretraining.runtime.files import write_whole
 from bert_pretraining.submission.rulesets import DEFAULT_RULESET
 
 PAGE_NAME = "report.html"
@@ -76,22 +75,9 @@ def make_report(
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write(output_dir / name, content)
+            write_whole(output_dir / name, content)
     except OSError as error:
         raise UserError(
             f"cannot write to {output_dir} ({error.strerror}); pass another --output_dir"
         ) from error
     return Report(summary.text(view), tuple(output_dir / name for name in contents))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + UNFINISHED)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

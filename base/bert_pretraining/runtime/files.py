@@ -1,13 +1,15 @@
-"""Whether the files that a run reads are there, told without opening a shard.
+"""Check the files that a run reads, without opening a shard, and write files whole.
 
-The launcher and the ranks share these checks and their words. Only the standard library
-is imported: they come before anything heavy, and `--dry_run` needs no package.
+The launcher and the ranks share these checks and their messages. Only the standard library
+is imported: the checks run before any large package is imported, and `--dry_run` needs none.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
@@ -23,6 +25,42 @@ HUGGING_FACE_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write `path` so that a reader finds the old file or the whole new one, never a part.
+
+    The content goes to a temporary file in the same folder, which takes the place of `path`
+    once it is on the disk. When anything fails, the temporary file is removed and `path` stays
+    as it was. Two processes must not write the same path at the same time.
+
+    Args:
+        path: in a folder that exists.
+        content: text (written as UTF-8), bytes, or a function that gets the path of the
+            temporary file and writes it.
+
+    Raises:
+        OSError: the file cannot be written; also whatever the function raises.
+    """
+    temporary = path.with_name(path.name + UNFINISHED)
+    try:
+        if callable(content):
+            temporary.unlink(missing_ok=True)  # a process that was killed may have left it
+            content(temporary)
+        else:
+            data = content.encode("utf-8") if isinstance(content, str) else content
+            temporary.write_bytes(data)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    try:
+        _sync(path.parent)  # so that the new name too survives a power failure
+    except OSError as error:
+        # Some network file systems cannot do this for a folder; the file itself is complete.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def require_directory(path: Path, what: str, fix: str) -> None:
@@ -92,6 +130,15 @@ def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
 def with_ending(path: Path, ending: str) -> Path:
     """`path` with `ending` behind its name, after the dots that are in it."""
     return path.with_name(path.name + ending)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _status(path: Path, fix: str) -> os.stat_result | None:

@@ -1,10 +1,11 @@
-"""One run at a time in a folder."""
+"""A lock on a folder: one process at a time works in it."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 from bert_pretraining.errors import UserError
@@ -13,13 +14,22 @@ NAME = ".lock"
 
 
 class FolderLock:
-    """Held from its making until `release`, or until the process ends, however it ends.
+    """Held from its creation until `release`, or until the process ends, however it ends.
 
-    UserError where another process holds it, or the folder cannot be written to. Where the file
-    system knows no locks, as some network ones do, nothing is held.
+    Also a context manager that releases the lock at its end. On a file system without locks,
+    as some network file systems are, nothing is held.
+
+    Args:
+        folder: is created where it does not exist.
+        holder: what the message calls the process that has the lock.
+        wait: wait until the lock is free.
+
+    Raises:
+        UserError: another process holds the lock and `wait` is false, or the folder cannot be
+            written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, holder: str = "run", wait: bool = False) -> None:
         self._file: TextIO | None = None
         path = folder / NAME
         try:
@@ -27,25 +37,38 @@ class FolderLock:
             self._file = open(path, "a+", encoding="ascii")  # noqa: SIM115
         except OSError as error:
             raise UserError(
-                f"cannot write to output_dir {folder} ({error.strerror}); pass --output_dir"
+                f"cannot write to output_dir {folder} ({error.strerror})",
+                "pass another --output_dir",
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
+            process = self._file.read().strip() or "unknown"
+            self.release()
             raise UserError(
-                f"output_dir {folder} is in use by another run (process {holder}); wait for it, or "
-                "pass another --output_dir"
+                f"output_dir {folder} is in use by another {holder} (process {process})",
+                "wait for it, or pass another --output_dir",
             ) from error
-        except OSError:
+        except OSError:  # this file system has no locks
             return
         self._file.truncate(0)
         self._file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         self._file.flush()
 
     def release(self) -> None:
-        """Let the next run in."""
+        """Let the next process take the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()

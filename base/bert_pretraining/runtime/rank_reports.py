@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from bert_pretraining.runtime.files import UNFINISHED, write_whole
+
 FOLDER_VARIABLE = "BERT_PRETRAINING_OUTCOME"
 ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
 STACK_SIGNAL = signal.SIGUSR2
 _STOP = "stop"
-_UNFINISHED = ".partial"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def _by_rank(folder: Path, kind: str) -> list[tuple[int, Path]]:
-    paths = (path for path in folder.glob(f"{kind}-*") if path.suffix != _UNFINISHED)
+    paths = (path for path in folder.glob(f"{kind}-*") if path.suffix != UNFINISHED)
     return sorted((int(path.stem.split("-")[1]), path) for path in paths)
 
 
@@ -153,7 +154,4 @@ def _write(name: str, content: object) -> bool:
 
 
 def _write_in(folder: Path, name: str, content: object) -> None:
-    path = folder / name
-    temporary = folder / f"{name}{_UNFINISHED}"
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    write_whole(folder / name, json.dumps(content))

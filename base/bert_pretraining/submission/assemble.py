@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.files import write_whole
 from bert_pretraining.submission.implementation import write_implementation
 from bert_pretraining.submission.rulesets import RUNS
 from bert_pretraining.submission.series import SYSTEM_FILE, find_log, load_series
@@ -22,7 +23,6 @@ from bert_pretraining.submission.system import (
     describe_machine,
 )
 from bert_pretraining.submission.tree import BENCHMARK, ResultLog, number, read_result
-from bert_pretraining.submission.writing import write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -124,7 +124,7 @@ def _write(
     implementation: str,
 ) -> None:
     write_implementation(staging / implementation, runs.flags, len(runs.logs))
-    write_json(staging / f"{system}.json", description)
+    write_whole(staging / f"{system}.json", json.dumps(description, indent=4) + "\n")
     folder = staging / "results" / BENCHMARK
     folder.mkdir(parents=True)
     for index, log in enumerate(runs.logs):

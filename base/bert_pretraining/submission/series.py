@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +30,13 @@ from bert_pretraining.errors import (
     UserError,
 )
 from bert_pretraining.runtime import seeds
+from bert_pretraining.runtime.files import write_whole
+from bert_pretraining.runtime.lock import FolderLock
 from bert_pretraining.submission.score import RunFigures, run_figures
 from bert_pretraining.submission.system import describe_machine
 from bert_pretraining.submission.tree import ResultLog, read_result
-from bert_pretraining.submission.writing import write_json
 
-STATE_FILE, SYSTEM_FILE, LOCK_FILE = "series.json", "system.json", "series.lock"
+STATE_FILE, SYSTEM_FILE = "series.json", "system.json"
 TERMINAL_FILE, LOG_NAME = "terminal.txt", "mllog.txt"
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 # The trainer logs it as MLPerf's cache_clear.
@@ -117,8 +117,7 @@ def run_series(
         UserError: other flags than the series has, another process at work on it, caches
             that cannot be dropped though required, or a run that refused its input.
     """
-    _make_directory(directory)
-    with _locked(directory):
+    with FolderLock(directory, "'submission run'"):
         series = _resume(directory, tuple(flags), number_of_runs, say)
         while not series.complete:
             series = _one_run(directory, series, drop_caches, show, say)
@@ -175,7 +174,7 @@ def _resume(
     # A series without a run is only a command that was refused.
     if not (directory / STATE_FILE).exists() or not load_series(directory).runs:
         series = Series(flags, number_of_runs)
-        write_json(directory / SYSTEM_FILE, describe_machine())
+        _write_json(directory / SYSTEM_FILE, describe_machine())
         _save(directory, series)
         return series
     series = load_series(directory)
@@ -262,22 +261,8 @@ def _last_error(folder: Path) -> str | None:
 
 
 def _save(directory: Path, series: Series) -> None:
-    write_json(directory / STATE_FILE, dataclasses.asdict(series))
+    _write_json(directory / STATE_FILE, dataclasses.asdict(series))
 
 
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {directory} ({error.strerror})") from error
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Two processes on one series would run side by side."""
-    with open(directory / LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another 'submission run' is at work on {directory}") from error
-        yield
+def _write_json(path: Path, content: object) -> None:
+    write_whole(path, json.dumps(content, indent=4) + "\n")
