@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_pretraining import config, doctor
+from bert_pretraining import config, doctor, kernels
 from bert_pretraining.config import Config
 from bert_pretraining.doctor import hardware, run, software
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
@@ -110,6 +110,39 @@ def test_kernels_and_precisions() -> None:
     assert "apex" in refused.text
 
 
+def test_kernels_on_a_gpu(mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    properties = Properties("NVIDIA H100", 9, 0, 80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    asked = []
+    real_select = kernels.select
+
+    def select_on_the_cpu(
+        provider: str, device: torch.device, dtype: torch.dtype, head_size: int, *rest: object
+    ) -> kernels.Kernels:
+        assert device.type == "cuda"
+        torch.ones(2, head_size)  # as the kernels' trial does: TypeError for what is no number
+        asked.append(head_size)
+        return real_select(provider, torch.device("cpu"), dtype, head_size)
+
+    monkeypatch.setattr(kernels, "select", select_on_the_cpu)
+    sizes = json.loads((mini_data / "bert_config.json").read_text())
+    (tmp_path / "bert_config.json").write_text(json.dumps({**sizes, "num_attention_heads": 1}))
+    for flags, looks_at_data, expected in (
+        ({}, False, 64),
+        ({"data_dir": str(tmp_path)}, True, sizes["hidden_size"]),
+        ({"data_dir": str(tmp_path / "absent")}, True, 64),
+        ({"bert_config_path": str(tmp_path / "bert_config.json")}, True, sizes["hidden_size"]),
+    ):
+        found = by_name(doctor.examine(settings(**flags), LaunchFlags(), WITH_GPUS, looks_at_data))
+        assert found["kernels fp16"].status == OK
+        assert "attention=torch" in found["kernels fp16"].text
+        assert set(asked) == {expected}
+        asked.clear()
+
+
 def test_binding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = by_name(hardware.binding(settings(nproc_per_node=2), LaunchFlags(), MACHINE))
@@ -169,6 +202,7 @@ def test_problems_end_with_exit_code_1(
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     (problem,) = [found for found in report["findings"] if found["status"] == PROBLEM]
+    assert problem.keys() == {"what", "status", "text", "fix"}
     assert problem["text"] == "no such data_dir: absent"
     assert "data make-mini --output_dir absent" in problem["fix"]
     assert doctor.main(["--device", "cpu"]) == 0, "data is looked at where it is named"

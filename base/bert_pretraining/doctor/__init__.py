@@ -57,5 +57,5 @@ def examine(
 ) -> Iterator[Finding]:
     """Every finding about this machine and a launch of this configuration on it."""
     yield from software.findings()
-    yield from hardware.findings(settings, flags, machine)
+    yield from hardware.findings(settings, flags, machine, looks_at_data)
     yield from run.findings(settings, flags, looks_at_data)

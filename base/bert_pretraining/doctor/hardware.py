@@ -7,15 +7,23 @@ from pathlib import Path
 
 from bert_pretraining import topology
 from bert_pretraining.config import Config
+from bert_pretraining.data.inputs import BERT_CONFIG_NAME
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch.plan import LaunchFlags
+from bert_pretraining.model.bert_config import BertConfig
 
 GIB = 2**30
+USUAL_HEAD_SIZE = 64  # of every BERT that Google published
 
 
-def findings(settings: Config, flags: LaunchFlags, machine: topology.Machine) -> Iterator[Finding]:
-    """All of them; those that need PyTorch only where it can be imported."""
+def findings(
+    settings: Config, flags: LaunchFlags, machine: topology.Machine, looks_at_data: bool
+) -> Iterator[Finding]:
+    """All results of this module. The checks that need PyTorch run only if it can be imported.
+
+    looks_at_data: whether the run's data directory is known.
+    """
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library of CUDA's that is not there
@@ -23,7 +31,7 @@ def findings(settings: Config, flags: LaunchFlags, machine: topology.Machine) ->
         yield Finding("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
     else:
         yield from gpus(settings, machine)
-        yield from kernels(settings)
+        yield from kernels(settings, head_size(settings) if looks_at_data else USUAL_HEAD_SIZE)
     yield from binding(settings, flags, machine)
     yield memory()
 
@@ -69,8 +77,20 @@ def _no_gpu(settings: Config, machine: topology.Machine, cuda: str | None) -> Fi
                    "started without --gpus all")  # fmt: skip
 
 
-def kernels(settings: Config) -> Iterator[Finding]:
-    """For each precision whether it trains here, and with which kernels."""
+def head_size(settings: Config) -> int:
+    """The attention's head size of the run's model, USUAL_HEAD_SIZE if it cannot be read.
+
+    What is wrong with bert_config.json is a result of the data's check.
+    """
+    default = Path(settings.data_dir or "") / BERT_CONFIG_NAME
+    try:
+        return BertConfig.load(Path(settings.bert_config_path or default)).head_size
+    except UserError:
+        return USUAL_HEAD_SIZE
+
+
+def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[Finding]:
+    """For each precision, whether it trains here and with which kernels."""
     import torch
 
     from bert_pretraining.kernels import select
@@ -87,7 +107,9 @@ def kernels(settings: Config) -> Iterator[Finding]:
         if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
             status, text = NOTE, "bf16 is emulated on this GPU, and slow: "
         try:
-            chosen = select(settings.kernels, device, dtype, None, settings.kernels_by_operator)
+            chosen = select(
+                settings.kernels, device, dtype, head_size, settings.kernels_by_operator
+            )
         except UserError as error:
             wanted = precision == settings.resolved_precision
             yield Finding(what, PROBLEM if wanted else NOTE, str(error))
