@@ -1,4 +1,4 @@
-"""`doctor`: each finding on a machine that has it, and the command's exit codes."""
+"""`doctor`: each result on a machine that has it, and the command's exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from bert_pretraining import config, doctor, kernels
 from bert_pretraining.config import Config
 from bert_pretraining.doctor import hardware, run, software
-from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
+from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.launch import LaunchFlags
 from bert_pretraining.topology import Core, Gpu, Machine, Node
 from helpers import ROOT, command
@@ -29,8 +29,8 @@ def settings(**flags: object) -> Config:
     return config.resolve({"name": "mini", "config": "CPUx1x1", "device": "auto", **flags}).config
 
 
-def by_name(findings: object) -> dict[str, Finding]:
-    return {finding.what: finding for finding in findings}
+def by_name(results: object) -> dict[str, CheckResult]:
+    return {result.what: result for result in results}
 
 
 def test_requirements_are_those_of_the_package() -> None:
@@ -42,8 +42,8 @@ def test_requirements_are_those_of_the_package() -> None:
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {**software.REQUIRED, "torch": "2.9.1+cu128", "h5py": None, "triton": None}
-    monkeypatch.setattr(software, "_version", installed.get)
-    found = by_name(software.findings())
+    monkeypatch.setattr(software, "installed_version", installed.get)
+    found = by_name(software.results())
     assert found["torch"].status == PROBLEM
     assert found["torch"].text == "2.9.1+cu128 is older than 2.11"
     assert (found["h5py"].status, found["h5py"].text) == (PROBLEM, "not installed")
@@ -57,7 +57,7 @@ def test_the_wrong_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("web = True\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = by_name(software.findings())["apex"]
+    found = by_name(software.results())["apex"]
     assert found.status == NOTE
     assert "another project" in found.text
     assert found.fix.startswith("pip uninstall apex")
@@ -180,10 +180,10 @@ def test_a_busy_port() -> None:
         holder.bind(("", 0))
         holder.listen()
         busy = LaunchFlags(master_port=holder.getsockname()[1])
-        (finding,) = run.port(settings(), busy)
-    assert finding.status == PROBLEM
-    assert "holds it" in finding.text
-    assert finding.fix.startswith("choose another")
+        (result,) = run.port(settings(), busy)
+    assert result.status == PROBLEM
+    assert "holds it" in result.text
+    assert result.fix.startswith("choose another")
 
 
 def test_the_command(mini_data: Path, tmp_path: Path) -> None:
