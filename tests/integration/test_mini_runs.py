@@ -169,7 +169,8 @@ def test_killed_rank_ends_the_run_with_its_name(workplace: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "Error: rank 1 was killed by SIGKILL (by hand, or for want of memory); all ranks were ended"
+        "Error: rank 1 was killed by SIGKILL (by a user, or because memory ran out); "
+        "all ranks were ended"
     )
 
 
