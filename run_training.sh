@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train BERT: bash run_training.sh [flags]; --help lists them.
-# Without flags: installs what is missing into .venv, makes the mini data set, trains on it.
+# Without flags it installs what is missing into .venv, makes the mini data set and trains on it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/environment.sh

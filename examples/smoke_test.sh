@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A smoke test for your CI: trains the mini data set on this machine for a few steps and holds
-# the exit code and the logs to what they must be. No GPU, no network. About a minute.
+# A smoke test for your CI: it trains on the mini data set for a few steps, and checks the exit code
+# and the logs. It needs no GPU and no network, and takes about a minute.
 #   bash examples/smoke_test.sh [flags of run_training.sh]
-# Needs a Python with the requirements: PYTHON=..., or .venv as `bash run_training.sh` makes it.
+# It needs a Python with the requirements: PYTHON=..., or the .venv that `bash run_training.sh`
+# creates.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/environment.sh
@@ -20,7 +21,7 @@ code=0
 bash "$root/run_training.sh" --name mini --config CPUx1x2 --device cpu \
     --data_dir "$work/bert_mini" --output_dir "$work/output" --log_dir "$work/logs" \
     --max_steps 40 --seed 1 "$@" || code=$?
-# 3: finished, and 40 steps are too few for the target.
+# Exit code 3: training finished, and 40 steps are too few to reach the target.
 [ "$code" -eq 3 ] || fail "the run ended with exit code $code, not 3"
 
 logs=("$work"/output/run-*/mllog.txt)

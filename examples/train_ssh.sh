@@ -2,9 +2,10 @@
 # Several machines over ssh, without a batch system. Type it on the first of them, which is
 # machine 0, with the others' names:
 #   bash examples/train_ssh.sh "gpu08 gpu09" --name iluvatar --config V100x2x8 --nnodes 3 [flags]
-# Wanted: ssh to the others without a password; checkout, data and output directory under the
-# same paths on all. MASTER_ADDR and MASTER_PORT say where they meet, if not at this machine's
-# first address and port 29500. Exported GLOO_*, NCCL_*, OMP_NUM_THREADS and PYTHON go along.
+# It needs ssh to the others without a password, and the checkout, the data and the output directory
+# under the same paths on all machines. The rendezvous is at this machine's first address and port
+# 29500, or at MASTER_ADDR and MASTER_PORT. The others get the exported GLOO_*, NCCL_*,
+# OMP_NUM_THREADS and PYTHON.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "Error: usage: bash examples/train_ssh.sh \"HOST ...\" FLAGS of run_training.sh" >&2
@@ -25,20 +26,21 @@ remotes=()
 for index in "${!hosts[@]}"; do
     printf -v remote '%q ' env "${variables[@]}" bash "$root/run_training.sh" "${flags[@]}" \
         --node_rank $((index + 1))
-    # A session of its own: Ctrl-C is for the launcher here, whose ranks tell the others.
+    # ssh gets a session of its own, so that Ctrl-C reaches only the launcher here. Its ranks then
+    # stop together with those of the other machines.
     setsid ssh -n -o BatchMode=yes "${hosts[index]}" "cd $(printf %q "$PWD") && $remote" &
     remotes+=($!)
 done
 bash "$root/run_training.sh" "${flags[@]}" --node_rank 0 &
 here=$!
 
-# Signals stop all machines: the ranks agree on it, save and end. Should this script be killed,
-# the others notice the silence and end.
+# Signals stop all machines: all ranks save after the same step and end. If this script is killed,
+# the other machines lose the connection and end.
 trap 'kill -TERM "$here"' TERM INT HUP
 trap 'kill -USR1 "$here"' USR1
 code=0
 wait "$here" || code=$?
-while kill -0 "$here" 2>/dev/null; do # a trap has ended the wait
+while kill -0 "$here" 2>/dev/null; do # a trap interrupted the wait
     code=0
     wait "$here" || code=$?
 done

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by run_training.sh, run_tests.sh and examples/smoke_test.sh: finds a Python 3.10
-# to 3.13, and makes .venv. Needs $root. Sets $PYTHON.
+# Finds a Python 3.10 to 3.13, and creates .venv. Sets $PYTHON; needs $root.
+# run_training.sh, run_tests.sh and examples/smoke_test.sh source it.
 : "${root:?}"
 
 modules_needed="torch numpy h5py tqdm tokenizers safetensors"
@@ -10,12 +10,12 @@ fail() {
     exit 2
 }
 
-# Whether $1 is a Python that this package runs on.
+# True if this package runs on Python $1.
 is_right_python() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# The required modules that Python $1 lacks, on one line. Looks them up; imports nothing.
+# Prints the required modules that Python $1 lacks, on one line. It imports none of them.
 missing_modules() {
     # shellcheck disable=SC2086  # a list of words
     "$1" - $modules_needed ${2:-} <<'END'
@@ -27,7 +27,7 @@ print(" ".join(name for name in names if find_spec(name) is None))
 END
 }
 
-# $PYTHON: the one the user exported, else .venv's, else the first suitable one on the path.
+# Sets $PYTHON: the user's, if exported; else that of .venv; else the first suitable one on PATH.
 find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
@@ -47,16 +47,39 @@ find_python() {
         "$PYTHON lacks $missing; run 'bash run_training.sh' once without flags, or: $PYTHON -m pip install -r requirements.txt"
 }
 
-# Like find_python; where modules are missing, or .venv was made of other requirements,
+# Like find_python. If modules are missing, or .venv was created from other requirements, it
 # installs the given requirement files into .venv.
 prepare_python() {
-    local venv="$root/.venv" file wanted
     may_install=1 find_python
-    wanted=$(cd "$root" && cat "$@" | cksum)
-    if [ -z "$(missing_modules "$PYTHON" "${extra_modules:-}")" ]; then
-        [ "$PYTHON" = "$venv/bin/python" ] || return 0
-        case "$(cat "$venv/installed-requirements" 2>/dev/null)" in *"$wanted"*) return 0 ;; esac
-    fi
+    ! is_prepared "$@" || return 0
+    # mpirun and srun start run_training.sh once a rank, at the same time: one process installs,
+    # the others wait for it. The lock ends with the subshell.
+    (
+        ! command -v flock >/dev/null || flock 9
+        base=$PYTHON
+        PYTHON=$root/.venv/bin/python
+        if [ ! -x "$PYTHON" ] || ! is_prepared "$@"; then
+            PYTHON=$base
+            install_requirements "$@"
+        fi
+    ) 9<"$root"
+    PYTHON=$root/.venv/bin/python
+}
+
+# True if $PYTHON has the required modules and, if it is that of .venv, has them from the given
+# requirement files.
+is_prepared() {
+    [ -z "$(missing_modules "$PYTHON" "${extra_modules:-}")" ] || return 1
+    [ "$PYTHON" = "$root/.venv/bin/python" ] || return 0
+    case "$(cat "$root/.venv/installed-requirements" 2>/dev/null)" in
+        *"$(cd "$root" && cat "$@" | cksum)"*) return 0 ;;
+    esac
+    return 1
+}
+
+# Installs the given requirement files into .venv.
+install_requirements() {
+    local venv="$root/.venv" file
     if [ ! -x "$venv/bin/python" ]; then
         echo "First use: creating $venv with $("$PYTHON" --version)" >&2
         "$PYTHON" -m venv "$venv" || {
@@ -70,5 +93,5 @@ prepare_python() {
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$root/$file" >&2 ||
             fail "cannot install $file; see pip's message above"
     done
-    echo "$wanted" >>"$venv/installed-requirements"
+    (cd "$root" && cat "$@" | cksum) >>"$venv/installed-requirements"
 }

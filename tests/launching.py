@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers import ROOT
 
-PATIENCE = 120.0  # seconds; for what takes a few on an idle machine
+TIMEOUT = 120.0  # seconds; on an idle machine every wait takes a few
 
 # Every Python reads sitecustomize at its start: a rank's trainer becomes the test's program.
 _TAKE_THE_TRAINERS_PLACE = """
@@ -36,33 +36,38 @@ def end_all() -> None:
         launch.process.wait()
 
 
+def in_the_trainers_place(here: Path, program: str) -> dict[str, str]:
+    """The environment in which each rank runs `program`; it knows `rank` and the folder `here`."""
+    (here / "sitecustomize.py").write_text(_TAKE_THE_TRAINERS_PLACE)
+    (here / "program.py").write_text(
+        "import os, signal, sys, time, pathlib\n"
+        "from bert_pretraining.runtime import rank_reports\n"
+        "here = pathlib.Path(os.environ['TEST_HERE'])\n"
+        "def tell(name, text=''):\n"
+        "    (here / f'{name}.partial').write_text(text or str(os.getpid()))\n"
+        "    os.replace(here / f'{name}.partial', here / name)\n" + program
+    )
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{here}:{ROOT / 'base'}",
+        "TEST_PROGRAM": str(here / "program.py"),
+        "TEST_HERE": str(here),
+    }
+
+
 class Launch:
     """A running launcher whose ranks run `program`; it knows `rank` and the folder `here`."""
 
     def __init__(self, here: Path, data: Path, program: str, *flags: object, ranks: int = 2):
         self.here = here
-        (here / "sitecustomize.py").write_text(_TAKE_THE_TRAINERS_PLACE)
-        (here / "program.py").write_text(
-            "import os, signal, sys, time, pathlib\n"
-            "from bert_pretraining.runtime import rank_reports\n"
-            "here = pathlib.Path(os.environ['TEST_HERE'])\n"
-            "def tell(name, text=''):\n"
-            "    (here / f'{name}.partial').write_text(text or str(os.getpid()))\n"
-            "    os.replace(here / f'{name}.partial', here / name)\n" + program
-        )
+        environment = in_the_trainers_place(here, program)
         words = ["--name", "mini", "--config", "CPUx1x2", "--device", "cpu", "--data_dir", data,
                  "--nproc_per_node", ranks, *flags]  # fmt: skip
         self.errors = here / "errors.txt"
         with self.errors.open("w") as errors, (here / "output.txt").open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bert_pretraining", "launch", *map(str, words)],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": f"{here}:{ROOT / 'base'}",
-                    "TEST_PROGRAM": str(here / "program.py"),
-                    "TEST_HERE": str(here),
-                },
-                stdout=output, stderr=errors, cwd=here, start_new_session=True,
+                env=environment, stdout=output, stderr=errors, cwd=here, start_new_session=True,
             )  # fmt: skip
 
         _started.append(self)
@@ -77,7 +82,7 @@ class Launch:
 
     def end(self) -> tuple[int, str]:
         """The launcher's exit code and what it wrote on stderr."""
-        code = self.process.wait(PATIENCE)
+        code = self.process.wait(TIMEOUT)
         return code, self.error_text()
 
     def error_text(self) -> str:
@@ -85,7 +90,7 @@ class Launch:
 
 
 def wait_until(what: Callable[[], bool], describe: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not what():
         assert time.monotonic() < deadline, describe()
         time.sleep(0.05)

@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
-    """Show what ended this process, or, of a rank, leave it to the launcher to show."""
+    """Print the error; in a rank, report it to the launcher, which prints it."""
     if rank_reports.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
         rank_reports.leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
@@ -109,22 +109,25 @@ def _dispatch(arguments: list[str]) -> int:
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
     if parts:
-        raise UserError(f"'{command}' needs one of: {', '.join(parts)} (see {command} --help)")
+        raise UserError(f"'{command}' needs one of: {', '.join(parts)}", f"see {command} --help")
     if command not in commands:
         known = [name for name in commands if name != "rank"]
-        raise UserError(f"unknown command '{command}'{config.nearest(command, known)} (see --help)")
+        raise UserError(
+            f"unknown command '{command}'{config.nearest(command, known)}",
+            "see python -m bert_pretraining --help",
+        )
     return commands[command](rest) or 0
 
 
 def _usage_of(command: str) -> str:
-    """The lines of USAGE that concern one of GROUPS."""
+    """The lines of USAGE for one of GROUPS."""
     lines = [line for line in USAGE.splitlines() if line.startswith(f"  {command} ")]
     first = f"usage: python -m bert_pretraining {command} COMMAND [flags]"
     return "\n".join([first, "", *lines, "", "COMMAND --help lists its flags.", ""])
 
 
 def _bench(what: str, arguments: list[str]) -> int:
-    # Only now: a launch should not wait for what measuring needs.
+    # Imported only here, so that a launch does not wait for these modules.
     return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
 
 

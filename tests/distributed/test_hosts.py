@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,7 @@ def test_a_rank_killed_on_another_host(mini_data: Path, tmp_path: Path) -> None:
         )
         first.wait_for('"event": "STEP_END"')
         hosts.kill(second.trainers()[0])
-        killed = time.monotonic()
         assert hosts.end([first, second]) == [EXIT_CRASH] * 2
-        assert time.monotonic() - killed < 15
         assert both.processes() == []
     reason = "rank 1 was killed by SIGKILL"
     assert second.last_line.startswith(f"Error: {reason}")
@@ -64,6 +61,6 @@ def test_hosts_that_were_given_different_settings(mini_data: Path, tmp_path: Pat
         assert both.processes() == []
     for launcher in launchers:
         assert launcher.last_line == (
-            "Error: --learning_rate is 0.01 on machine 0 (hosta) and 0.02 on machine 1 (hostb): "
+            "Error: --learning_rate is 0.01 on machine 0 (hosta) and 0.02 on machine 1 (hostb); "
             "run the same command, from the same checkout, on both"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_STOPPED
+from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_NOT_CONVERGED, EXIT_STOPPED
 from bert_pretraining.launch.port import free_port
 from launching import Launch, assert_gone, end_all
 
@@ -48,9 +48,7 @@ def test_the_first_failure_ends_all_and_is_shown_last(mini_data: Path, tmp_path:
     )
     launch = Launch(tmp_path, mini_data, program + FOREVER, "--log_dir", "logs")
     launch.wait_for("failed")
-    failed = time.monotonic()
     code, errors = launch.end()
-    assert time.monotonic() - failed < 15
     assert code == EXIT_CRASH
     log = tmp_path / "logs" / "rank_1.log"
     assert errors.endswith(
@@ -66,10 +64,8 @@ def test_a_rank_killed_at_any_moment(mini_data: Path, tmp_path: Path) -> None:
     pids = launch.wait_for("rank0", "rank1", "rank2")
     victim = random.randrange(3)
     time.sleep(random.random())
-    killed = time.monotonic()
     os.kill(int(pids[victim]), signal.SIGKILL)
     code, errors = launch.end()
-    assert time.monotonic() - killed < 15
     assert code == EXIT_CRASH
     last = errors.splitlines()[-1]
     assert last.startswith(f"Error: rank {victim} was killed by SIGKILL")
@@ -115,9 +111,7 @@ def test_a_second_signal_ends_everything_at_once(mini_data: Path, tmp_path: Path
     launch.send(signal.SIGINT)
     launch.wait_for("signalled0", "signalled1")
     launch.send(signal.SIGTERM)
-    sent = time.monotonic()
     code, errors = launch.end()
-    assert time.monotonic() - sent < 10
     assert (code, errors.splitlines()[-1]) == (128 + signal.SIGTERM, "Ended by SIGTERM")
     assert_gone(pids)
 
@@ -189,13 +183,12 @@ def test_a_stopped_rank_is_named_as_such(mini_data: Path, tmp_path: Path) -> Non
 
 def test_restarts(mini_data: Path, tmp_path: Path) -> None:
     program = (
-        "attempts = len(list(here.glob(f'rank{rank}.*')))\n"
-        "tell(f'rank{rank}.{attempts}')\n"
-        "print(f'attempt {attempts}', flush=True)\n"
-        "if rank == 1 and attempts < 2:\n"
+        "attempt = int(os.environ[rank_reports.ATTEMPT_VARIABLE])\n"
+        "print(f'attempt {attempt}', flush=True)\n"
+        "if rank == 1 and attempt < 2:\n"
         "    rank_reports.record_failure(rank, 1, 'OSError: gone', 'Traceback\\n')\n"
         "    os._exit(1)\n"
-        "while attempts < 2:\n    time.sleep(0.01)\n"
+        "while attempt < 2:\n    time.sleep(0.01)\n"
         "rank_reports.record_finish(rank, 0)\n"
     )
     launch = Launch(
@@ -221,6 +214,45 @@ def test_restarts(mini_data: Path, tmp_path: Path) -> None:
     assert logs["rank_1.1.log"] == "attempt 1\n"
     assert logs["rank_0.2.log"] == "attempt 2\n"
     assert len(logs) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], EXIT_NOT_CONVERGED), (["--exit_zero_without_target"], 0)]
+)
+def test_the_exit_code_without_the_target(
+    mini_data: Path, tmp_path: Path, flags: list[str], expected: int
+) -> None:
+    program = f"rank_reports.record_finish(rank, {EXIT_NOT_CONVERGED})\n"
+    code, errors = Launch(tmp_path, mini_data, program, *flags).end()
+    assert code == expected, errors
+
+
+# The trainer's command with a training that ends at once, on rank 0 a second later.
+FINISHING = """
+from bert_pretraining.commands.training import COMMANDS
+from bert_pretraining.training import train
+
+def end_training(resolved):
+    if rank == 0:
+        reports = pathlib.Path(os.environ[rank_reports.FOLDER_VARIABLE])
+        while 1 not in rank_reports.finished_ranks(reports):
+            time.sleep(0.01)
+        time.sleep(1)
+        pid = rank_reports.read_processes(reports)[1]
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        tell("rank1", "ended" if state == "Z" else "waits")
+    return 0
+
+train.main = end_training
+COMMANDS["train"](sys.orig_argv[5:])
+"""
+
+
+def test_a_rank_that_has_finished_waits_for_the_others(mini_data: Path, tmp_path: Path) -> None:
+    launch = Launch(tmp_path, mini_data, FINISHING)
+    code, errors = launch.end()
+    assert code == EXIT_CONVERGED, errors
+    assert launch.wait_for("rank1") == ["waits"], "rank 0 might still read from it"
 
 
 def test_bad_input_is_not_restarted(mini_data: Path, tmp_path: Path) -> None:

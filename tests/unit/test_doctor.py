@@ -1,4 +1,4 @@
-"""`doctor`: each finding on a machine that has it, and the command's exit codes."""
+"""`doctor`: each result on a machine that has it, and the command's exit codes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_pretraining import config, doctor
+from bert_pretraining import config, doctor, kernels
 from bert_pretraining.config import Config
 from bert_pretraining.doctor import hardware, run, software
-from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
+from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.launch import LaunchFlags
 from bert_pretraining.topology import Core, Gpu, Machine, Node
 from helpers import ROOT, command
@@ -29,8 +29,8 @@ def settings(**flags: object) -> Config:
     return config.resolve({"name": "mini", "config": "CPUx1x1", "device": "auto", **flags}).config
 
 
-def by_name(findings: object) -> dict[str, Finding]:
-    return {finding.what: finding for finding in findings}
+def by_name(results: object) -> dict[str, CheckResult]:
+    return {result.what: result for result in results}
 
 
 def test_requirements_are_those_of_the_package() -> None:
@@ -42,8 +42,8 @@ def test_requirements_are_those_of_the_package() -> None:
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {**software.REQUIRED, "torch": "2.9.1+cu128", "h5py": None, "triton": None}
-    monkeypatch.setattr(software, "_version", installed.get)
-    found = by_name(software.findings())
+    monkeypatch.setattr(software, "installed_version", installed.get)
+    found = by_name(software.results())
     assert found["torch"].status == PROBLEM
     assert found["torch"].text == "2.9.1+cu128 is older than 2.11"
     assert (found["h5py"].status, found["h5py"].text) == (PROBLEM, "not installed")
@@ -57,7 +57,7 @@ def test_the_wrong_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("web = True\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = by_name(software.findings())["apex"]
+    found = by_name(software.results())["apex"]
     assert found.status == NOTE
     assert "another project" in found.text
     assert found.fix.startswith("pip uninstall apex")
@@ -110,6 +110,39 @@ def test_kernels_and_precisions() -> None:
     assert "apex" in refused.text
 
 
+def test_kernels_on_a_gpu(mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    properties = Properties("NVIDIA H100", 9, 0, 80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    asked = []
+    real_select = kernels.select
+
+    def select_on_the_cpu(
+        provider: str, device: torch.device, dtype: torch.dtype, head_size: int, *rest: object
+    ) -> kernels.Kernels:
+        assert device.type == "cuda"
+        torch.ones(2, head_size)  # as the kernels' trial does: TypeError for what is no number
+        asked.append(head_size)
+        return real_select(provider, torch.device("cpu"), dtype, head_size)
+
+    monkeypatch.setattr(kernels, "select", select_on_the_cpu)
+    sizes = json.loads((mini_data / "bert_config.json").read_text())
+    (tmp_path / "bert_config.json").write_text(json.dumps({**sizes, "num_attention_heads": 1}))
+    for flags, looks_at_data, expected in (
+        ({}, False, 64),
+        ({"data_dir": str(tmp_path)}, True, sizes["hidden_size"]),
+        ({"data_dir": str(tmp_path / "absent")}, True, 64),
+        ({"bert_config_path": str(tmp_path / "bert_config.json")}, True, sizes["hidden_size"]),
+    ):
+        found = by_name(doctor.examine(settings(**flags), LaunchFlags(), WITH_GPUS, looks_at_data))
+        assert found["kernels fp16"].status == OK
+        assert "attention=torch" in found["kernels fp16"].text
+        assert set(asked) == {expected}
+        asked.clear()
+
+
 def test_binding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = by_name(hardware.binding(settings(nproc_per_node=2), LaunchFlags(), MACHINE))
@@ -147,10 +180,10 @@ def test_a_busy_port() -> None:
         holder.bind(("", 0))
         holder.listen()
         busy = LaunchFlags(master_port=holder.getsockname()[1])
-        (finding,) = run.port(settings(), busy)
-    assert finding.status == PROBLEM
-    assert "holds it" in finding.text
-    assert finding.fix.startswith("choose another")
+        (result,) = run.port(settings(), busy)
+    assert result.status == PROBLEM
+    assert "holds it" in result.text
+    assert result.fix.startswith("choose another")
 
 
 def test_the_command(mini_data: Path, tmp_path: Path) -> None:
@@ -169,6 +202,7 @@ def test_problems_end_with_exit_code_1(
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     (problem,) = [found for found in report["findings"] if found["status"] == PROBLEM]
+    assert problem.keys() == {"what", "status", "text", "fix"}
     assert problem["text"] == "no such data_dir: absent"
     assert "data make-mini --output_dir absent" in problem["fix"]
     assert doctor.main(["--device", "cpu"]) == 0, "data is looked at where it is named"

@@ -40,7 +40,7 @@ ALLOWED = {
         *{"checkpoint", "data", "logs", "model", "optim", "report"},
     },
     "bench": {*LEAVES, "data", "logs", "model", "optim", "training"},
-    "doctor": {*LEAVES, "data", "launch"},
+    "doctor": {*LEAVES, "data", "launch", "model"},
     "commands": {
         *LEAVES,
         *{"checkpoint", "data", "launch", "model", "preparation", "submission", "training"},

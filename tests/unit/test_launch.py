@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining import config, launch
+from bert_pretraining.commands import submission
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import LaunchFlags
 from bert_pretraining.launch.port import port_holder
-from bert_pretraining.launch.report import explain
+from bert_pretraining.launch.result import explain
 from bert_pretraining.runtime import rank_reports
 
 FLAGS = LaunchFlags()
@@ -60,6 +61,45 @@ def test_threads_that_the_user_exported_stay(monkeypatch: pytest.MonkeyPatch) ->
     assert "OMP_NUM_THREADS=" not in launch.describe(plan("mini", "CPUx1x2"))
 
 
+def test_the_number_of_threads_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS=3 " in launch.describe(plan("mini", "CPUx1x2", threads=3))
+
+
+def test_threads_follow_the_binding_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    alone = plan("mini", "CPUx1x2")
+    for name, value in (
+        ("OMP_NUM_THREADS", "1"), ("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    joined = plan("mini", "CPUx1x2")
+    assert joined.rank_setup(1)["threads"] == alone.bindings[1].threads
+
+
+def test_help_gives_every_flags_values_and_default() -> None:
+    parser = config.FlagParser()
+    launch.add_launch_flags(parser)
+    text = " ".join(parser.format_help().split())
+    described = text.partition("launch:")[2].split(" --")[1:]
+    assert len(described) == len(LaunchFlags.__dataclass_fields__)
+    assert [each for each in described if "default:" not in each] == []
+    assert "--bind {auto,none,required}" in text
+    assert "--hang_timeout SECONDS" in text and "(default: 600)" in text
+    assert "torchrun turns a rank's exit code 3 into 1" in text
+
+
+@pytest.mark.parametrize("name", sorted(submission.COMMANDS))
+def test_help_of_submission_gives_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        submission.COMMANDS[name](["--help"])
+    options = capsys.readouterr().out.partition("options:")[2].split("\n  --")[1:]
+    assert options
+    for option in options:
+        text = " ".join(option.split())
+        assert "(default: " in text or "required)" in text, text
+
+
 @pytest.mark.parametrize(("name", "stem"), config.config_names())
 def test_every_config_can_be_planned(name: str, stem: str) -> None:
     nodes, processes = config.parse_topology(stem)
@@ -72,12 +112,14 @@ def test_every_config_can_be_planned(name: str, stem: str) -> None:
 
 
 def test_many_machines_need_an_address_and_a_rank() -> None:
-    with pytest.raises(UserError, match=r"^--config V100x2x8 wants 2 machines: .*--master_addr"):
+    with pytest.raises(UserError, match=r"^--config V100x2x8 wants 2 machines, .*--master_addr"):
         plan("iluvatar", "V100x2x8")
     resolved = config.resolve({"name": "mini", "config": "CPUx1x2", "nnodes": 3})
-    with pytest.raises(UserError, match=r"^--nnodes 3 wants 3 machines: .*--node_rank 0 to 2; "):
+    with pytest.raises(UserError, match=r"^--nnodes 3 wants 3 machines, .*--node_rank 0 to 2; "):
         launch.make_plan(resolved, FLAGS, [])
-    with pytest.raises(UserError, match="--node_rank 2: must be from 0 to 1"):
+    with pytest.raises(
+        UserError, match="--node_rank 2 is no machine of --nnodes 2; pass --node_rank 0 to 1"
+    ):
         plan("iluvatar", "V100x2x8", master_addr="10.0.0.1", node_rank=2)
 
 
@@ -97,7 +139,7 @@ def test_a_busy_port_is_a_user_error_that_names_the_holder() -> None:
 
 def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    words = "this machine has 4: pass --nproc_per_node 4, with --gradient_accumulation_steps 2 "
+    words = "this machine has 4; pass --nproc_per_node 4, with --gradient_accumulation_steps 2 "
     with pytest.raises(UserError, match=f"^--config V100x1x8 wants 8 GPUs, and {words}"):
         launch.run(plan("default", "V100x1x8"))
 

@@ -148,7 +148,7 @@ def test_a_second_system_goes_beside_and_none_is_overwritten(series: Path, tmp_p
     first = assembling.assemble(runs, tmp_path, "one", "pytorch", None)
     before = log(first.folder, 0).parent
     second = assembling.assemble(runs, tmp_path, "two", "pytorch", None)
-    assert "was there and stays" in second.remarks[0]
+    assert "exists already; its code was kept" in second.remarks[0]
     assert sorted(path.name for path in (first.folder / "results").iterdir()) == ["one", "two"]
     with pytest.raises(UserError, match="is there already"):
         assembling.assemble(runs, tmp_path, "one", "pytorch", None)
@@ -158,7 +158,7 @@ def test_a_second_system_goes_beside_and_none_is_overwritten(series: Path, tmp_p
 @pytest.mark.parametrize("name", ["", ".hidden", "a b", "../x", "a/b"])
 def test_names_become_directories(series: Path, tmp_path: Path, name: str) -> None:
     runs = assembling.runs_of_series(series)
-    with pytest.raises(UserError, match="becomes a directory"):
+    with pytest.raises(UserError, match="cannot be the name of a"):
         assembling.assemble(runs, tmp_path / "out", name, "pytorch", None)
     assert not (tmp_path / "out").exists()
 

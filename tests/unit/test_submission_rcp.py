@@ -88,7 +88,7 @@ def test_pruning_keeps_what_the_checker_keeps() -> None:
 def test_more_runs_must_come_closer_to_the_mean() -> None:
     point = convergence_point(448)
     assert point.least_mean(3) < point.least_mean(10) < point.least_mean(40) < point.mean_samples
-    with pytest.raises(UserError, match="3 at least"):
+    with pytest.raises(UserError, match="give 3 or more"):
         point.least_mean(2)
 
 

@@ -46,7 +46,7 @@ def launcher(
             raise end
         return end
 
-    monkeypatch.setattr(series, "_launch", launch)
+    monkeypatch.setattr(series, "launch_run", launch)
     return launched
 
 
@@ -93,7 +93,7 @@ def test_a_series_goes_on_where_it_was_stopped(
     lines: list[str] = []
     done = start(tmp_path, say=lines.append)
     assert lines[0] == (
-        "2 of 3 runs are there; run_01 was ended from outside, and counts as a failed run"
+        "2 of 3 runs are there; run_01 was ended from outside and counts as a failed run"
     )
     assert [folder.name for _, folder in launched] == ["run_00", "run_01", "run_02"]
     assert [run.outcome for run in done.runs] == ["converged", "ended from outside", "converged"]
@@ -171,6 +171,10 @@ def test_page_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--name mini --config CPUx1x1 --submission_org A --seed 5", "--seed after --"),
         ("--name mini --config CPUx1x1 --submission_org A --output_dir x", "--output_dir after"),
         ("--name mini --config CPUx1x1 --submission_org A --max_restarts 2", "--max_restarts"),
+        (
+            "--name mini --config CPUx1x1 --submission_org A --exit_zero_without_target",
+            "exit code 3",
+        ),
         ("--name mini --config CPUx1x1 --submission_org A --max_step 2", "mean --max_steps"),
         ("--name iluvatar --config V100x2x8 --submission_org A", "starts runs on one"),
         ("--name mini --config CPUx1x1 --submission_org A", "data/datasets/bert_mini"),

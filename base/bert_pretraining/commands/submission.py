@@ -1,4 +1,4 @@
-"""The command line of `submission ...`: flags in, functions of submission/ called, lines out."""
+"""The commands `submission ...`: flags in, functions of submission/ called, lines out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 
 from bert_pretraining import config, launch
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, UserError
-from bert_pretraining.submission.rulesets import DEFAULT_RULESET, RUNS, TARGET_MLM_ACCURACY
+from bert_pretraining.submission.rulesets import (
+    DEFAULT_RULESET,
+    RULESETS,
+    RUNS,
+    TARGET_MLM_ACCURACY,
+)
 
 SERIES_DIR = "output/submission"
 
@@ -23,18 +28,34 @@ def _parser(command: str, text: str | None = None) -> config.FlagParser:
 
 def _add_ruleset(parser: config.FlagParser) -> None:
     parser.add_argument(
-        "--ruleset", default=DEFAULT_RULESET, help=f"1.0.0 to 5.0.0 ({DEFAULT_RULESET})"
+        "--ruleset",
+        default=DEFAULT_RULESET,
+        metavar="VERSION",
+        help=f"MLPerf Training ruleset: {', '.join(RULESETS)} (default: {DEFAULT_RULESET})",
     )
 
 
 def rcp(arguments: list[str]) -> None:
-    """`submission rcp`: what a global batch size must reach, before anything is run."""
-    parser = _parser("rcp", "The reference convergence point of a global batch size.")
+    """`submission rcp`: the samples that runs at a global batch size must take, before any run."""
+    parser = _parser("rcp", "Prints the reference convergence point (RCP) of a global batch size.")
     add = parser.add_argument
-    add("--global_batch_size", type=int, required=True, help="sequences an update, over all ranks")
-    add("--runs", type=int, default=RUNS, help=f"of the submission ({RUNS})")
-    add("--mean_samples", type=float, help="of your runs: do they pass, with which scale factor?")
-    add("--json", action="store_true", help="the figures as JSON")
+    add(
+        "--global_batch_size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="sequences of one update, over all ranks, 1 or more (required)",
+    )
+    add("--runs", type=int, default=RUNS, metavar="N",
+        help=f"runs of the submission, 3 or more (default: {RUNS})")  # fmt: skip
+    add(
+        "--mean_samples",
+        type=float,
+        metavar="X",
+        help="mean samples to the target of your runs: prints whether they pass, and their scale "
+        "factor (default: not printed)",
+    )
+    add("--json", action="store_true", help="print the figures as JSON (default: as text)")
     _add_ruleset(parser)
     values = parser.parse(arguments)
 
@@ -74,10 +95,18 @@ def rcp(arguments: list[str]) -> None:
 
 def check(arguments: list[str]) -> int:
     """`submission check ORG`: 0 for a submission that passes, else 1."""
-    parser = _parser("check", "MLPerf's checkers and what they miss, on the directory ORG.")
-    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser = _parser(
+        "check",
+        "Runs MLPerf's checkers on the directory ORG, and checks what they do not. "
+        "Exit code 0 if the submission passes, else 1.",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON (default: as text)"
+    )
     _add_ruleset(parser)
-    parser.add_argument("folder", type=Path, metavar="ORG", help="of ORG/results, ORG/systems")
+    parser.add_argument(
+        "folder", type=Path, metavar="ORG", help="the directory that holds results/ and systems/"
+    )
     values = parser.parse(arguments)
 
     from bert_pretraining.submission.check import check as check_submission
@@ -91,22 +120,35 @@ def run(arguments: list[str]) -> int:
     """`submission run ... -- TRAINING FLAGS`: a series; 0 if all but one run converged, else 3."""
     parser = _parser(
         "run",
-        "Run after run of one training command, given after --. The same command again goes on "
-        "where it was stopped.",
+        "Runs one training command several times; its flags follow after --. The same command "
+        "again continues a series that was stopped. Exit code 0 if at most one run missed the "
+        "target, else 3.",
     )
     add = parser.add_argument
-    add("--runs", type=int, default=RUNS, help=f"in the series ({RUNS})")
-    add("--output_dir", type=Path, default=Path(SERIES_DIR), help=f"of the series ({SERIES_DIR})")
+    add("--runs", type=int, default=RUNS, metavar="N",
+        help=f"runs in the series, 1 or more (default: {RUNS})")  # fmt: skip
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path(SERIES_DIR),
+        metavar="DIR",
+        help=f"directory of the series (default: {SERIES_DIR})",
+    )
     add(
         "--drop_caches", choices=("auto", "never", "required"), default="auto",
-        help="the page caches, before each run: where allowed, never, or else fail (auto)",
+        help="drop the page caches before each run: where it is allowed, never, or fail where "
+        "it is not (default: auto)",
     )  # fmt: skip
-    add("--show", action="store_true", help="runs print here, not into run_00/terminal.txt")
+    add(
+        "--show",
+        action="store_true",
+        help="the runs print here (default: into DIR/run_00/terminal.txt and so on)",
+    )
     _add_ruleset(parser)
     own, training = _split(arguments)
     values = parser.parse(own)
     if values.runs < 1:
-        raise UserError(f"--runs {values.runs}: must be at least 1")
+        raise UserError(f"--runs {values.runs} is less than 1", "pass 1 or more")
 
     from bert_pretraining.submission.series import run_series
 
@@ -124,7 +166,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The flags before --, and those of the training after it."""
+    """The flags before --, and the training flags after it."""
     if "--" not in arguments:
         return arguments, []
     at = arguments.index("--")
@@ -132,35 +174,48 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _training_config(training: list[str]) -> config.Config:
-    """The configuration that training flags mean. Raises UserError for what no series can run."""
+    """The configuration of the training flags. Raises UserError if a series cannot run it."""
     parser = config.FlagParser(prog="bash run_training.sh", allow_abbrev=False)
     launch.add_launch_flags(parser)
     config.add_config_flags(parser)
     flags, values = launch.split_flags(vars(parser.parse(training)))
     if not ("name" in values or "config" in values):
-        raise UserError("the training flags after -- name no configuration: pass --name, --config")
+        raise UserError(
+            "the training flags after -- name no configuration", "pass --name and --config there"
+        )
     for name, why in (
-        ("seed", "every run draws its own from the system's entropy"),
-        ("output_dir", "every run has its own; --output_dir before -- is that of the series"),
+        ("seed", "every run draws its own seed"),
+        (
+            "output_dir",
+            "every run has its own; --output_dir before -- names the directory of the series",
+        ),
     ):
         if name in values:
-            raise UserError(f"--{name} after --: {why}; leave it out")
-    if flags.dry_run or flags.max_restarts:
-        name = "dry_run" if flags.dry_run else "max_restarts"
-        raise UserError(f"--{name} after --: a timed run starts once; leave it out")
+            raise UserError(f"--{name} after --: {why}", "leave it out")
+    for name, why in (
+        ("dry_run", "a series runs its command"),
+        ("max_restarts", "a timed run starts only once"),
+        ("exit_zero_without_target", "exit code 3 tells the series which runs have not converged"),
+    ):
+        if getattr(flags, name):
+            raise UserError(f"--{name} after --: {why}", "leave it out")
     settings = config.resolve(values).config
     if settings.nnodes > 1:
         raise UserError(
-            f"{settings.nnodes} machines: submission run starts runs on one; start each run with "
-            "run_training.sh on all of them, then: submission assemble --logs LOG..."
+            f"{settings.nnodes} machines: submission run starts runs on one machine only",
+            "start each run with "
+            "run_training.sh on all of them, then: submission assemble --logs LOG...",
         )
     if settings.submission_org == "unknown":
-        raise UserError("the logs name whose runs they are: pass --submission_org ORG after --")
+        raise UserError(
+            "the logs must name the organization that made the runs",
+            "pass --submission_org ORG after --",
+        )
     return settings
 
 
 def _before(settings: config.Config, ruleset: str) -> list[str]:
-    """What is known before any time is spent."""
+    """What the rules say of the configuration, printed before the first run."""
     from bert_pretraining.submission.rcp import convergence_point
 
     size = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
@@ -183,30 +238,57 @@ def _before(settings: config.Config, ruleset: str) -> list[str]:
 
 
 def assemble(arguments: list[str]) -> None:
-    """`submission assemble`: the tree ORG/ of a series or of logs."""
+    """`submission assemble`: write the tree ORG/ from a series or from logs."""
     parser = _parser(
         "assemble",
-        "The tree ORG/{systems,benchmarks,results} of a series, or of logs in any order: the "
-        "flags of their runs then follow --.",
+        "Writes the tree ORG/{systems,benchmarks,results} from a series, or from logs in any "
+        "order. With --logs, the training flags of the runs follow after --.",
     )
     add = parser.add_argument
-    add("--series", type=Path, metavar="DIR", help=f"of submission run (such as {SERIES_DIR})")
-    add("--logs", type=Path, nargs="+", metavar="FILE", help="mllog.txt of each run instead")
-    add("--system", required=True, metavar="NAME", help="such as 1xH200: its directory's name")
-    add("--output_dir", type=Path, default=Path("."), help="gets ORG/ (here)")
-    add("--implementation", default="bert_pretraining", metavar="NAME", help="of the code's "
-        "directory (bert_pretraining)")  # fmt: skip
-    add("--system_fields", type=Path, metavar="FILE", help="JSON of fields of the system's "
-        "description that take the place of what was found")  # fmt: skip
+    add(
+        "--series",
+        type=Path,
+        metavar="DIR",
+        help=f"the directory of a series, such as {SERIES_DIR} (this or --logs is required)",
+    )
+    add(
+        "--logs",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="the mllog.txt of each run (this or --series is required)",
+    )
+    add(
+        "--system",
+        required=True,
+        metavar="NAME",
+        help="the system's name, such as 1xH200; its directory gets it (required)",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where ORG/ is written (default: the current directory)",
+    )
+    add("--implementation", default="bert_pretraining", metavar="NAME", help="name of the "
+        "directory for the code (default: bert_pretraining)")  # fmt: skip
+    add("--system_fields", type=Path, metavar="FILE", help="a JSON object with fields of "
+        "the system's description, in place of what was found here (default: none)")  # fmt: skip
     own, training = _split(arguments)
     values = parser.parse(own)
     if (values.series is None) == (values.logs is None):
-        raise UserError("pass --series DIR, or --logs FILE...")
-    if bool(training) == (values.logs is None):
         raise UserError(
-            "the flags of the runs follow -- where --logs are given, and only there: the "
-            "submission's run_and_time.sh repeats them"
+            "one of --series and --logs is needed, and only one",
+            "pass --series DIR, or --logs FILE...",
         )
+    if values.logs is not None and not training:
+        raise UserError(
+            "--logs is given without the flags of their runs, which run_and_time.sh repeats",
+            "put them behind --",
+        )
+    if values.logs is None and training:
+        raise UserError("flags of the runs after -- belong to --logs", "leave them out")
 
     from bert_pretraining.submission import assemble as assembling
 
@@ -230,11 +312,19 @@ def summarize(arguments: list[str]) -> int:
     """`submission summarize PATH...`: 0 if every system has a score, else 1."""
     parser = _parser(
         "summarize",
-        "Scored time and a table of the runs, as Markdown, of a submission, a series or logs. "
-        "Exit code 1 where a system has no score.",
+        "Prints the scored time and a table of the runs, as Markdown, of a submission, a series "
+        "or logs. Exit code 0 if every system has a score, else 1.",
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="ORG, series or logs")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="the directory ORG, that of a series, or logs",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the same as JSON (default: as Markdown)"
+    )
     _add_ruleset(parser)
     values = parser.parse(arguments)
 

@@ -1,4 +1,4 @@
-"""The command line of `launch`, `train` and `config ...`."""
+"""The commands `launch`, `train` and `config ...`: flags in, functions called, exit code out."""
 
 from __future__ import annotations
 
@@ -12,48 +12,76 @@ from bert_pretraining import launch as launching
 from bert_pretraining.commands.data import MINI_DATA_DIR, make_mini
 from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
-from bert_pretraining.errors import UserError
+from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
 from bert_pretraining.runtime import rank_reports
+from bert_pretraining.runtime.lock import FolderLock
 
 
 def launch(arguments: list[str]) -> int:
+    """`launch`: start one trainer a rank; or, as a rank of another launcher, become its trainer."""
     parser = config.FlagParser(prog="bash run_training.sh", allow_abbrev=False)
     launching.add_launch_flags(parser)
     config.add_config_flags(parser)
     flags, values = launching.split_flags(vars(parser.parse(arguments)))
     if "name" not in values and "config" not in values:
-        values = {**values, "name": "mini", "config": _embedded_config(values.get("device"))}
+        values = {**values, "name": "mini", "config": _default_config(values.get("device"))}
     resolved = config.resolve(values)
+    external = launching.external_rank(os.environ)
+    if external:
+        flags = launching.join(flags, resolved, external)
     without_flags = {argument.replace("-", "_") for argument in arguments} <= {"__dry_run"}
-    makes_data = without_flags and not Path(MINI_DATA_DIR).exists()
-    if makes_data and not flags.dry_run:
-        make_mini([])
-    placed = launching.placed_rank(os.environ)
-    if placed:
-        flags = launching.join(flags, resolved, placed)
+    lacks_mini_data = without_flags and not Path(MINI_DATA_DIR).exists()
+    if lacks_mini_data and not flags.dry_run:
+        make_mini_once()
     plan = launching.make_plan(resolved, flags, _trainer_flags(values))
-    if plan.notice and (placed is None or placed.local_rank == 0):
+    if plan.notice and (external is None or external.local_rank == 0):
         print(f"Notice: {plan.notice}", file=sys.stderr)
     if flags.dry_run:
         print(launching.describe(plan), flush=True)
-        _note_what_lacks(resolved.config, makes_data)
+        _print_what_is_missing(resolved.config, lacks_mini_data)
         return 0
 
     def check() -> None:
-        inputs.data_paths(resolved.config)  # fail here, once, rather than on every rank
+        inputs.data_paths(resolved.config)  # fail here, once, and not on every rank
 
-    if placed:
+    if external:
         check()
-        return launching.run_placed(plan, placed)
-    return launching.run(plan, check)
+        return launching.run_external_rank(plan, external)
+    return _exit_code(launching.run(plan, check), flags.exit_zero_without_target)
 
 
-def _note_what_lacks(settings: Config, makes_data: bool) -> None:
-    """What a launch of the plan just shown would refuse on this machine, on stderr.
+def make_mini_once() -> None:
+    """Make the mini data set, unless it is there.
 
-    No error: a plan may be for another machine. Last, so that it stands below the plan.
+    A launcher such as torchrun or mpirun calls this in every rank of a machine at the same time:
+    the process that gets the lock makes the data set, the others wait and find it. A machine
+    with a disk of its own makes its own.
     """
-    if makes_data:
+    data_dir = Path(MINI_DATA_DIR)
+    fix = f"run in a folder that you can write to, or pass --data_dir (not {MINI_DATA_DIR})"
+    with FolderLock(data_dir.parent, name="the folder", fix=fix, wait=True):
+        if data_dir.exists():
+            return
+        try:
+            make_mini([])
+        except UserError:
+            # On a file system without locks, another process may have been faster. The data set
+            # gets its name only when it is complete.
+            if not data_dir.exists():
+                raise
+
+
+def _exit_code(earned: int, zero_without_target: bool) -> int:
+    """What --exit_zero_without_target makes of the exit code."""
+    return 0 if zero_without_target and earned == EXIT_NOT_CONVERGED else earned
+
+
+def _print_what_is_missing(settings: Config, lacks_mini_data: bool) -> None:
+    """For --dry_run: what a launch on this machine would refuse, on stderr, below the plan.
+
+    It is no error, because the plan may be for another machine.
+    """
+    if lacks_mini_data:
         notes = [f"{MINI_DATA_DIR} not found here; the launch would make it first"]
     else:
         found = inputs.faults(settings)
@@ -62,7 +90,7 @@ def _note_what_lacks(settings: Config, makes_data: bool) -> None:
         print(f"Note: {note}", file=sys.stderr)
 
 
-def _embedded_config(device: object) -> str:
+def _default_config(device: object) -> str:
     """The configuration of a launch without --name and --config."""
     if device == "cpu":
         return "CPUx1x2"
@@ -72,7 +100,7 @@ def _embedded_config(device: object) -> str:
 
 
 def _trainer_flags(values: dict[str, object]) -> list[str]:
-    """Parsed flags -> the words of a command line."""
+    """The parsed flags as the words of a command line."""
     words = []
     for name, value in values.items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
@@ -80,20 +108,27 @@ def _trainer_flags(values: dict[str, object]) -> list[str]:
 
 
 def train(arguments: list[str]) -> int:
+    """`train`: one trainer, in this process."""
     parser = config.FlagParser(prog="python -m bert_pretraining train", allow_abbrev=False)
+    parser.add_argument(
+        launching.EXIT_ZERO_FLAG, action="store_true", help=launching.EXIT_ZERO_HELP
+    )
     config.add_config_flags(parser)
-    resolved = config.resolve(vars(parser.parse(arguments)))
+    values = vars(parser.parse(arguments))
+    zero_without_target = values.pop("exit_zero_without_target")
+    resolved = config.resolve(values)
 
     from bert_pretraining.runtime import process_group
     from bert_pretraining.training import train
 
     rank_reports.show_stacks_on_request()
     earned = train.main(resolved)
-    # Under the launcher, to have finished is no failure: it reads what was earned.
+    # The launcher reads the exit code from the report: for torchrun, a rank's code 3 is a failure.
     if rank_reports.record_finish(int(os.environ.get("RANK", 0)), earned):
+        process_group.wait_for_all_to_finish()
         rank_reports.leave(0)
     process_group.stop()
-    return earned
+    return _exit_code(earned, zero_without_target)
 
 
 def config_show(arguments: list[str]) -> None:
@@ -104,7 +139,7 @@ def config_show(arguments: list[str]) -> None:
 
 def config_list(arguments: list[str]) -> None:
     if arguments:
-        raise UserError(f"config list takes no flags, not {arguments[0]}")
+        raise UserError(f"config list takes no flags, but {arguments[0]} was given", "leave it out")
     for name, stem in config.config_names():
         print(f"--name {name} --config {stem}")
 

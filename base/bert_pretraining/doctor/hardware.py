@@ -7,29 +7,37 @@ from pathlib import Path
 
 from bert_pretraining import topology
 from bert_pretraining.config import Config
-from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
+from bert_pretraining.data.inputs import BERT_CONFIG_NAME
+from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch.plan import LaunchFlags
+from bert_pretraining.model.bert_config import BertConfig
 
 GIB = 2**30
+USUAL_HEAD_SIZE = 64  # of every BERT that Google published
 
 
-def findings(settings: Config, flags: LaunchFlags, machine: topology.Machine) -> Iterator[Finding]:
-    """All of them; those that need PyTorch only where it can be imported."""
+def results(
+    settings: Config, flags: LaunchFlags, machine: topology.Machine, looks_at_data: bool
+) -> Iterator[CheckResult]:
+    """All results of this module. The checks that need PyTorch run only if it can be imported.
+
+    looks_at_data: whether the run's data directory is known.
+    """
     try:
         import torch  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a library of CUDA's that is not there
+    except (ImportError, OSError) as error:  # OSError: a missing CUDA library
         fix = "install it anew: python -m pip install --force-reinstall torch"
-        yield Finding("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
+        yield CheckResult("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
     else:
         yield from gpus(settings, machine)
-        yield from kernels(settings)
+        yield from kernels(settings, head_size(settings) if looks_at_data else USUAL_HEAD_SIZE)
     yield from binding(settings, flags, machine)
     yield memory()
 
 
-def gpus(settings: Config, machine: topology.Machine) -> Iterator[Finding]:
-    """What PyTorch can train on, against what the machine has and the configuration wants."""
+def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
+    """The GPUs that PyTorch can use, compared with the machine and the configuration."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -37,40 +45,53 @@ def gpus(settings: Config, machine: topology.Machine) -> Iterator[Finding]:
         device = torch.cuda.get_device_properties(index)
         node = machine.gpus[index].node if len(machine.gpus) == count else None
         where = "unknown" if node is None else node
-        yield Finding(
+        yield CheckResult(
             f"GPU {index}", OK,
             f"{device.name}, capability {device.major}.{device.minor}, "
             f"{device.total_memory / GIB:.0f} GiB, NUMA node {where}",
         )  # fmt: skip
     wanted = settings.nproc_per_node
     if settings.device == "cpu":
-        yield Finding("device", OK, "cpu, as --device asks")
+        yield CheckResult("device", OK, "cpu, as --device asks")
     elif 0 < count < wanted:
-        yield Finding("device", PROBLEM, f"{wanted} ranks want {wanted} GPUs, here are {count}",
-                      f"pass --nproc_per_node {count}, or --device cpu")  # fmt: skip
+        text = f"{wanted} ranks need {wanted} GPUs, but there are {count}"
+        fix = f"pass --nproc_per_node {count}, or --device cpu"
+        yield CheckResult("device", PROBLEM, text, fix)
     elif count:
-        yield Finding("device", OK, f"{count} GPUs, CUDA {torch.version.cuda}")
+        yield CheckResult("device", OK, f"{count} GPUs, CUDA {torch.version.cuda}")
     else:
         yield _no_gpu(settings, machine, torch.version.cuda)
 
 
-def _no_gpu(settings: Config, machine: topology.Machine, cuda: str | None) -> Finding:
+def _no_gpu(settings: Config, machine: topology.Machine, cuda: str | None) -> CheckResult:
     status = PROBLEM if settings.device == "cuda" else NOTE
     if not machine.gpus:
         if status == NOTE:
-            return Finding("device", OK, "no GPU here: training on the CPU")
-        return Finding("device", status, "--device cuda, but no GPU here", "pass --device cpu")
+            return CheckResult("device", OK, "no GPU here: training on the CPU")
+        return CheckResult("device", status, "--device cuda, but no GPU here", "pass --device cpu")
     found = f"{len(machine.gpus)} GPUs here ({machine.gpus[0].name})"
     if cuda is None:
-        return Finding("device", status, f"{found}, but this PyTorch is built without CUDA",
+        return CheckResult("device", status, f"{found}, but this PyTorch is built without CUDA",
                        "install a CUDA build of PyTorch, see pytorch.org")  # fmt: skip
-    return Finding("device", status, f"{found}, but PyTorch (CUDA {cuda}) cannot use them",
+    return CheckResult("device", status, f"{found}, but PyTorch (CUDA {cuda}) cannot use them",
                    "look at nvidia-smi: a driver too old for this CUDA, or a container "
                    "started without --gpus all")  # fmt: skip
 
 
-def kernels(settings: Config) -> Iterator[Finding]:
-    """For each precision whether it trains here, and with which kernels."""
+def head_size(settings: Config) -> int:
+    """The attention's head size of the run's model, USUAL_HEAD_SIZE if it cannot be read.
+
+    What is wrong with bert_config.json is a result of the data's check.
+    """
+    default = Path(settings.data_dir or "") / BERT_CONFIG_NAME
+    try:
+        return BertConfig.load(Path(settings.bert_config_path or default)).head_size
+    except UserError:
+        return USUAL_HEAD_SIZE
+
+
+def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[CheckResult]:
+    """For each precision, whether it trains here and with which kernels."""
     import torch
 
     from bert_pretraining.kernels import select
@@ -82,54 +103,61 @@ def kernels(settings: Config) -> Iterator[Finding]:
         what = f"kernels {precision}"
         status, text = OK, ""
         if precision == "fp16" and not on_gpu:
-            yield Finding(what, NOTE, "fp16 needs a GPU; a run trains in fp32 instead")
+            yield CheckResult(what, NOTE, "fp16 needs a GPU; a run trains in fp32 instead")
             continue
         if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
             status, text = NOTE, "bf16 is emulated on this GPU, and slow: "
         try:
-            chosen = select(settings.kernels, device, dtype, None, settings.kernels_by_operator)
+            chosen = select(
+                settings.kernels, device, dtype, head_size, settings.kernels_by_operator
+            )
         except UserError as error:
             wanted = precision == settings.resolved_precision
-            yield Finding(what, PROBLEM if wanted else NOTE, str(error))
+            yield CheckResult(what, PROBLEM if wanted else NOTE, str(error))
         else:
-            yield Finding(what, status, text + chosen.describe())
+            yield CheckResult(what, status, text + chosen.describe())
 
 
-def binding(settings: Config, flags: LaunchFlags, machine: topology.Machine) -> Iterator[Finding]:
-    """The map of this machine's ranks to CPUs, and what carries it out."""
+def binding(
+    settings: Config, flags: LaunchFlags, machine: topology.Machine
+) -> Iterator[CheckResult]:
+    """Which CPUs each rank of this machine gets, and how it is bound to them."""
     use_gpus = settings.device != "cpu"
     bindings = topology.place_ranks(machine, settings.nproc_per_node, use_gpus, flags.hyper_threads)
     fault = topology.numactl_fault(bindings)
     if fault is None:
-        yield Finding("numactl", OK, "binds ranks to cores and memory")
+        yield CheckResult("numactl", OK, "binds ranks to cores and memory")
     else:
         status = PROBLEM if flags.bind == "required" else NOTE
-        fix = "install numactl; in a container add --cap-add SYS_NICE; or leave it so"
-        yield Finding("numactl", status, f"{fault}: CPU affinity takes its place", fix)
+        fix = "install numactl; in a container add --cap-add SYS_NICE; or leave it as it is"
+        yield CheckResult(
+            "numactl", status, f"{fault}: ranks are bound by CPU affinity instead", fix
+        )
     num_cores = len(machine.cores)
     threads = sum(len(core.threads) for core in machine.cores)
     text = f"{num_cores} cores, {threads} hardware threads, {len(machine.nodes)} NUMA nodes"
     if machine.cpu_quota is not None:
         text += f", but a quota of {machine.cpu_quota:g} CPUs"
     if settings.nproc_per_node > num_cores:
-        yield Finding("CPUs", NOTE, f"{text}, for {settings.nproc_per_node} ranks: they share",
-                      f"pass --nproc_per_node {num_cores} or less for full speed")  # fmt: skip
+        text += f", for {settings.nproc_per_node} ranks: ranks share cores"
+        fix = f"pass --nproc_per_node {num_cores} or less for full speed"
+        yield CheckResult("CPUs", NOTE, text, fix)
     else:
-        yield Finding("CPUs", OK, text)
+        yield CheckResult("CPUs", OK, text)
     first_rank = flags.node_rank * settings.nproc_per_node
     binder = "numactl" if fault is None else "affinity"
     chosen = "none" if flags.bind == "none" else binder
-    yield Finding("NUMA map", OK, topology.table(bindings, first_rank, chosen))
+    yield CheckResult("NUMA map", OK, topology.table(bindings, first_rank, chosen))
 
 
-def memory() -> Finding:
-    """Main memory that is free now."""
+def memory() -> CheckResult:
+    """How much main memory is free now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return Finding("memory", NOTE, "this system does not tell")
+        return CheckResult("memory", NOTE, "unknown: this system has no /proc/meminfo")
     fields = dict(line.split(":", 1) for line in lines)
     total, free = (int(fields[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     status = NOTE if free < 2 else OK
-    fix = "end something else, or use fewer ranks" if free < 2 else ""
-    return Finding("memory", status, f"{free:.1f} of {total:.1f} GiB available", fix)
+    fix = "end other programs, or use fewer ranks" if free < 2 else ""
+    return CheckResult("memory", status, f"{free:.1f} of {total:.1f} GiB available", fix)

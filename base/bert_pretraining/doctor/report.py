@@ -1,4 +1,4 @@
-"""What a check found, for people and for machines."""
+"""The result of a check, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ OK, NOTE, PROBLEM = "OK", "note", "problem"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line: `status` is OK, note (training starts all the same) or problem."""
+class CheckResult:
+    """The result of one check. `status`: OK, note (training can start) or problem (it cannot)."""
 
     what: str
     status: str
@@ -17,26 +17,26 @@ class Finding:
     fix: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """what, status, text, fix."""
+        """The fields what, status, text and fix."""
         return asdict(self)
 
 
-def has_problem(findings: list[Finding]) -> bool:
+def has_problem(results: list[CheckResult]) -> bool:
     """Whether training could not start."""
-    return any(finding.status == PROBLEM for finding in findings)
+    return any(result.status == PROBLEM for result in results)
 
 
-def describe(findings: list[Finding]) -> str:
-    """A line a finding, its fix below it, and a verdict."""
+def describe(results: list[CheckResult]) -> str:
+    """One line for each result, its fix below it, and the verdict at the end."""
     lines = []
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        first, *rest = finding.text.splitlines()
-        lines.append(f"{finding.status:<7}  {finding.what:<{width}}  {first}")
+    width = max(len(result.what) for result in results)
+    for result in results:
+        first, *rest = result.text.splitlines()
+        lines.append(f"{result.status:<7}  {result.what:<{width}}  {first}")
         lines += [f"{'':<{width + 11}}{line}" for line in rest]
-        if finding.fix:
-            lines.append(f"{'':<{width + 11}}-> {finding.fix}")
-    problems = sum(finding.status == PROBLEM for finding in findings)
+        if result.fix:
+            lines.append(f"{'':<{width + 11}}-> {result.fix}")
+    problems = sum(result.status == PROBLEM for result in results)
     verdict = "Training can start." if not problems else "Training could not start."
-    notes = sum(finding.status == NOTE for finding in findings)
+    notes = sum(result.status == NOTE for result in results)
     return "\n".join([*lines, "", f"{verdict} Problems: {problems}, notes: {notes}."])

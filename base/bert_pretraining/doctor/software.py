@@ -1,4 +1,4 @@
-"""Python, the packages, and whose apex is installed."""
+"""Python, the packages, and whether NVIDIA's apex is the one that is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, Finding
+from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 
 # What training imports, and the oldest version that pyproject.toml allows (a test compares).
 REQUIRED = {
@@ -19,18 +19,20 @@ REQUIRED = {
     "safetensors": "0.5",
     "tqdm": "4.66",
 }
-# Without them runs do the same.
+# Training does not need them.
 OPTIONAL = {"mlperf-logging": "4.1.68"}
 INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
 
 
-def findings() -> Iterator[Finding]:
+def results() -> Iterator[CheckResult]:
     """Python and each package."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
-        yield Finding("Python", OK, f"{version} ({sys.executable})")
+        yield CheckResult("Python", OK, f"{version} ({sys.executable})")
     else:
-        yield Finding("Python", PROBLEM, version, "use Python 3.10 to 3.13; PYTHON=... names it")
+        yield CheckResult(
+            "Python", PROBLEM, version, "use Python 3.10 to 3.13; PYTHON=... names it"
+        )
     for package, minimum in REQUIRED.items():
         yield _package(package, minimum)
     for package, minimum in OPTIONAL.items():
@@ -42,43 +44,49 @@ def findings() -> Iterator[Finding]:
     yield _apex()
 
 
-def _package(package: str, minimum: str) -> Finding:
-    installed = _version(package)
+def _package(package: str, minimum: str) -> CheckResult:
+    installed = installed_version(package)
     if installed is None:
-        return Finding(package, PROBLEM, "not installed", INSTALL)
+        return CheckResult(package, PROBLEM, "not installed", INSTALL)
     if _release(installed) < _release(minimum):
-        return Finding(package, PROBLEM, f"{installed} is older than {minimum}", INSTALL)
-    return Finding(package, OK, installed)
+        return CheckResult(package, PROBLEM, f"{installed} is older than {minimum}", INSTALL)
+    return CheckResult(package, OK, installed)
 
 
-def _triton() -> Finding:
-    installed = _version("triton")
+def _triton() -> CheckResult:
+    installed = installed_version("triton")
     if installed is None:
-        return Finding("triton", NOTE, "not installed: no Triton kernels, no --compile on a GPU",
-                       f"{sys.executable} -m pip install triton, if there is a GPU")  # fmt: skip
-    return Finding("triton", OK, installed)
+        return CheckResult(
+            "triton", NOTE, "not installed: no Triton kernels, and no --compile on a GPU",
+            f"{sys.executable} -m pip install triton, if there is a GPU",
+        )  # fmt: skip
+    return CheckResult("triton", OK, installed)
 
 
-def _apex() -> Finding:
-    """NVIDIA's apex is optional; another project of that name does harm."""
+def _apex() -> CheckResult:
+    """NVIDIA's apex is optional, but another project named apex breaks its import."""
     try:
         from bert_pretraining.kernels import apex_provider
         from bert_pretraining.kernels.provider import NotInstalled
     except ImportError as error:
-        return Finding("apex", NOTE, f"not looked for ({error})")
+        return CheckResult("apex", NOTE, f"could not be checked ({error})")
     fault = apex_provider.installation_fault()
     if isinstance(fault, NotInstalled):
-        return Finding("apex", OK, "not installed; nothing needs it")
+        return CheckResult("apex", OK, "not installed; nothing needs it")
     if fault is not None:
-        return Finding("apex", NOTE, fault.reason, fault.fix)
+        return CheckResult("apex", NOTE, fault.reason, fault.fix)
     faults = {str(apex_provider.missing(operator) or "") for operator in apex_provider.NEEDS}
     lacking = "; ".join(sorted(faults - {""}))
     if not lacking:
-        return Finding("apex", OK, f"NVIDIA's, {_version('apex') or 'version unknown'}")
-    return Finding("apex", NOTE, lacking, "--kernels torch or triton do without it")
+        return CheckResult(
+            "apex", OK, f"NVIDIA's, {installed_version('apex') or 'version unknown'}"
+        )
+    return CheckResult(
+        "apex", NOTE, lacking, "pass --kernels torch or --kernels triton, which do not need it"
+    )
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,13 +1,15 @@
-"""`launch`: flags -> ranks and their CPUs -> torchrun -> one trainer a rank.
+"""`launch`: from flags to one bound trainer process a rank.
 
-`plan` decides everything, `supervise` runs it, `rank` is what each process does before it
-becomes a trainer, `report` says why a launch failed. Where another launcher has started the
-ranks (`surroundings` tells), `joined` takes the place of `supervise`.
+`plan` decides everything and starts nothing. `supervise` starts the ranks with torchrun's agent
+and watches them; `rank` is what each process does before it becomes a trainer; `result` says why
+an attempt failed. `cluster` reads the cluster environment. Where another launcher has started the
+ranks already, `external` takes the place of `supervise`.
 """
 
-from bert_pretraining.launch.cluster import placed_rank
-from bert_pretraining.launch.joined import join, run_placed
+from bert_pretraining.launch.cluster import external_rank
+from bert_pretraining.launch.external import join, run_external_rank
 from bert_pretraining.launch.plan import (
+    EXIT_ZERO_HELP,
     LaunchFlags,
     Plan,
     add_launch_flags,
@@ -15,19 +17,21 @@ from bert_pretraining.launch.plan import (
     make_plan,
     split_flags,
 )
-from bert_pretraining.launch.rank import run_rank
+from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, run_rank
 from bert_pretraining.launch.supervise import run
 
 __all__ = [
+    "EXIT_ZERO_FLAG",
+    "EXIT_ZERO_HELP",
     "LaunchFlags",
     "Plan",
     "add_launch_flags",
     "describe",
+    "external_rank",
     "join",
     "make_plan",
-    "placed_rank",
     "run",
-    "run_placed",
+    "run_external_rank",
     "run_rank",
     "split_flags",
 ]

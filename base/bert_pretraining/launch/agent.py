@@ -1,4 +1,4 @@
-"""torchrun's agent, which starts the ranks of this machine and waits for them."""
+"""torchrun's agent: it starts the ranks of this machine and waits for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bert_pretraining.launch.rank import trainer_command
 
 
 class RankLogs(LogsSpecs):
-    """One file a rank that is also shown on the terminal, or no files."""
+    """Where torchrun writes the ranks' output: one file a rank and the terminal, or no files."""
 
     def __init__(self, folder: Path, log_paths: dict[int, Path]) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class RankLogs(LogsSpecs):
         self._log_paths = log_paths
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Paths by local rank. torch writes its own account of errors to `error_files`."""
+        """The paths by local rank. torch writes its own error reports to `error_files`."""
         logs = {
             local: str(self._log_paths[int(variables["RANK"])])
             for local, variables in envs.items()
@@ -35,18 +35,19 @@ class RankLogs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """torch asks for it; nothing is kept there."""
+        """torch asks for this folder; no log is kept there."""
         return str(self._folder)
 
 
 class Agent(threading.Thread):
-    """torchrun's agent in a thread of its own.
+    """torchrun's agent in a thread of its own, so that the main thread can handle signals.
 
-    It waits in C++ for the other machines, where no Python signal handler runs, and on the
-    main thread it would put its own handlers in place of the launcher's.
+    The agent waits in C++ for the other machines, and meanwhile no Python signal handler would
+    run on its thread. On the main thread it would also replace the launcher's signal handlers.
 
-    exit_codes: by rank, of those that failed; negative for those that a signal ended.
-    error: what else ended the agent.
+    Attributes:
+        exit_codes: of the ranks that failed, by rank; negative if a signal ended the rank.
+        error: any other exception that ended the agent.
     """
 
     def __init__(self, plan: Plan, port: int, folder: Path, log_paths: dict[int, Path]) -> None:
@@ -63,7 +64,7 @@ class Agent(threading.Thread):
             rdzv_backend="static",
             rdzv_endpoint=f"{flags.master_addr}:{port}",
             rdzv_configs={"rank": flags.node_rank, "timeout": 900},
-            # The launcher restarts by itself: torchrun would also do it after a signal.
+            # The launcher does the restarts: torchrun would restart after a signal too.
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=RankLogs(folder, log_paths),
@@ -72,18 +73,18 @@ class Agent(threading.Thread):
         self._command = trainer_command("rank", plan.trainer_flags)
 
     def run(self) -> None:
-        """Until every rank has ended, or one has failed and the others were ended."""
+        """Run until every rank has ended, or one has failed and the others were ended."""
         interpreter, *entry = self._command
         try:
             elastic_launch(self._config, interpreter)(*entry)
         except ChildFailedError as error:
             self.exit_codes = {rank: end.exitcode for rank, end in error.failures.items()}
-        except Exception as error:  # shown by the main thread, which raises it again
+        except Exception as error:  # the main thread raises it again
             self.error = error
 
 
 def _quieten_torchrun() -> None:
-    """Its own account of a failure would bury the rank's."""
+    """Turn off torchrun's own report of a failure, which would hide the rank's error."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)

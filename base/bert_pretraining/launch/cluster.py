@@ -1,4 +1,4 @@
-"""Launchers that have started this process already: torchrun, mpirun, Slurm. Pure.
+"""The cluster environment: what torchrun, mpirun or Slurm say about this process. Pure.
 
 Variables: torch.distributed's `env://` and torchrun; Open MPI's `mpirun`; MPICH's and Intel's
 `mpiexec`; "OUTPUT ENVIRONMENT VARIABLES" of Slurm's srun manual.
@@ -14,7 +14,7 @@ from bert_pretraining.errors import UserError
 
 LOCAL_ADDRESS = "127.0.0.1"
 
-# rank, ranks, rank on its machine, ranks on its machine
+# Launcher -> its variables for rank, ranks, rank on its machine, ranks on its machine.
 _VARIABLES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "Open MPI": (
@@ -28,8 +28,8 @@ _VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Placed:
-    """This process is one rank of a job that `launcher` has started."""
+class ExternalRank:
+    """This process is one rank of a job whose ranks another launcher has started."""
 
     launcher: str
     rank: int
@@ -47,24 +47,24 @@ class SlurmNode:
     master_addr: str
 
 
-def placed_rank(environment: Mapping[str, str]) -> Placed | None:
-    """The rank that this process already is; None if nobody has started ranks."""
+def external_rank(environment: Mapping[str, str]) -> ExternalRank | None:
+    """The rank that this process is; None if no other launcher has started it as one."""
     for launcher, names in _VARIABLES.items():
         if all(name in environment for name in names):
             rank, size, local, local_size = (int(environment[name]) for name in names)
             address = environment.get("MASTER_ADDR")
             if address is None and local_size == size:
                 address = LOCAL_ADDRESS
-            return Placed(launcher, rank, size, local, local_size, address)
+            return ExternalRank(launcher, rank, size, local, local_size, address)
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
     if tasks > nodes:
-        return Placed(
+        return ExternalRank(
             "Slurm",
             int(environment["SLURM_PROCID"]),
             tasks,
             int(environment["SLURM_LOCALID"]),
-            # "8(x2)" or "8,4"; ranks on machines of different sizes have different places.
+            # "8(x2)" or "8,4": machines may have different numbers of ranks.
             _tasks_of_node(environment["SLURM_STEP_TASKS_PER_NODE"], environment["SLURM_NODEID"]),
             environment.get("MASTER_ADDR") or _first_host(environment),
         )
@@ -72,7 +72,7 @@ def placed_rank(environment: Mapping[str, str]) -> Placed | None:
 
 
 def slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
-    """This machine's place in a Slurm step of one task a machine; None elsewhere."""
+    """This machine's number in a Slurm step of one task a machine; None elsewhere."""
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
     if nodes < 2 or int(environment["SLURM_STEP_NUM_TASKS"]) != nodes:
         return None
@@ -80,19 +80,33 @@ def slurm_node(environment: Mapping[str, str]) -> SlurmNode | None:
     return SlurmNode(int(environment["SLURM_NODEID"]), address)
 
 
-def check_size(placed: Placed, nnodes: int, nproc_per_node: int) -> None:
-    """UserError unless the job is of the size that the configuration wants."""
-    if (placed.world_size, placed.local_world_size) != (nnodes * nproc_per_node, nproc_per_node):
-        machines = -(-placed.world_size // placed.local_world_size)
+def user_set_threads(environment: Mapping[str, str]) -> bool:
+    """Whether OMP_NUM_THREADS is there because the user exported it.
+
+    torchrun exports OMP_NUM_THREADS=1 to its ranks when the user has not set the variable and it
+    starts more than one rank on the machine. A 1 under torchrun is therefore taken for
+    torchrun's own. A user who wants one thread there passes --threads 1.
+    """
+    threads = environment.get("OMP_NUM_THREADS")
+    several = environment.get("LOCAL_WORLD_SIZE", "1") != "1"
+    by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environment and several
+    return threads is not None and not by_torchrun
+
+
+def check_size(started: ExternalRank, nnodes: int, nproc_per_node: int) -> None:
+    """Raise UserError unless the job has as many ranks as the configuration wants."""
+    launcher, here = started.launcher, started.local_world_size
+    if (started.world_size, here) != (nnodes * nproc_per_node, nproc_per_node):
         raise UserError(
-            f"{placed.launcher} has started {placed.world_size} ranks, {placed.local_world_size} "
-            f"here, but the configuration wants {nnodes} x {nproc_per_node}: start as many, or "
-            f"pass --nnodes {machines} --nproc_per_node {placed.local_world_size}"
+            f"{launcher} has started {started.world_size} ranks, {here} of them on this machine, "
+            f"but the configuration wants {nnodes} x {nproc_per_node}",
+            f"start as many, or pass --nnodes {-(-started.world_size // here)} "
+            f"--nproc_per_node {here}",
         )
-    if placed.master_addr is None:
+    if started.master_addr is None:
         raise UserError(
-            f"{placed.launcher} has started ranks on several machines, but MASTER_ADDR is not set: "
-            "export it, the address of the first of them, to all ranks"
+            f"{launcher} has started ranks on several machines, but MASTER_ADDR is not set",
+            "export MASTER_ADDR, the address of the first machine, to all ranks",
         )
 
 

@@ -1,4 +1,4 @@
-"""Ranks that live and make no progress: notice them, and show where each stands."""
+"""Find ranks that run but make no progress, and show the stacks of all ranks."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import time
 
 from bert_pretraining.errors import EXIT_CRASH
 from bert_pretraining.launch.processes import RankProcesses
-from bert_pretraining.launch.report import Ending
+from bert_pretraining.launch.result import AttemptResult
 from bert_pretraining.runtime import rank_reports
 
-# A longer pause between two looks means that this process was stopped too (by the batch
-# system, by a suspended machine): then nobody can have made progress.
+# A longer pause between two checks means that this process was stopped too (the batch system
+# suspended the job, or the machine slept). The ranks could make no progress meanwhile.
 LONGEST_PAUSE = 10.0
-SECONDS_TO_ANSWER = 3.0
+SECONDS_TO_ANSWER = 3.0  # for a rank to write its stacks
 
 
-class Watch:
-    """When each rank was last seen to make progress."""
+class HangDetector:
+    """Remembers when each rank last made progress."""
 
     def __init__(self, ranks: RankProcesses, timeout: float) -> None:
-        """timeout: seconds; 0 watches nothing."""
+        """timeout: seconds without progress that count as a hang; 0: never."""
         self._ranks = ranks
         self._timeout = timeout
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> heartbeat, when it was new
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
-    def look(self, now: float) -> Ending | None:
-        """None while all is well; else the end of the ranks, with their stacks.
+    def check(self, now: float) -> AttemptResult | None:
+        """The result to end the ranks with if one of them hangs; None otherwise.
 
-        now: seconds, monotonic. Ranks are watched from their first heartbeat on.
+        A rank is watched from its first heartbeat on. now: monotonic time in seconds.
         """
-        if now - self._looked > LONGEST_PAUSE:
+        if now - self._checked > LONGEST_PAUSE:
             self._seen.clear()
-        self._looked = now
+        self._checked = now
         unfinished = self._ranks.unfinished()
         beats = rank_reports.read_heartbeats(self._ranks.folder)
         for rank, beat in beats.items():
@@ -46,11 +46,11 @@ class Watch:
         }
         if not silent or not self._timeout:
             return None
-        # All wait for the slowest, whose last sign of progress is the oldest.
+        # The other ranks wait for the one that stopped first: its heartbeat is the oldest.
         first = min(silent, key=lambda rank: beats[rank])
         return self._describe(first, silent[first])
 
-    def _describe(self, first: int, seconds: float) -> Ending:
+    def _describe(self, first: int, seconds: float) -> AttemptResult:
         stacks = ask_for_stacks(self._ranks)
         blocks = []
         for rank in sorted(stacks):
@@ -60,17 +60,18 @@ class Watch:
             blocks.append(f"---- rank {rank}{note}\n{text}\n")
         place = innermost(stacks.get(first, ""))
         what = self._ranks.state(first) or (f"in {place}" if place else "")
-        return Ending(
+        return AttemptResult(
             EXIT_CRASH,
             f"rank {first} made no progress for {seconds:.0f} s{f', {what}' if what else ''}; all "
-            "ranks were ended, their stacks are above; --hang_timeout SECONDS sets the patience",
+            "ranks were ended, and their stacks are above; if steps may take this long, pass a "
+            "longer --hang_timeout SECONDS",
             "Stacks of all ranks, innermost call first:\n" + "".join(blocks),
             rank=first,
         )
 
 
 def ask_for_stacks(ranks: RankProcesses) -> dict[int, str]:
-    """Every living rank's stacks; empty for one that does not answer in time."""
+    """The stacks of every running rank; empty for a rank that does not answer in time."""
     living = ranks.living()
     able = rank_reports.read_stacks(ranks.folder).keys() & living.keys()
     ranks.send(rank_reports.STACK_SIGNAL, able)
@@ -86,9 +87,9 @@ def ask_for_stacks(ranks: RankProcesses) -> dict[int, str]:
 
 
 def innermost(stacks: str) -> str:
-    """ "FILE:LINE function" of the main thread's innermost call, in what faulthandler wrote.
+    """The main thread's innermost call, as "FILE:LINE function", in faulthandler's text.
 
-    It writes the thread that took the signal, which is the main one, as the current one.
+    faulthandler calls the thread that got the signal, the main one, the current thread.
     """
     current = stacks.rpartition("Current thread")[2]
     found = re.search(r'File "([^"]+)", line (\d+) in (\S+)', current)

@@ -1,4 +1,4 @@
-"""Which network interface leads to machine 0. Linux; nothing is sent."""
+"""Which network interface leads to machine 0, on Linux. No packet is sent to find out."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import struct
 from pathlib import Path
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
-_SOMEWHERE_ELSE = "192.0.2.1"  # TEST-NET-1 of RFC 5737: the default route leads there
+TEST_NET_ADDRESS = "192.0.2.1"  # RFC 5737: in no network, so the default route leads there
 
 
 def interface_to(host: str) -> str | None:
-    """The interface that this machine talks to `host` by; None if that cannot be told.
+    """The interface by which this machine reaches `host`; None if it is unknown.
 
-    Where a host's own name means 127.0.1.1, as many systems have it in /etc/hosts, others
-    cannot reach it there: the default route's interface is taken instead.
+    On many systems /etc/hosts maps the host's own name to 127.0.1.1, where other machines cannot
+    reach it. Then the interface of the default route is taken.
     """
     address = address_towards(host)
     if address is None:
         return None
     if ipaddress.ip_address(address).is_loopback and not _is_loopback(host):
-        address = address_towards(_SOMEWHERE_ELSE) or address
-    return _interfaces().get(address)
+        address = address_towards(TEST_NET_ADDRESS) or address
+    return interfaces().get(address)
 
 
 def address_towards(host: str) -> str | None:
-    """This machine's address, as `host` would see it; None where no route leads there."""
+    """This machine's address as `host` sees it; None if no route leads to `host`."""
     with contextlib.suppress(OSError):
         for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-                probe.connect(target)  # of a datagram socket: only chooses the route
+                probe.connect(target)  # for a datagram socket this only chooses the route
                 return str(probe.getsockname()[0]).partition("%")[0]
     return None
 
 
 def connection_fault(host: str, port: int) -> str:
-    """Why nobody answers there, in the system's words; empty if somebody does."""
+    """The system's error for a connection to this port; empty if it succeeds."""
     try:
         socket.create_connection((host, port), timeout=3).close()
     except OSError as error:
@@ -66,20 +66,20 @@ def is_known(host: str) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether the user wrote a loopback address: then all "machines" are this one."""
+    """Whether `host` itself is a loopback address: then all "machines" are this one."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _interfaces() -> dict[str, str]:
-    """Address -> interface; every loopback address of IPv4 is lo's."""
+def interfaces() -> dict[str, str]:
+    """Address -> interface, for IPv4 and IPv6."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):  # it has no address
+            with contextlib.suppress(OSError):  # this interface has no address
                 answer = fcntl.ioctl(probe.fileno(), _GET_ADDRESS, request)
                 found[socket.inet_ntoa(answer[20:24])] = name
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Everything that a launch will do, decided before it does it."""
+"""The plan of a launch: everything that it will do, decided before anything starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,32 +17,39 @@ from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import cluster, network
 from bert_pretraining.launch.cluster import LOCAL_ADDRESS
-from bert_pretraining.launch.rank import Place, trainer_command
+from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, RankSetup, trainer_command
 
 DEFAULT_PORT = 29500
 HANG_TIMEOUT = 600.0
 RENDEZVOUS_TIMEOUT = 300.0
+EXIT_ZERO_HELP = (
+    "exit with code 0, not 3, when training finishes without reaching the target. Use it under "
+    "launchers that take every code but 0 for a failure: torchrun turns a rank's exit code 3 "
+    "into 1 and prints an error, srun and mpirun may end the job (default: off)"
+)
 
 
 @dataclass(frozen=True)
 class LaunchFlags:
-    """The flags that concern only the launcher. Timeouts in seconds; `hang_timeout` 0 for none."""
+    """The flags that concern only the launcher. Timeouts in seconds; `hang_timeout` 0: no limit."""
 
     node_rank: int = 0
     master_addr: str = LOCAL_ADDRESS
     master_port: int | None = None
     bind: str = "auto"
     hyper_threads: bool = False
+    threads: int | None = None  # of each rank
     max_restarts: int = 0
     hang_timeout: float = HANG_TIMEOUT
     rendezvous_timeout: float = RENDEZVOUS_TIMEOUT
     log_dir: str | None = None
+    exit_zero_without_target: bool = False
     dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch does: ranks, their places, environment and trainer's flags."""
+    """What a launch does: its ranks, their bindings, the environment and the trainer's flags."""
 
     resolved: Resolved
     flags: LaunchFlags
@@ -56,11 +64,18 @@ class Plan:
         return self.flags.node_rank * self.resolved.config.nproc_per_node
 
     def threads(self, local_rank: int) -> int | None:
-        """Threads follow the binding; a number that the user exported stays (None)."""
-        return None if "OMP_NUM_THREADS" in os.environ else self.bindings[local_rank].threads
+        """A rank's OMP_NUM_THREADS: --threads, or the number that fits its binding.
 
-    def place(self, local_rank: int) -> Place:
-        """What that rank does before it becomes a trainer."""
+        None where the user has exported OMP_NUM_THREADS, which then stays as it is.
+        """
+        if self.flags.threads is not None:
+            return self.flags.threads
+        if cluster.user_set_threads(os.environ):
+            return None
+        return self.bindings[local_rank].threads
+
+    def rank_setup(self, local_rank: int) -> RankSetup:
+        """How that rank binds itself before it becomes a trainer."""
         binding = self.bindings[local_rank]
         return {
             "prefix": binding.numactl() if self.binder == "numactl" else [],
@@ -69,7 +84,7 @@ class Plan:
         }
 
     def table(self) -> str:
-        """The map of ranks to CPUs."""
+        """The map of ranks to CPUs, as printed at the start."""
         return topology.table(self.bindings, self.first_rank, self.binder)
 
 
@@ -77,37 +92,60 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
     """The flags of LaunchFlags."""
     group = parser.add_argument_group("launch")
     add = group.add_argument
-    add("--node_rank", type=int, help="this machine's number, from 0 (Slurm's, or 0)")
-    add("--master_addr", help=f"address of machine 0 (Slurm's first, or {LOCAL_ADDRESS})")
-    add("--master_port", type=int, help=f"port on machine 0 (a free one, or {DEFAULT_PORT})")
+    add("--node_rank", type=int, metavar="N",
+        help="this machine's number, 0 to NNODES - 1 (default: Slurm's, else 0)")  # fmt: skip
+    add("--master_addr", metavar="ADDRESS",
+        help="name or address of machine 0 (default: Slurm's first machine, else "
+        f"{LOCAL_ADDRESS})")  # fmt: skip
+    add("--master_port", type=int, metavar="PORT",
+        help="TCP port on machine 0, 1 to 65535 (default: a free one; with several machines "
+        f"{DEFAULT_PORT})")  # fmt: skip
     add("--bind", choices=("auto", "none", "required"), default="auto",
-        help="bind ranks to cores: where possible, never, or else fail")  # fmt: skip
+        help="bind ranks to CPU cores: where possible, never, or fail where it is not possible "
+        "(default: auto)")  # fmt: skip
     add("--hyper_threads", action="store_true",
-        help="give ranks both hardware threads of their cores")  # fmt: skip
-    add("--max_restarts", type=_at_least_0, default=0, help="restarts after a failure (0)")
+        help="give each rank both hardware threads of its cores (default: one)")  # fmt: skip
+    add("--threads", type=_at_least(1), metavar="N",
+        help="CPU threads of each rank, 1 or more (default: OMP_NUM_THREADS if you exported it, "
+        "else one for each CPU of the rank; the OMP_NUM_THREADS=1 that torchrun sets by itself "
+        "is ignored)")  # fmt: skip
+    add("--max_restarts", type=_at_least(0), default=0, metavar="N",
+        help="how often all ranks are started again after a crash or hang, 0 or more "
+        "(default: 0)")  # fmt: skip
     add("--hang_timeout", type=_seconds, default=HANG_TIMEOUT, metavar="SECONDS",
-        help=f"end ranks without progress for so long; 0: never ({HANG_TIMEOUT:g})")  # fmt: skip
+        help="end all ranks when one makes no progress for this time; 0: never (default: "
+        f"{HANG_TIMEOUT:g})")  # fmt: skip
     add("--rendezvous_timeout", type=_seconds, default=RENDEZVOUS_TIMEOUT, metavar="SECONDS",
-        help=f"wait so long for the other machines ({RENDEZVOUS_TIMEOUT:g})")  # fmt: skip
+        help="how long the launcher waits for the other machines (default: "
+        f"{RENDEZVOUS_TIMEOUT:g})")  # fmt: skip
     add("--log_dir", metavar="DIR",
-        help="keep each rank's output there too; lines on the terminal get a prefix")  # fmt: skip
-    add("--dry_run", action="store_true", help="print what would run, run nothing")
+        help="write each rank's output to DIR/rank_N.log too, and put the rank before each line "
+        "on the terminal (default: no files)")  # fmt: skip
+    add(EXIT_ZERO_FLAG, action="store_true", help=EXIT_ZERO_HELP)
+    add("--dry_run", action="store_true",
+        help="print the plan (ranks, CPUs, environment, commands, configuration), start nothing "
+        "(default: off)")  # fmt: skip
 
 
-def _at_least_0(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
+def _at_least(minimum: int) -> Callable[[str], int]:
+    """A type for flags: an integer that is not below `minimum`."""
+
+    def parse(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+
+    return parse
 
 
 def _seconds(text: str) -> float:
     if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
     return float(text)
 
 
 def split_flags(values: dict[str, object]) -> tuple[LaunchFlags, dict[str, object]]:
-    """All parsed flags -> the launcher's, and the configuration's."""
+    """Split the parsed flags into the launcher's and the configuration's."""
     names = [field.name for field in dataclasses.fields(LaunchFlags)]
     given = {name: values[name] for name in names if values[name] is not None}
     node = cluster.slurm_node(os.environ)
@@ -117,9 +155,9 @@ def split_flags(values: dict[str, object]) -> tuple[LaunchFlags, dict[str, objec
 
 
 def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> Plan:
-    """Decide ranks, bindings, environment and command; starts nothing.
+    """Decide the ranks, their bindings, the environment and the command; start nothing.
 
-    arguments: the trainer's flags as they are to appear in its command.
+    arguments: the trainer's flags, as they will stand in its command line.
     """
     settings = resolved.config
     _check_machines(resolved, flags)
@@ -134,7 +172,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
     fault = topology.numactl_fault(bindings) if binder == "numactl" else None
     if fault:
         if flags.bind == "required":
-            raise UserError(f"--bind required: {fault}; install numactl, or pass --bind auto")
+            raise UserError(f"--bind required: {fault}", "install numactl, or pass --bind auto")
         binder = "affinity"
     return Plan(
         resolved=resolved,
@@ -142,13 +180,13 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         bindings=bindings,
         binder=binder,
         trainer_flags=arguments,
-        environment=_environment(settings.nnodes, flags.master_addr),
+        environment=rank_environment(settings.nnodes, flags.master_addr),
         notice=f"{fault}; binding by CPU affinity instead" if fault else None,
     )
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people: ranks, bindings, environment, commands, configuration."""
+    """The plan as `--dry_run` prints it: ranks, CPUs, environment, commands, configuration."""
     settings, flags = plan.resolved.config, plan.flags
     port = flags.master_port or (DEFAULT_PORT if settings.nnodes > 1 else "a free port")
     lines = [
@@ -180,27 +218,28 @@ def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
         asked = resolved.sources["nnodes"] == "flag"
         what = f"--nnodes {settings.nnodes}" if asked else f"--config {settings.config}"
         raise UserError(
-            f"{what} wants {settings.nnodes} machines: run this command on each of them, with "
-            "--master_addr ADDRESS (machine 0's, the same on all) and "
-            f"--node_rank 0 to {settings.nnodes - 1}; or pass --nnodes 1"
+            f"{what} wants {settings.nnodes} machines, but --master_addr is not given",
+            "run this command on each machine with --master_addr ADDRESS (of machine 0, the same "
+            f"on all) and --node_rank 0 to {settings.nnodes - 1}; or pass --nnodes 1",
         )
     if not 0 <= flags.node_rank < settings.nnodes:
         raise UserError(
-            f"--node_rank {flags.node_rank}: must be from 0 to {settings.nnodes - 1} (--nnodes "
-            f"{settings.nnodes})"
+            f"--node_rank {flags.node_rank} is no machine of --nnodes {settings.nnodes}",
+            f"pass --node_rank 0 to {settings.nnodes - 1}",
         )
 
 
-def _environment(nnodes: int, master_addr: str) -> dict[str, str]:
-    """What the ranks find beside torchrun's own variables."""
+def rank_environment(nnodes: int, master_addr: str) -> dict[str, str]:
+    """The variables that the ranks get beside torchrun's own."""
     environment = {"BERT_PRETRAINING_STARTED": f"{time.time():.3f}"}
     if "GLOO_SOCKET_IFNAME" not in os.environ:
-        # Otherwise gloo looks the host's own name up, which fails in many containers, or gives
-        # an address that only this host knows.
+        # Without it, gloo looks up the host's own name. In many containers that fails, or gives
+        # an address that other machines cannot reach.
         interface = "lo" if nnodes == 1 else network.interface_to(master_addr)
         if interface:
             environment["GLOO_SOCKET_IFNAME"] = interface
     if nnodes > 1 and "TORCH_CPP_LOG_LEVEL" not in os.environ:
-        # Its warnings that addresses have no names, and of every try to connect.
+        # Without it, PyTorch warns of every address without a name and of every attempt to
+        # connect.
         environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     return environment

@@ -1,4 +1,4 @@
-"""The port at which ranks meet: free or not, and who holds it."""
+"""The rendezvous port: whether it is free, and which process holds it."""
 
 from __future__ import annotations
 
@@ -12,37 +12,34 @@ _LISTEN = "0A"  # TCP_LISTEN of <net/tcp_states.h>, as /proc/net/tcp writes it
 
 
 def free_port(wanted: int) -> int:
-    """`wanted`, or any free port for 0. UserError, with the holder's name, if it is taken."""
+    """`wanted`, or any free port for 0. UserError with the holder's name if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", wanted))
             return probe.getsockname()[1]
         except OverflowError as error:
-            raise UserError(f"--master_port {wanted} cannot be used ({error})") from error
+            raise UserError(
+                f"--master_port {wanted} cannot be used ({error})", "choose a port from 1 to 65535"
+            ) from error
         except OSError as error:
-            raise UserError(port_fault(wanted, error.strerror)) from error
-
-
-def port_fault(port: int, reason: str) -> str:
-    """One line: what is wrong with the port, who holds it, what to do."""
-    holder = port_holder(port)
-    held = f": {holder} holds it" if holder else ""
-    return (
-        f"--master_port {port} cannot be used ({reason}{held}); choose another, or leave it "
-        "out on one machine"
-    )
+            holder = port_holder(wanted)
+            held = f": {holder} holds it" if holder else ""
+            raise UserError(
+                f"--master_port {wanted} cannot be used ({error.strerror}{held})",
+                "choose another port; on one machine, leave --master_port out",
+            ) from error
 
 
 def port_holder(port: int, proc: Path = Path("/proc")) -> str | None:
-    """ "NAME (process PID)" of who listens on a TCP port; None where nobody can be told.
+    """ "NAME (process PID)" of the process that listens on a TCP port; None if unknown.
 
-    Other users' processes keep their sockets to themselves.
+    The sockets of other users' processes cannot be read.
     """
     sockets = _listening_sockets(port, proc)
-    # A glob skips what it may not list: other users' processes, and those that have ended.
+    # glob skips folders that it may not list: those of other users and of ended processes.
     for link in proc.glob("[0-9]*/fd/*") if sockets else ():
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the socket was closed meanwhile
             if str(link.readlink()) in sockets:
                 process = link.parents[1]
                 return f"{(process / 'comm').read_text().strip()} (process {process.name})"

@@ -1,4 +1,4 @@
-"""What a rank's process does before it becomes a trainer: bind itself, register itself."""
+"""What a rank's process does before it becomes a trainer: it registers and binds itself."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ from typing import NoReturn, TypedDict
 from bert_pretraining.runtime import rank_reports
 
 
-class Place(TypedDict):
-    """How a rank is bound: numactl's words or CPUs to keep to; threads, None for the user's."""
+class RankSetup(TypedDict):
+    """How a rank is bound.
+
+    prefix: the numactl command that the trainer's command is put behind; may be empty.
+    cpus: the CPUs that the process keeps to; may be empty.
+    threads: the value for OMP_NUM_THREADS; None leaves the user's value.
+    """
 
     prefix: list[str]
     cpus: list[int]
     threads: int | None
 
 
-PLACES_VARIABLE = "BERT_PRETRAINING_PLACES"
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>; it survives exec
+SETUP_VARIABLE = "BERT_PRETRAINING_RANK_SETUP"
+EXIT_ZERO_FLAG = "--exit_zero_without_target"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>; it stays set after exec
 
 
 def trainer_command(command: str, flags: list[str]) -> list[str]:
-    """`train`, or `rank`, as a command line of this Python."""
+    """The command line of `train` or `rank`, with this Python."""
     return [sys.executable, "-u", "-m", "bert_pretraining", command, *flags]
 
 
 def run_rank(arguments: list[str]) -> NoReturn:
-    """Become this local rank's bound trainer (torchrun starts one of these a rank)."""
-    places = json.loads(os.environ[PLACES_VARIABLE])
-    _end_with_the_launcher(places["launcher"])
-    if places["one_stream"]:
+    """Become the bound trainer of this local rank: torchrun's agent runs this once for each."""
+    setup = json.loads(os.environ[SETUP_VARIABLE])
+    _end_with_the_launcher(setup["launcher"])
+    if setup["one_stream"]:
         os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
-    # Exec keeps the process id, so that signals find the trainer under it.
+    # Exec keeps the process id, so the launcher's signals reach the trainer.
     stopped_by = rank_reports.register(int(os.environ["RANK"]))
     if stopped_by is not None:
         signal.signal(stopped_by, signal.SIG_DFL)
         os.kill(os.getpid(), stopped_by)
-    become_trainer(places["ranks"][int(os.environ["LOCAL_RANK"])], arguments)
+    become_trainer(setup["ranks"][int(os.environ["LOCAL_RANK"])], arguments)
 
 
-def become_trainer(place: Place, arguments: list[str]) -> NoReturn:
-    """Bind this process, and exec the trainer in its place."""
-    if place["threads"]:
-        os.environ["OMP_NUM_THREADS"] = str(place["threads"])
-    if place["cpus"]:
-        os.sched_setaffinity(0, place["cpus"])
-    command = [*place["prefix"], *trainer_command("train", arguments)]
+def become_trainer(setup: RankSetup, arguments: list[str]) -> NoReturn:
+    """Bind this process, and replace it with the trainer."""
+    if setup["threads"]:
+        os.environ["OMP_NUM_THREADS"] = str(setup["threads"])
+    if setup["cpus"]:
+        os.sched_setaffinity(0, setup["cpus"])
+    command = [*setup["prefix"], *trainer_command("train", arguments)]
     os.execvp(command[0], command)
 
 
@@ -57,5 +63,5 @@ def _end_with_the_launcher(launcher: int) -> None:
     """Ask Linux to end this rank when the launcher dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
-    if os.getppid() != launcher:  # it died before the line above
+    if os.getppid() != launcher:  # the launcher died before the line above
         os._exit(1)

@@ -1,6 +1,6 @@
-"""Run a plan: start the ranks, pass signals on, notice failures and hangs, restart.
+"""Run a plan: start the ranks, forward signals, notice failures and hangs, restart.
 
-The launcher's main thread only watches; torchrun's agent starts the ranks in a thread.
+The launcher's main thread only watches. torchrun's agent starts the ranks, in another thread.
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ from bert_pretraining.launch import hang, network
 from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
 from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import RankProcesses
-from bert_pretraining.launch.rank import PLACES_VARIABLE
-from bert_pretraining.launch.report import Ending, explain
+from bert_pretraining.launch.rank import SETUP_VARIABLE
+from bert_pretraining.launch.result import AttemptResult, explain
 from bert_pretraining.runtime import consistency, rank_reports
 
 if TYPE_CHECKING:
-    from bert_pretraining.launch.rendezvous import Neighbours
+    from bert_pretraining.launch.rendezvous import Rendezvous
 
 FINISHED = (EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED)
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-LOOK_EVERY = 0.1  # seconds between two looks at the ranks
-# How long the others may take to end after one has failed, before they are killed. A rank
-# that waits in a collective operation never comes to handle the SIGTERM that torchrun sends.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+CHECK_INTERVAL = 0.1  # seconds between two checks of the ranks
+# Seconds that the other ranks have to end after one has failed; then they are killed. A rank that
+# waits in a collective cannot handle the SIGTERM that torchrun sends.
 SECONDS_TO_END = 5.0
-SECONDS_TO_TELL = 10.0  # how long a machine that cannot even start waits to tell the others
-NOTICE_AFTER = 10.0  # seconds of waiting for other machines
-# `timeout` and srun signal a process and its group: the same signal within this time is one.
+SECONDS_TO_REPORT = 10.0  # how long a machine that cannot start waits for the others, to report
+NOTICE_AFTER = 10.0  # seconds of waiting for other machines, until a notice says so
+# `timeout` and srun signal a process and also its group. The same signal within this time (in
+# seconds) counts once.
 SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
-    """Start the ranks, wait for them, and return what they earned.
+    """Start the ranks, wait for them, and return the exit code of the run.
 
-    check: raises UserError for what would stop every rank of this machine. Returns 128 + the
-    signal's number where a signal ended them.
+    Returns 128 + the signal's number if a signal ended the ranks.
+
+    check: raises UserError for an error in the input that every rank of this machine would meet.
     """
     several = plan.resolved.config.nnodes > 1
     if several:
         _check_address(plan)
-        os.environ.update(plan.environment)  # before torch, which reads its log level at once
+        os.environ.update(plan.environment)  # torch reads its log level when it is imported
     fault = _fault(plan, check)
     if fault is not None and not several:
         raise fault
@@ -71,17 +73,17 @@ def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
                 print(plan.table(), flush=True)
             with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
                 job = _Attempt(plan, Path(folder), log_paths, received, attempt)
-                ending = job.run(port) if fault is None else job.refuse(port, fault)
-            if ending.message:
-                print(ending.text(log_paths), file=sys.stderr, flush=True)
-            if not ending.may_restart or attempt == plan.flags.max_restarts:
+                result = job.run(port) if fault is None else job.refuse(port, fault)
+            if result.message:
+                print(result.text(log_paths), file=sys.stderr, flush=True)
+            if not result.may_restart or attempt == plan.flags.max_restarts:
                 break
             print(f"Restart {attempt + 1} of {plan.flags.max_restarts}", file=sys.stderr)
-    return ending.exit_code
+    return result.exit_code
 
 
 class _Attempt:
-    """One start of all ranks of this machine, and the watch over them."""
+    """One start of all ranks of this machine, and their supervision."""
 
     def __init__(
         self,
@@ -97,94 +99,94 @@ class _Attempt:
         self._log_paths = log_paths
         self._received = received
         self._ranks = RankProcesses(folder)
-        self._watch = hang.Watch(self._ranks, plan.flags.hang_timeout)
-        self._stopped_by: int | None = None  # the signal that was passed on
+        self._hang_detector = hang.HangDetector(self._ranks, plan.flags.hang_timeout)
+        self._stopped_by: int | None = None  # the signal that was forwarded
         self._signalled_at = 0.0
         self._failed_at: float | None = None
         self._killed: frozenset[int] = frozenset()
-        self._verdict: Ending | None = None  # what this launcher ended the ranks for
-        self._neighbours: Neighbours | None = None
+        self._decided: AttemptResult | None = None  # why this launcher ended the ranks
+        self._rendezvous: Rendezvous | None = None
         self._killed_at: float | None = None
         self._notice_at = 0.0
 
-    def run(self, port: int) -> Ending:
-        """Until all ranks have ended. port: where they meet, on machine 0."""
-        self._meet_neighbours(port)
-        while not self._all_are_here():
-            time.sleep(LOOK_EVERY)
-            self._pass_signals_on()
-            self._judge(time.monotonic())
-        if self._verdict is not None:
-            return self._tell_neighbours(self._verdict)
+    def run(self, port: int) -> AttemptResult:
+        """Start the ranks and wait until all have ended. port: of the rendezvous, on machine 0."""
+        self._start_rendezvous(port)
+        while not self._rendezvous_is_over():
+            time.sleep(CHECK_INTERVAL)
+            self._forward_signals()
+            self._check_ranks(time.monotonic())
+        if self._decided is not None:
+            return self._report_to_others(self._decided)
 
         from bert_pretraining.launch.agent import Agent
 
         agent = Agent(self._plan, port, self._folder, self._log_paths)
         with _environment(self._variables()):
             agent.start()
-            while agent.is_alive() and not self._gave_up():
-                agent.join(LOOK_EVERY)
-                self._pass_signals_on()
-                self._end_what_is_left()
-                self._judge(time.monotonic())
+            while agent.is_alive() and not self._agent_is_overdue():
+                agent.join(CHECK_INTERVAL)
+                self._forward_signals()
+                self._kill_after_a_failure()
+                self._check_ranks(time.monotonic())
         if agent.exit_codes:
-            self._ranks.kill()  # what a failed rank had started
-        ending = self._tell_neighbours(self._ending(agent.exit_codes, agent.error))
-        # torchrun's store listens at the master port until it is collected.
+            self._ranks.kill()  # also the processes that a failed rank has started
+        result = self._report_to_others(self._own_result(agent.exit_codes, agent.error))
+        # torchrun's store listens at the master port until it is garbage-collected.
         del agent
         gc.collect()
-        return ending
+        return result
 
-    def refuse(self, port: int, fault: UserError) -> Ending:
-        """Start nothing, and tell the other machines why."""
-        self._meet_neighbours(port)
-        if self._neighbours is not None:
-            self._neighbours.wait_for_all(SECONDS_TO_TELL)
-        return self._tell_neighbours(Ending(EXIT_USAGE, str(fault)))
+    def refuse(self, port: int, fault: UserError) -> AttemptResult:
+        """Start no rank, and tell the other machines why."""
+        self._start_rendezvous(port)
+        if self._rendezvous is not None:
+            self._rendezvous.wait_for_all(SECONDS_TO_REPORT)
+        return self._report_to_others(AttemptResult(EXIT_USAGE, str(fault)))
 
-    def _meet_neighbours(self, port: int) -> None:
+    def _start_rendezvous(self, port: int) -> None:
         flags, config = self._plan.flags, self._plan.resolved.config
         if config.nnodes == 1:
             return
-        from bert_pretraining.launch.rendezvous import Meeting, Neighbours
+        from bert_pretraining.launch.rendezvous import Rendezvous, RendezvousSettings
 
         timeout = flags.rendezvous_timeout
-        meeting = Meeting(
+        settings = RendezvousSettings(
             flags.master_addr, port, flags.node_rank, config.nnodes, self._attempt, timeout
         )
-        self._neighbours = Neighbours(meeting, consistency.describe(dataclasses.asdict(config)))
-        self._neighbours.start()
+        self._rendezvous = Rendezvous(settings, consistency.describe(dataclasses.asdict(config)))
+        self._rendezvous.start()
         self._notice_at = time.monotonic() + NOTICE_AFTER
 
-    def _all_are_here(self) -> bool:
-        """Whether the ranks may start, or never will."""
-        if self._neighbours is None or self._neighbours.met or self._verdict is not None:
+    def _rendezvous_is_over(self) -> bool:
+        """Whether the ranks may start now, or must not start at all."""
+        if self._rendezvous is None or self._rendezvous.complete or self._decided is not None:
             return True
         if time.monotonic() > self._notice_at:
             self._notice_at = float("inf")
-            print(f"Waiting for {self._neighbours.awaited()}", file=sys.stderr, flush=True)
+            print(f"Waiting for {self._rendezvous.awaited()}", file=sys.stderr, flush=True)
         return False
 
     def _variables(self) -> dict[str, str]:
         plan = self._plan
-        ranks = [plan.place(local_rank) for local_rank in range(len(plan.bindings))]
-        places = {"launcher": os.getpid(), "one_stream": bool(self._log_paths), "ranks": ranks}
+        ranks = [plan.rank_setup(local_rank) for local_rank in range(len(plan.bindings))]
+        setup = {"launcher": os.getpid(), "one_stream": bool(self._log_paths), "ranks": ranks}
         return {
             **plan.environment,
             rank_reports.FOLDER_VARIABLE: str(self._folder),
             rank_reports.ATTEMPT_VARIABLE: str(self._attempt),
-            PLACES_VARIABLE: json.dumps(places),
+            SETUP_VARIABLE: json.dumps(setup),
         }
 
-    def _pass_signals_on(self) -> None:
+    def _forward_signals(self) -> None:
         while self._received:
             signum, at = self._received.popleft()
             if self._stopped_by is None:
                 self._stopped_by, self._signalled_at = signum, at
-                # SIGHUP, the terminal is gone, is no signal that trainers know.
-                passed = signal.SIGTERM if signum == signal.SIGHUP else signum
-                rank_reports.ask_to_stop(self._folder, passed)
-                self._ranks.send(passed)
+                # Trainers do not handle SIGHUP (the terminal was closed).
+                forwarded = signal.SIGTERM if signum == signal.SIGHUP else signum
+                rank_reports.ask_to_stop(self._folder, forwarded)
+                self._ranks.send(forwarded)
                 if not rank_reports.read_processes(self._folder):
                     self._leave(signum)
             elif signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL:
@@ -192,82 +194,82 @@ class _Attempt:
                 self._leave(signum)
 
     def _leave(self, signum: int) -> None:
-        """End this process, whose thread may wait for other machines for minutes.
+        """End this process now: the agent's thread may wait for other machines for minutes.
 
-        Ranks that are just being started end with it, see `rank`.
+        Ranks that are being started end together with this process, see `rank`.
         """
         print(_ended_by(signum), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if self._neighbours is not None:
-            told = Ending(128 + signum, _ended_by(signum), by_signal=True)
-            self._neighbours.conclude(False, told)
+        if self._rendezvous is not None:
+            result = AttemptResult(128 + signum, _ended_by(signum), by_signal=True)
+            self._rendezvous.conclude(False, result)
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(128 + signum)
 
-    def _end_what_is_left(self) -> None:
-        """Kill the ranks that outlive a failed one for too long."""
+    def _kill_after_a_failure(self) -> None:
+        """Kill the ranks that still run SECONDS_TO_END after one has failed."""
         now = time.monotonic()
         if self._failed_at is None and self._ranks.one_has_failed():
             self._failed_at = now
         if self._failed_at is not None and now - self._failed_at > SECONDS_TO_END:
             self._kill()
 
-    def _judge(self, now: float) -> None:
-        """End ranks that hang, and those of a job that has ended on another machine."""
-        if self._verdict is not None or self._failed_at is not None:
+    def _check_ranks(self, now: float) -> None:
+        """Kill the ranks if one hangs, or if the job has ended on another machine."""
+        if self._decided is not None or self._failed_at is not None:
             return
-        self._verdict = self._watch.look(now)
-        if self._verdict is None and self._neighbours is not None:
-            self._verdict = self._neighbours.fault(now)
-        if self._verdict is not None:
+        self._decided = self._hang_detector.check(now)
+        if self._decided is None and self._rendezvous is not None:
+            self._decided = self._rendezvous.fault(now)
+        if self._decided is not None:
             self._kill()
             self._killed_at = now
 
-    def _gave_up(self) -> bool:
-        """torchrun's agent may wait for machines that are gone, long after its ranks ended."""
+    def _agent_is_overdue(self) -> bool:
+        """Whether the agent still waits for lost machines long after its ranks were killed."""
         return self._killed_at is not None and time.monotonic() - self._killed_at > SECONDS_TO_END
 
-    def _tell_neighbours(self, ending: Ending) -> Ending:
-        """The ending, with the first cause of all where that is on another machine."""
-        if self._neighbours is None:
-            return ending
-        if ending.node is not None:
-            self._neighbours.linger()
-        elif ending.exit_code not in FINISHED:
-            told = (
-                ending
-                if ending.message
-                else Ending(ending.exit_code, _ended_by(ending.exit_code - 128))
+    def _report_to_others(self, result: AttemptResult) -> AttemptResult:
+        """Report this result; return it, or that of another machine if it is the first cause."""
+        if self._rendezvous is None:
+            return result
+        if result.node is not None:
+            self._rendezvous.linger()
+        elif result.exit_code not in FINISHED:
+            reported = (
+                result
+                if result.message
+                else AttemptResult(result.exit_code, _ended_by(result.exit_code - 128))
             )
-            # A traceback may be of a connection that another machine's end has cut.
-            first = self._neighbours.conclude(bool(ending.detail), told)
-            if first is not None and ending is not self._verdict:
-                here = f"Error here: {ending.message}\n" if ending.message else ""
-                ending = dataclasses.replace(first, detail=f"{ending.detail}{here}")
-        self._neighbours.close(finished=ending.exit_code in FINISHED)
-        return ending
+            # A traceback may come from a connection that was lost when another machine ended.
+            first = self._rendezvous.conclude(bool(result.detail), reported)
+            if first is not None and result is not self._decided:
+                here = f"Error here: {result.message}\n" if result.message else ""
+                result = dataclasses.replace(first, detail=f"{result.detail}{here}")
+        self._rendezvous.close(finished=result.exit_code in FINISHED)
+        return result
 
     def _kill(self) -> None:
         self._killed |= self._ranks.living().keys()
         self._ranks.kill()
 
-    def _ending(self, exit_codes: dict[int, int], error: Exception | None) -> Ending:
-        if self._verdict is not None:
-            return self._verdict
+    def _own_result(self, exit_codes: dict[int, int], error: Exception | None) -> AttemptResult:
+        if self._decided is not None:
+            return self._decided
         if error is not None:
             raise error
         if exit_codes and self._stopped_by is not None:
-            # Ranks that do not handle the signal end by it, each in its own way.
-            passed = signal.SIGTERM if self._stopped_by == signal.SIGHUP else self._stopped_by
-            if not {-passed, 128 + passed}.isdisjoint(exit_codes.values()):
+            # Ranks that do not handle the signal are ended by it.
+            forwarded = signal.SIGTERM if self._stopped_by == signal.SIGHUP else self._stopped_by
+            if not {-forwarded, 128 + forwarded}.isdisjoint(exit_codes.values()):
                 print(_ended_by(self._stopped_by), file=sys.stderr, flush=True)
-                return Ending(128 + self._stopped_by, by_signal=True)
+                return AttemptResult(128 + self._stopped_by, by_signal=True)
         if exit_codes:
             return explain(self._folder, exit_codes, self._killed)
         earned = rank_reports.read_finish(self._folder)
         if earned is None:
-            raise RuntimeError("the ranks ended without saying how")
-        return Ending(earned)
+            raise RuntimeError("the ranks ended without a report")
+        return AttemptResult(earned)
 
 
 def _ended_by(signum: int) -> str:
@@ -276,13 +278,13 @@ def _ended_by(signum: int) -> str:
 
 @contextlib.contextmanager
 def _collected_signals() -> Iterator[collections.deque[tuple[int, float]]]:
-    """The signals that this process gets meanwhile, each with its time (monotonic, s).
+    """Collect the signals that this process gets, each with its monotonic time in seconds.
 
-    One that is ignored (as nohup has SIGHUP ignored) stays so.
+    A signal that is ignored (nohup ignores SIGHUP) stays ignored.
     """
     received: collections.deque[tuple[int, float]] = collections.deque()
     before = {}
-    for signum in PASSED_ON:
+    for signum in FORWARDED:
         if signal.getsignal(signum) != signal.SIG_IGN:
             before[signum] = signal.signal(
                 signum, lambda number, _: received.append((number, time.monotonic()))
@@ -296,22 +298,23 @@ def _collected_signals() -> Iterator[collections.deque[tuple[int, float]]]:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables for the ranks; this process is none, its errors go to the terminal."""
+    """Set the ranks' variables; remove those that would make this process report as a rank."""
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name in (rank_reports.FOLDER_VARIABLE, rank_reports.ATTEMPT_VARIABLE, PLACES_VARIABLE):
+        for name in (rank_reports.FOLDER_VARIABLE, rank_reports.ATTEMPT_VARIABLE, SETUP_VARIABLE):
             del os.environ[name]
 
 
 def _check_address(plan: Plan) -> None:
-    """UserError if the name of machine 0 is not known here."""
+    """Raise UserError if this machine cannot look up the name of machine 0."""
     address = plan.flags.master_addr
     if not network.is_known(address):
         raise UserError(
             f"--master_addr {address}: this machine ({os.uname().nodename}) does not know that "
-            "name; pass machine 0's address ('ip addr' or 'hostname -I' there)"
+            "name",
+            "pass machine 0's address ('ip addr' or 'hostname -I' there shows it)",
         )
     if plan.flags.node_rank == 0 and not network.is_here(address):
         print(
@@ -322,7 +325,7 @@ def _check_address(plan: Plan) -> None:
 
 
 def _fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
-    """Why no rank of this machine could train."""
+    """The error that would stop every rank of this machine, if there is one."""
     try:
         check()
         _check_gpus(plan)
@@ -332,7 +335,7 @@ def _fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
 
 
 def _check_gpus(plan: Plan) -> None:
-    """UserError if there are GPUs to train on, but fewer than ranks."""
+    """Raise UserError if there are GPUs to train on, but fewer than ranks."""
     import torch
 
     settings = plan.resolved.config
@@ -340,24 +343,26 @@ def _check_gpus(plan: Plan) -> None:
     found = 0 if settings.device == "cpu" else torch.cuda.device_count()
     if 0 < found < wanted:
         raise UserError(
-            f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}: pass "
-            f"--nproc_per_node {found}, with --gradient_accumulation_steps "
-            f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the update's "
-            "size, or --device cpu"
+            f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}",
+            f"pass --nproc_per_node {found}, with --gradient_accumulation_steps "
+            f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the global "
+            "batch size, or --device cpu",
         )
 
 
 def _log_paths(plan: Plan) -> dict[int, Path]:
-    """Rank -> a file in --log_dir that does not exist yet; nothing without --log_dir."""
+    """Rank -> a new file in --log_dir; empty without --log_dir."""
     if not plan.flags.log_dir:
         return {}
     directory = Path(plan.flags.log_dir).absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to --log_dir {directory} ({error.strerror})") from error
+        raise UserError(
+            f"cannot write to --log_dir {directory} ({error.strerror})", "pass another --log_dir"
+        ) from error
     ranks = range(plan.first_rank, plan.first_rank + len(plan.bindings))
-    # Logs of an earlier run or attempt stay: rank_0.log, rank_0.1.log, rank_0.2.log, ...
+    # Logs of an earlier run or attempt are kept: rank_0.log, rank_0.1.log, rank_0.2.log, ...
     number = 0
     while True:
         middle = f".{number}" if number else ""
@@ -368,10 +373,10 @@ def _log_paths(plan: Plan) -> dict[int, Path]:
 
 
 def _master_port(plan: Plan, attempt: int) -> int:
-    """A port that is free here, or on machine 0 if that is another one.
+    """The port of the rendezvous. On machine 0, and with one machine, it is checked to be free.
 
-    Of several machines each restart takes the next port: at the last one's, a machine that
-    is quick would still meet the attempt that has failed.
+    With several machines, each restart takes the next port: on the old one, a fast machine
+    could still connect to the attempt that has failed.
     """
     flags = plan.flags
     if plan.resolved.config.nnodes == 1:

@@ -1,1 +1,1 @@
-"""`report`: pictures, a page and a summary of runs' logs."""
+"""`report`: pictures, an HTML page and a text summary of runs' logs."""

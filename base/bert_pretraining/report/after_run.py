@@ -1,4 +1,4 @@
-"""A run's own report, in its folder, as its last act."""
+"""The report that a run writes into its folder after training."""
 
 from __future__ import annotations
 

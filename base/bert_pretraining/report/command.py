@@ -1,4 +1,4 @@
-"""The command line of `report`: logs in, pictures, a page and a summary out."""
+"""The command `report`: logs in; pictures, a page and a summary out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_pretraining.report.page import DrawnPicture, page
 from bert_pretraining.report.style import DARK, LIGHT
 from bert_pretraining.report.view import View
 from bert_pretraining.runtime.files import write_whole
-from bert_pretraining.submission.rulesets import DEFAULT_RULESET
+from bert_pretraining.submission.rulesets import DEFAULT_RULESET, RULESETS
 
 PAGE_NAME = "report.html"
 
@@ -29,10 +29,25 @@ def main(arguments: list[str]) -> None:
         "a run's folder, or a folder of runs or of result_*.txt.",
     )
     add = parser.add_argument
-    add("logs", nargs="+", metavar="LOG", help="file or folder")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="for PNGs and report.html")
-    add("--ruleset", default=DEFAULT_RULESET, help=f"1.0.0 to 5.0.0 ({DEFAULT_RULESET})")
-    add("--title", help="of the page")
+    add("logs", nargs="+", metavar="LOG", help="a log file, or a folder that holds logs")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where report.html and the PNG files are written (required)",
+    )
+    add(
+        "--ruleset",
+        default=DEFAULT_RULESET,
+        metavar="VERSION",
+        help=f"MLPerf Training ruleset: {', '.join(RULESETS)} (default: {DEFAULT_RULESET})",
+    )
+    add(
+        "--title",
+        metavar="TEXT",
+        help="title of the page (default: the run's name or the number of runs)",
+    )
     values = parser.parse(arguments)
 
     made = make_report(values.logs, values.output_dir, values.ruleset, values.title)
@@ -43,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, and its files, the page first."""
+    """A report's summary, and its files, the page first."""
 
     summary: str
     files: tuple[Path, ...]
@@ -58,8 +73,8 @@ def make_report(
     """Read logs, draw them, write the page and its pictures into `output_dir`.
 
     Raises:
-        UserError: no matplotlib, no such ruleset, a log that is none, or an `output_dir` that
-            cannot be written. Nothing has been written then, unless writing itself failed.
+        UserError: no matplotlib, no such ruleset, a file that is no log, or an `output_dir` that
+            cannot be written. Except in the last case nothing has been written.
     """
     figures.require_matplotlib()
     runs = load_runs(logs)
@@ -78,6 +93,6 @@ def make_report(
             write_whole(output_dir / name, content)
     except OSError as error:
         raise UserError(
-            f"cannot write to {output_dir} ({error.strerror}); pass another --output_dir"
+            f"cannot write to {output_dir} ({error.strerror})", "pass another --output_dir"
         ) from error
     return Report(summary.text(view), tuple(output_dir / name for name in contents))

@@ -1,4 +1,4 @@
-"""Runs beside each other, and beside MLPerf's reference convergence points."""
+"""Compare runs with each other and with MLPerf's reference convergence points."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bert_pretraining.submission.rulesets import DROPPED_RUNS, RUNS, require_rul
 
 MLPERF_EVAL_SAMPLES = 10_000
 MLPERF_START_ACCURACY = (0.30, 0.38)  # about the 0.34 of MLPerf's start checkpoint
-MAX_SINGLE_RUNS = 6  # up to so many runs have a colour each
+MAX_SINGLE_RUNS = 6  # with more runs, one colour for each platform and batch size
 MIN_MEDIAN_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that are drawn in one colour: one run, or those of one platform and batch size."""
+    """Runs drawn in one colour: a single run, or all of one platform and batch size."""
 
     label: str
     runs: tuple[Run, ...]
@@ -29,7 +29,7 @@ class Series:
 
     @property
     def reached(self) -> list[Run]:
-        """The runs that met their target."""
+        """The runs that reached their target."""
         return [run for run in self.runs if run.target_point is not None]
 
     @property
@@ -52,7 +52,7 @@ class Series:
 
     @property
     def mean_of(self) -> str:
-        """What `mean_samples` is the mean of."""
+        """Which runs `mean_samples` is the mean of, as text."""
         if len(self.runs) >= RUNS:
             return f"{len(self.runs) - DROPPED_RUNS} runs without fastest and slowest"
         return f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
@@ -71,7 +71,7 @@ class Reference:
 
 
 def series_of(runs: Sequence[Run]) -> list[Series]:
-    """A series a run up to 6 runs; above, one for each platform and batch size."""
+    """One series for each run; with more than 6 runs one for each platform and batch size."""
     if len(runs) <= MAX_SINGLE_RUNS:
         return [Series(run.name, (run,)) for run in runs]
     groups: dict[tuple, list[Run]] = {}
@@ -105,14 +105,14 @@ def references(runs: Sequence[Run], ruleset: str) -> list[Reference]:
         try:
             point = convergence_point(key, ruleset)
             reason = "" if point.mean_samples else f"batch size {key:,}: {point.describe()}"
-        except UserError as error:  # no mlperf-logging: the runs are still worth drawing
+        except UserError as error:  # no mlperf-logging: draw the runs without references
             point, reason = None, str(error)
         found.append(Reference(None if reason else point, reason, tuple(members)))
     return found
 
 
 def why_not_comparable(run: Run) -> str | None:
-    """Why the reference, BERT-large on MLPerf's data set, does not hold for a run; None if it may.
+    """Why the reference (BERT-large, MLPerf's data set) does not apply to a run; None if it may.
 
     A log does not say which data set it is of. What it says can only rule the reference out.
     """
@@ -133,7 +133,7 @@ def why_not_comparable(run: Run) -> str | None:
 
 
 def outcome(run: Run) -> str:
-    """How a run ended, in words; where status and accuracies disagree, so that it is seen."""
+    """How a run ended, as text, which also says when status and accuracies contradict."""
     reached = run.target_point is not None
     if run.status == SUCCESS:
         return "target reached" if reached else "'success', but below the target"
@@ -143,9 +143,9 @@ def outcome(run: Run) -> str:
 
 
 def require_points(runs: Sequence[Run]) -> None:
-    """UserError where no log holds anything to draw."""
+    """Raise UserError if the logs hold nothing to draw."""
     if not any(run.evaluations or run.training for run in runs):
         names = ", ".join(str(run.files[0]) for run in runs[:3])
         raise UserError(
-            f"{names}: no evaluation and no training step; let the run go on for longer"
+            f"{names}: no evaluation and no training step", "let the run go on for longer"
         )

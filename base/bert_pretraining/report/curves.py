@@ -1,4 +1,4 @@
-"""Points of runs -> the numbers that a panel draws. Nothing here knows of matplotlib."""
+"""From points of runs to the numbers that a panel draws, without matplotlib."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis' unit: numbers are divided by `divisor`, the label names the unit."""
+    """The unit of an axis: numbers are divided by `divisor`; the label names the unit."""
 
     divisor: float
     label: str
 
 
 def curve(points: Sequence[EvaluationPoint | TrainingPoint], across: str, figure: str) -> Curve:
-    """One figure of points against `across`; points that lack either are left out."""
+    """One figure of the points against `across`, without the points that lack either."""
     pairs = [(getattr(point, across), getattr(point, figure)) for point in points]
     known = sorted(pair for pair in pairs if None not in pair)
     array = np.asarray(known, np.float64).reshape(-1, 2)
@@ -41,7 +41,7 @@ def curve(points: Sequence[EvaluationPoint | TrainingPoint], across: str, figure
 
 
 def throughput(run: Run, across: str) -> tuple[Curve, bool]:
-    """Sequences a second, and whether the log has it.
+    """Sequences a second, and whether the log states them.
 
     A log without it has times and samples of evaluations: what went through between two of
     them, the evaluation included, is drawn at the later one.
@@ -63,7 +63,7 @@ def throughput(run: Run, across: str) -> tuple[Curve, bool]:
 
 
 def median(curves: Sequence[Curve], finished_count: bool) -> Curve:
-    """The median at every x of any curve, while at least half of the curves go on.
+    """The median at every x of any curve, as long as at least half of the curves have values.
 
     Between its points a curve is taken as straight.
 

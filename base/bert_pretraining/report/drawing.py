@@ -1,4 +1,4 @@
-"""What panels are made of: curves, targets, references, on matplotlib axes."""
+"""The elements of panels, drawn on matplotlib axes: curves, targets, references."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_NAMED_MISSES = 3
 CORNER_CHARACTERS = 44
 MAX_MARKED_POINTS = 80
-MAX_RUNS_WITH_TRAINING = 2  # with more, single batches' figures would hide the evaluations
+MAX_RUNS_WITH_TRAINING = 2  # with more runs, the curves of batches would hide the evaluations
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SeriesStyle:
         return {"color": self.color, "linestyle": dashes}
 
     def line(self, axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-        """One run's curve, points marked: thin where a median is drawn over it."""
+        """Draw one run's curve with its points; thin if a median is drawn over it."""
         mark = MARKERS[self.number % len(MARKERS)] if len(x) <= MAX_MARKED_POINTS else ""
         if self.series.has_median:
             look = {"linewidth": 1.1, "alpha": 0.5, "markersize": 2.2}
@@ -80,7 +80,7 @@ def draw_curves(
     curve_of: Callable[[Run], Curve],
     finished_count: bool = True,
 ) -> None:
-    """A curve for every run, medians of series over them; see `curves.median`."""
+    """Draw a curve for every run, and the medians of series over them; see `curves.median`."""
     divisor = view.scale(across).divisor
     for style in styles(view, theme):
         drawn = [curve_of(run) for run in style.series.runs]
@@ -95,12 +95,12 @@ def draw_curves(
 
 
 def shows_batches(view: View) -> bool:
-    """Whether training batches are drawn behind evaluations: only behind few."""
+    """Whether training batches are drawn too, which is done only for few runs."""
     return len(view.runs) <= MAX_RUNS_WITH_TRAINING
 
 
 def draw_batches(axes: Axes, view: View, theme: Theme, across: str, figure: str) -> None:
-    """Training batches behind the evaluations, where few runs are drawn."""
+    """Draw training batches behind the evaluations, if there are few runs."""
     if not shows_batches(view):
         return
     for style in styles(view, theme):
@@ -115,7 +115,7 @@ def draw_batches(axes: Axes, view: View, theme: Theme, across: str, figure: str)
 
 
 def draw_target_points(axes: Axes, view: View, theme: Theme, across: str) -> None:
-    """A ring where a run met its target; of many runs, the names of those that did not."""
+    """Draw a ring where a run reached its target; with many runs, name those that did not."""
     divisor = view.scale(across).divisor
     missed = [run for run in view.runs if run.target_point is None and run.evaluations]
     names_fit = len(view.series) == 1 and len(missed) <= MAX_NAMED_MISSES
@@ -154,7 +154,7 @@ def draw_targets(axes: Axes, view: View, theme: Theme) -> None:
 
 
 def reference_colors(view: View, theme: Theme) -> list[tuple[Reference, str]]:
-    """Grey for a single reference; of several, each takes the colour of its runs."""
+    """Grey for a single reference; with several, each has the colour of its runs."""
     drawn = view.drawn_references
     if len(drawn) == 1:
         return [(drawn[0], theme.reference)]
@@ -177,7 +177,7 @@ def draw_references(axes: Axes, view: View, theme: Theme) -> None:
 
 
 def say_why_no_reference(axes: Axes, view: View, theme: Theme) -> None:
-    """In the corner that a learning curve leaves free."""
+    """Print the reason in the corner that learning curves leave free."""
     reasons = [reference.reason for reference in view.references if reference.point is None]
     if not reasons:
         return

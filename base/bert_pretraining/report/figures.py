@@ -1,4 +1,4 @@
-"""The report's pictures: which there are for some runs, and a picture as PNG bytes."""
+"""The report's pictures: which ones the runs give, and a picture as PNG bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW_INCHES = 0.26  # a run's bar, as long as it has a name
+ROW_INCHES = 0.26  # height of the bar of a run with a name
 LEGEND_CHARACTERS = 136  # a line of the legend
 LEGEND_GAP_CHARACTERS = 8  # line and space beside each entry
 LEGEND_LINE_INCHES = 0.23
@@ -31,7 +31,7 @@ Panel = Callable[["Axes", View, Theme], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture before it is drawn: its file's name, its heading and caption on the page."""
+    """A picture that is not drawn yet: file name, heading and caption on the page, panels."""
 
     name: str
     title: str
@@ -41,18 +41,18 @@ class Picture:
 
 
 def require_matplotlib() -> None:
-    """UserError, with the fix, where matplotlib is missing."""
+    """Raise UserError if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"the report's pictures need matplotlib; install it: {sys.executable} -m pip install "
-            "matplotlib"
+            "the report's pictures need matplotlib",
+            f"install it: {sys.executable} -m pip install matplotlib",
         ) from error
 
 
 def pictures(view: View) -> list[Picture]:
-    """The pictures that these runs have something to show in."""
+    """The pictures for which these runs have data."""
     made = []
     axes = [
         name
@@ -86,7 +86,7 @@ def pictures(view: View) -> list[Picture]:
 
 
 def _to_target(view: View) -> list[Picture]:
-    """Nothing for a single run that no reference holds for: it would be by itself."""
+    """No picture for a single run without a reference, which has nothing to compare with."""
     if len(view.runs) == 1 and not view.drawn_references:
         return []
     close = [panels.near_target] if close_up_from(view) is not None else []
@@ -106,14 +106,14 @@ def png(picture: Picture, view: View, theme: Theme) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     with rc_context(settings(theme)):
         figure(picture, view, theme).savefig(drawn, format="png")
-    # 256 colours are enough for lines, and a third of the bytes.
+    # 256 colours are enough for lines, and need a third of the bytes.
     image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
 def figure(picture: Picture, view: View, theme: Theme) -> Figure:
-    """A picture as matplotlib's figure, under the settings in force."""
+    """A picture as matplotlib's figure, with the current settings."""
     from matplotlib.figure import Figure
 
     made = Figure(picture.inches, dpi=DOTS_PER_INCH, layout="constrained")
@@ -130,7 +130,7 @@ def _points(view: View) -> list:
 
 
 def _legend(figure: Figure) -> None:
-    """One legend below all panels, so that it covers no curve; the figure grows by it.
+    """Draw one legend below all panels, where it covers no curve; the figure gets higher.
 
     Line and band of one label are one entry, as are all lines of one label.
     """

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: pictures are in it, no script, nothing to load."""
+"""The report as one HTML file: the pictures are embedded, it has no script and loads nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bert_pretraining.report.figures import Picture
 from bert_pretraining.report.style import DARK, LIGHT
 from bert_pretraining.report.view import View
 
-# A reader of a page that came by mail need not trust it: it may load nothing.
+# The page may load nothing, so that it is safe to open a page that came by mail.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = f"""
 :root {{ color-scheme: light dark; --text: {LIGHT.text}; --muted: {LIGHT.muted};
@@ -102,7 +102,7 @@ def _runs(runs: Sequence[Run]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Hyperparameters that the logs state: one value where all runs agree, else each."""
+    """The hyperparameters of the logs: one value if all runs agree, else all values."""
     keys = list(dict.fromkeys(key for run in runs for key in run.hyperparameters))
     rows = []
     for key in keys:
@@ -119,7 +119,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _sources(runs: Sequence[Run]) -> str:
-    """Where each run came from, and what is wrong with its logs."""
+    """The log files of each run, and the errors in them."""
     rows = [
         [
             ("", run.name),
@@ -139,7 +139,7 @@ def _sources(runs: Sequence[Run]) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """Rows of (CSS class, text); the head of a column takes the class of its first cell."""
+    """A table from rows of (CSS class, text). A head cell has the class of its first row's cell."""
     kinds = [kind if kind == "number" else "" for kind, _ in rows[0]]
     head = "".join(_cell("th", kind, name) for kind, name in zip(kinds, names, strict=True))
     body = "".join(

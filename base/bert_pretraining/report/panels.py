@@ -1,4 +1,4 @@
-"""What each panel shows, on matplotlib axes that it is given."""
+"""The panels: each function draws one on the given matplotlib axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_NAMED_ROWS = 30
-MIN_ROWS = 5  # a single run's bar is no wall
+MIN_ROWS = 5  # so that the bar of a single run is not too thick
 LINEAR_RATIO = 20
 ACCURACY = "MLM accuracy"
 
@@ -31,7 +31,7 @@ def accuracy(axes: Axes, view: View, theme: Theme, across: str) -> None:
     drawing.draw_target_points(axes, view, theme, across)
     axes.set_title("MLM accuracy by " + ("sequences" if across == SAMPLES else "time"))
     axes.set_ylabel(ACCURACY)
-    axes.set_ylim(_accuracy_limits(view))  # the same in both panels, to be read across
+    axes.set_ylim(_accuracy_limits(view))  # the same in both panels, so that they can be compared
     if across == SAMPLES:
         drawing.draw_references(axes, view, theme)
         drawing.say_why_no_reference(axes, view, theme)
@@ -53,7 +53,7 @@ def _accuracy_limits(view: View) -> tuple[float, float]:
 
 
 def loss(axes: Axes, view: View, theme: Theme, across: str) -> None:
-    """Loss (MLM + NSP, nats) of evaluations, behind it that of training batches.
+    """Loss (MLM + NSP, nats) of evaluations, and behind it of training batches.
 
     Where no log has an evaluation's loss, that of training batches is all there is.
     """
@@ -108,7 +108,7 @@ def throughput(axes: Axes, view: View, theme: Theme, across: str) -> None:
 
 
 def near_target(axes: Axes, view: View, theme: Theme) -> None:
-    """The last part of the way to the target, enlarged."""
+    """The last part of the curves before the target, enlarged."""
     low = close_up_from(view)
     drawing.draw_curves(axes, view, theme, SAMPLES, drawing.evaluations("accuracy", SAMPLES))
     drawing.draw_targets(axes, view, theme)
@@ -133,7 +133,7 @@ def near_target(axes: Axes, view: View, theme: Theme) -> None:
 
 
 def rows(axes: Axes, view: View, theme: Theme) -> None:
-    """A bar a run: sequences to the target, or, hatched, those without reaching it.
+    """One bar for each run: its sequences to the target; hatched if it did not reach it.
 
     Over each bar lies the reference of its batch size and, from 3 runs, their mean.
     """
@@ -176,7 +176,7 @@ def rows(axes: Axes, view: View, theme: Theme) -> None:
 
 
 def _bar(axes: Axes, run: Run, row: int, style: SeriesStyle, scale: Scale, named: bool) -> None:
-    """One run's bar and, beside the axes, what it took."""
+    """One run's bar, and beside the axes its figures."""
     point = run.target_point
     samples = point.samples if point else run.train_samples
     look = {"color": style.color} if point else {"facecolor": "none", "hatch": "////"}

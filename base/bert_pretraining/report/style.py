@@ -1,4 +1,4 @@
-"""How pictures look: colours that colour-blind readers tell apart, on light and on dark."""
+"""Colours and line styles of pictures, light and dark, that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FIGURE_INCHES = (11.6, 4.2)
 DOTS_PER_INCH = 140
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINE_STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # the next one where the colours begin again
+LINE_STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # the next style when the colours are used up
 
 
 @dataclass(frozen=True)

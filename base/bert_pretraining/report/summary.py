@@ -1,4 +1,4 @@
-"""The runs in words and figures: the same table for the terminal and for the page."""
+"""The runs as text: a table and conclusions, the same for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def text(view: View) -> str:
 
 
 def conclusions(view: View) -> list[str]:
-    """How the series did, and what the reference says, a sentence each."""
+    """The results of the series, and the comparison with the reference, one sentence each."""
     series = [_of_series(each, view) for each in view.series]
     return [line for line in series if line] + [
         _of_reference(reference, view) for reference in view.references
@@ -59,7 +59,7 @@ def conclusions(view: View) -> list[str]:
 
 
 def faults(runs: Sequence[Run]) -> list[str]:
-    """Malformed lines, the first ten."""
+    """The first ten malformed lines."""
     found = [fault for run in runs for fault in run.faults]
     more = [f"and {len(found) - SHOWN_FAULTS} more"] if len(found) > SHOWN_FAULTS else []
     return found[:SHOWN_FAULTS] + more

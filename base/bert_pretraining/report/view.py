@@ -1,4 +1,4 @@
-"""What all panels of a report draw."""
+"""The data that all panels of a report draw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEAR_TARGET = 0.15  # share of the way from start to target that the close-up sh
 
 @dataclass(frozen=True)
 class View:
-    """Everything that panels draw."""
+    """The series and references of a report."""
 
     series: tuple[Series, ...]
     references: tuple[Reference, ...]
@@ -44,7 +44,7 @@ class View:
 
 
 def close_up_from(view: View) -> float | None:
-    """The accuracy from which `near_target` shows; None where no run came so far."""
+    """The accuracy at which the panel `near_target` begins; None if no run reached it."""
     points = [point for run in view.runs for point in run.evaluations]
     placed = [point.accuracy for point in points if point.samples is not None]
     if not placed:
@@ -64,7 +64,7 @@ def band(reference: Reference) -> tuple[float, float]:
 
 
 def duration(seconds: float) -> str:
-    """A time in words that are as short as its size allows."""
+    """A time as short text, in the unit that fits it."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -74,5 +74,5 @@ def duration(seconds: float) -> str:
 
 
 def shortened(text: str) -> str:
-    """A name that a picture has room for: of a long one, both ends."""
+    """A name short enough for a picture: both ends of a long one."""
     return text if len(text) <= LONGEST_NAME else f"{text[:24]}...{text[-19:]}"

@@ -1,1 +1,1 @@
-"""What a process needs around training: process group, files, signals, seeds, rank reports."""
+"""What every process needs: process group, rank reports, signals, seeds, files, a lock."""

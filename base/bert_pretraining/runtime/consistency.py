@@ -1,4 +1,4 @@
-"""Whether all machines of a job were given the same settings and the same code."""
+"""The consistency check: all machines of a job must have the same settings and code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from importlib import metadata
 from pathlib import Path
 
 CODE = "the code's sha256"
-_NAMED = 3  # differing things that a message names
+FIX = "run the same command, from the same checkout, on both"
+_NAMED = 3  # how many differences a message names
 
 
 def describe(settings: Mapping[str, object]) -> dict[str, str]:
-    """What must be the same everywhere: every setting, this package's code, versions.
+    """What must be the same on all machines: every setting, this package's code, and versions.
 
-    Milliseconds. Major and minor version of Python, PyTorch's whole version.
+    Of Python's version the first two numbers count, of PyTorch's all. Takes milliseconds.
     """
     return {
         **{f"--{name}": str(value) for name, value in settings.items()},
@@ -26,9 +27,10 @@ def describe(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def difference(described: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """One line: what differs first from the first place, and how to fix it; None if nothing.
+    """One line: what differs between the first place and another; None if nothing differs.
 
-    described: where (a machine's or rank's name), and what `describe` gave there.
+    described: a machine's or rank's name, and what `describe` returned there. FIX is what the
+    user can do.
     """
     (first_place, first), *others = described
     for place, other in others:
@@ -39,12 +41,12 @@ def difference(described: Sequence[tuple[str, Mapping[str, str]]]) -> str | None
                 for name in names[:_NAMED]
             )
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            return f"{differing}{more}: run the same command, from the same checkout, on both"
+            return f"{differing}{more}"
     return None
 
 
 def _digest_of_the_code() -> str:
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[1]  # the whole package, not only this folder
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0")

@@ -64,19 +64,18 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
 
 
 def require_directory(path: Path, what: str, fix: str) -> None:
-    """UserError unless `path` is a directory. `what` names it; `fix`: what to do without it."""
+    """Raise UserError, with `what` as the path's name and this `fix`, if it is no directory."""
     status = _status(path, fix)
     if status is None:
-        raise UserError(f"no such {what}: {path}; {fix}")
+        raise UserError(f"no such {what}: {path}", f"{fix}")
     if not stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{what} {path} is a file; pass the directory that it lies in")
+        raise UserError(f"{what} {path} is a file", "pass the directory that it is in")
 
 
 def shard_files(directory: Path, fix: str) -> list[Path]:
-    """Every finished file with `part` in its name, sorted by name; UserError if none is there.
+    """Every finished file with `part` in its name, sorted by name; UserError if there is none.
 
-    One listing of the directory, which is fast on network storage too: a look at each
-    file would not be.
+    The directory is listed once and no file is opened, which is fast on network storage too.
     """
     require_directory(directory, "data directory", fix)
     try:
@@ -87,26 +86,27 @@ def shard_files(directory: Path, fix: str) -> list[Path]:
                 if "part" in entry.name and not entry.name.endswith(UNFINISHED) and entry.is_file()
             )
     except OSError as error:
-        raise UserError(f"cannot read {directory} ({error.strerror}); {fix}") from error
+        raise UserError(f"cannot read {directory} ({error.strerror})", f"{fix}") from error
     if not names:
         raise UserError(
-            f"no shards in {directory}: expected HDF5 files with 'part' in the name; {fix}"
+            f"no shards in {directory}: expected HDF5 files with 'part' in the name", f"{fix}"
         )
     return [directory / name for name in names]
 
 
 def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
-    """What a checkpoint is: "torch", "safetensors", "hugging_face" or "tensorflow".
+    """The format of a checkpoint: "torch", "safetensors", "hugging_face" or "tensorflow".
 
-    Told by what lies at `path`, which is not opened.
-    A TensorFlow checkpoint is named by its `.index` file, or by that without `.index`.
-    Raises UserError where nothing, an empty file or another directory lies at `path`;
-    `fix` says what to pass instead.
+    The name and kind of the file tell it; the file is not opened. A TensorFlow checkpoint is
+    named by its `.index` file, with or without the ending `.index`.
+
+    Raises UserError if `path` does not exist, is an empty file or is another directory. `fix`
+    says what to pass instead.
     """
     status = _status(path, fix)
     if status is None:
         if _status(with_ending(path, ".index"), fix) is None:
-            raise UserError(f"no checkpoint at {path}; {fix}")
+            raise UserError(f"no checkpoint at {path}", f"{fix}")
         return "tensorflow"
     if stat.S_ISDIR(status.st_mode):
         if any((path / name).is_file() for name in HUGGING_FACE_WEIGHTS):
@@ -115,20 +115,20 @@ def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
         inside = [*sorted(path.glob("*.pt")), *indices]
         flag = "--init_checkpoint " if fix == OTHER_CHECKPOINT else ""
         more = f"pass {flag}{inside[-1]}" if inside else fix
-        raise UserError(f"{path}: a directory, not a checkpoint; {more}")
+        raise UserError(f"{path}: a directory, not a checkpoint", f"{more}")
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: no regular file, so no checkpoint; {fix}")
+        raise UserError(f"{path}: no regular file, so no checkpoint", f"{fix}")
     if status.st_size == 0:
-        raise UserError(f"{path}: an empty file, not a checkpoint; copy it again, or {fix}")
+        raise UserError(f"{path}: an empty file, not a checkpoint", f"copy it again, or {fix}")
     if ".data-" in path.name and path.name.split(".data-")[1][:5].isdigit():
         prefix = path.with_name(path.name.split(".data-")[0])
-        raise UserError(f"{path}: one part of a TensorFlow checkpoint; pass {prefix}")
+        raise UserError(f"{path}: one part of a TensorFlow checkpoint", f"pass {prefix}")
     endings = {".index": "tensorflow", ".safetensors": "safetensors"}
     return endings.get(path.suffix, "torch")
 
 
 def with_ending(path: Path, ending: str) -> Path:
-    """`path` with `ending` behind its name, after the dots that are in it."""
+    """`path` with `ending` added to its name. Unlike `with_suffix`, it replaces nothing."""
     return path.with_name(path.name + ending)
 
 
@@ -142,11 +142,11 @@ def _sync(path: Path) -> None:
 
 
 def _status(path: Path, fix: str) -> os.stat_result | None:
-    """What lies at `path`, None for nothing; UserError where the system does not tell."""
+    """The status of `path`; None if it does not exist. UserError if the system refuses to tell."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason}); {fix}") from error
+        raise UserError(f"cannot read {path} ({reason})", f"{fix}") from error

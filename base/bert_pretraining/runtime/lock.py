@@ -21,7 +21,9 @@ class FolderLock:
 
     Args:
         folder: is created where it does not exist.
-        holder: what the message calls the process that has the lock.
+        holder: what messages call the process that has the lock.
+        name: what messages call the folder.
+        fix: what messages tell the user to do.
         wait: wait until the lock is free.
 
     Raises:
@@ -29,17 +31,21 @@ class FolderLock:
             written to.
     """
 
-    def __init__(self, folder: Path, holder: str = "run", wait: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        holder: str = "run",
+        name: str = "output_dir",
+        fix: str = "pass another --output_dir",
+        wait: bool = False,
+    ) -> None:
         self._file: TextIO | None = None
         path = folder / NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+", encoding="ascii")  # noqa: SIM115
         except OSError as error:
-            raise UserError(
-                f"cannot write to output_dir {folder} ({error.strerror})",
-                "pass another --output_dir",
-            ) from error
+            raise UserError(f"cannot write to {name} {folder} ({error.strerror})", fix) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -47,8 +53,8 @@ class FolderLock:
             process = self._file.read().strip() or "unknown"
             self.release()
             raise UserError(
-                f"output_dir {folder} is in use by another {holder} (process {process})",
-                "wait for it, or pass another --output_dir",
+                f"{name} {folder} is in use by another {holder} (process {process})",
+                f"wait for it, or {fix}",
             ) from error
         except OSError:  # this file system has no locks
             return

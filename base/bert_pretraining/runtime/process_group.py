@@ -1,9 +1,10 @@
-"""The process group: who this process is, and sums over ranks."""
+"""The process group: this process's rank, and operations over all ranks."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,15 +23,15 @@ Made = TypeVar("Made")
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# How long a rank waits for the others: at first, when all have just been started, and later,
-# when one may read, evaluate or compile for long.
-TO_MEET = timedelta(seconds=90)
-TO_WORK = timedelta(minutes=10)
+# How long a rank waits for the others: for the connection, when all have just been started, and
+# for a collective, when another rank may still read, evaluate or compile.
+CONNECT_TIMEOUT = timedelta(seconds=90)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size`, and its device."""
+    """This process's rank, the number of ranks, and this rank's device."""
 
     rank: int
     world_size: int
@@ -48,27 +49,29 @@ class Ranks:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """`--device` -> this rank's device. UserError if there is no such GPU."""
+    """This rank's device, as --device asks. Raises UserError if there is no such GPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+        raise UserError("--device cuda: PyTorch sees no CUDA device", "use --device cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"this machine has {torch.cuda.device_count()} CUDA devices, but the configuration "
-            f"wants a rank on device {local_rank}; pass --nproc_per_node "
-            f"{torch.cuda.device_count()}, or --device cpu"
+            f"wants a rank on device {local_rank}",
+            f"pass --nproc_per_node {torch.cuda.device_count()}, or --device cpu",
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def start(device: str, dist_backend: str, settings: Mapping[str, object] | None = None) -> Ranks:
-    """Join the process group that the environment names, or run alone.
+    """Join the process group that the environment variables describe, or run alone.
 
-    On a CPU the backend becomes gloo. Before anything that takes long, all ranks sum a number.
-    TrainingError if they cannot reach each other; UserError if their `settings`, or their
-    code, are not the same.
+    On a CPU the backend is gloo. The connection is tested at once by an all-reduce of one number.
+
+    Raises:
+        TrainingError: the ranks cannot reach each other.
+        UserError: the ranks were started with different `settings` or different code.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -77,32 +80,32 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
     if world_size > 1 and not dist.is_initialized():
         backend = "gloo" if chosen.type == "cpu" else dist_backend
         try:
-            _meet(backend, chosen)
+            _connect(backend, chosen)
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
                 raise
-            raise TrainingError(_unreachable(backend, error), f"{error}\n") from error
+            raise TrainingError(unreachable(backend, error), f"{error}\n") from error
         if settings is not None:
             name = f"rank {rank} ({socket.gethostname()})"
             fault = consistency.difference(gather((name, consistency.describe(settings))))
             if fault is not None:
-                raise UserError(fault)
+                raise UserError(fault, consistency.FIX)
     return Ranks(rank, world_size, chosen)
 
 
-def _meet(backend: str, device: torch.device) -> None:
-    """Connect all ranks, and see that a sum comes out right."""
+def _connect(backend: str, device: torch.device) -> None:
+    """Connect all ranks, and test the connection by an all-reduce."""
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=TO_MEET, device_id=device_id)
+    dist.init_process_group(backend, timeout=CONNECT_TIMEOUT, device_id=device_id)
     total = sum_over_ranks(torch.ones((), device=device)).item()
     if total != dist.get_world_size():
         raise RuntimeError(f"{dist.get_world_size()} ranks summed 1 to {total}")
-    # There is no public name for it; without it, TO_MEET would hold for ever.
-    dist.distributed_c10d._set_pg_timeout(TO_WORK)
+    # PyTorch has no public function for it. Without it, CONNECT_TIMEOUT would stay in force.
+    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
-def _unreachable(backend: str, error: Exception) -> str:
-    """One line: who does not reach whom, by which way, and what to set."""
+def unreachable(backend: str, error: Exception) -> str:
+    """One line: which host cannot connect, by which interface, and which variable to set."""
     variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     interface = os.environ.get(variable)
     by = f"{variable}={interface}" if interface else f"an interface that {backend} chose"
@@ -110,16 +113,46 @@ def _unreachable(backend: str, error: Exception) -> str:
     return (
         f"on {socket.gethostname()} the ranks do not reach each other ({reason}) by {by}, though "
         f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')} (--master_addr, "
-        f"--master_port) answers: set {variable}, on each machine, to its interface that the "
-        "others can reach ('ip addr' lists them), and let no firewall block ports between them"
+        f"--master_port) answers; set {variable}, on each machine, to its interface that the "
+        "others can reach ('ip addr' lists them), and open the ports between them in the firewall"
     )
 
 
 def stop() -> None:
-    """Leave the process group, if there is one, once every rank is about to."""
+    """Leave the process group, if there is one, together with all other ranks."""
     if dist.is_initialized():
-        dist.barrier()  # nobody closes a connection that another still reads from
+        dist.barrier()  # no rank closes a connection from which another rank still reads
         dist.destroy_process_group()
+
+
+def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Wait until every rank of a launched job has called this, at most `timeout`.
+
+    For a rank that ends without leaving the process group (`rank_reports.leave`). The last
+    collective may be over for this rank and not for another, which still reads what this process
+    or its GPU holds, and would fail if this process ended. Each rank counts itself only when
+    its own collectives are complete, on its GPU too; so when all are counted, no rank needs
+    another one any more. The count is kept by the launcher of machine 0, not by a rank: a rank
+    may end as soon as it has read it.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return
+    deadline = time.monotonic() + timeout.total_seconds()
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+            timeout=CONNECT_TIMEOUT, wait_for_workers=False,
+        )  # fmt: skip
+        finished = dist.PrefixStore("finished_ranks", store)
+        finished.add("count", 1)
+        while finished.add("count", 0) < world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except dist.DistError:
+        # The launcher that keeps the count has ended: its job is over, on every machine.
+        return
 
 
 def barrier(device: torch.device) -> None:
@@ -138,14 +171,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; the same answer on every rank."""
+    """Whether the flag is set on at least one rank; every rank gets the same answer."""
     if not dist.is_initialized():
         return flag
     return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
 
 
 def gather(item: Made) -> list[Made]:
-    """Every rank's object, in the order of ranks, on every rank."""
+    """The objects of all ranks, in the order of ranks; every rank gets all of them."""
     if not dist.is_initialized():
         return [item]
     items: list = [None] * dist.get_world_size()
@@ -154,10 +187,11 @@ def gather(item: Made) -> list[Made]:
 
 
 def differing_replica(tensors: dict[str, Tensor]) -> str | None:
-    """Name the first tensor that another rank holds differently than rank 0, and that rank.
+    """The first tensor that differs between rank 0 and another rank, and that rank; or None.
 
-    tensors: the same names and shapes on every rank; floating-point. Compares two checksums
-    of a tensor's bits, one of which depends on where they stand. None if all are equal.
+    Two checksums of each tensor's bits are compared; one depends on the order of the elements.
+
+    tensors: floating-point, with the same names and shapes on every rank.
     """
     if not dist.is_initialized():
         return None
@@ -172,22 +206,22 @@ def differing_replica(tensors: dict[str, Tensor]) -> str | None:
 
 
 def check_replicas(weights: dict[str, Tensor], updates: int) -> None:
-    """TrainingError, on every rank, if the ranks' weights are not the same to the last bit."""
+    """Raise TrainingError on every rank unless all ranks' weights are equal to the last bit."""
     differing = differing_replica(weights)
     if differing is not None:
         raise TrainingError(
             f"the ranks hold different weights after {updates} updates: first "
-            f"{differing}; look for another start checkpoint, failing memory, or a device or "
-            "library that differs"
+            f"{differing}; check for ranks that started from other checkpoints or have faulty "
+            "memory, another device or another library version"
         )
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """(2,) int64 of a tensor's bits: their sum, and their sum weighted by position."""
+    """(2,) int64, two checksums of a tensor's bits: their sum, and one weighted by position."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
     total = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), 2**20):  # in pieces, to need little memory
+    for start in range(0, bits.numel(), 2**20):  # in pieces, to use little memory
         piece = bits[start : start + 2**20].long()
         places = torch.arange(start + 1, start + 1 + piece.numel(), device=bits.device) % 65521
         total += torch.stack([piece.sum(), (piece * places).sum()])
@@ -195,10 +229,10 @@ def _digest(tensor: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], Made]) -> Made:
-    """Rank 0's object on every rank; `make()` is called on rank 0 only.
+    """Call `make()` on rank 0, and return its object on every rank.
 
-    If it raises there, every rank raises: the same UserError, or a RuntimeError that
-    names rank 0's.
+    If `make()` raises, every rank raises: the same UserError, or for any other exception a
+    RuntimeError with its message.
     """
     if not dist.is_initialized():
         return make()

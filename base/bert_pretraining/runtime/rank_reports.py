@@ -1,8 +1,8 @@
-"""What ranks and launcher tell each other: small files in a folder that the launcher names.
+"""Rank reports: small files by which the ranks and the launcher inform each other.
 
-torchrun knows only success and failure of its children; exit code 3 (finished without
-reaching the target) is no failure, and the first failure's own words are worth more than
-the last one's. It also does not know whether a rank still makes progress.
+They lie in a folder that the launcher chooses. torchrun alone is not enough: it knows only
+success and failure, but exit code 3 (finished without reaching the target) is no failure; it
+does not know which rank's error came first, nor whether a rank still makes progress.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from bert_pretraining.runtime.files import UNFINISHED, write_whole
 
-FOLDER_VARIABLE = "BERT_PRETRAINING_OUTCOME"
+FOLDER_VARIABLE = "BERT_PRETRAINING_RANK_REPORTS"
 ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
 STACK_SIGNAL = signal.SIGUSR2
 _STOP = "stop"
@@ -28,7 +28,7 @@ _STOP = "stop"
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end by an error. `detail` is a traceback, or empty for a UserError."""
+    """The error that ended a rank. `detail` is its traceback, empty for a UserError."""
 
     rank: int
     time: float
@@ -37,32 +37,33 @@ class Failure:
     detail: str
 
 
-# ---- what a rank says
+# ---- called by a rank
 
 
 def register(rank: int) -> int | None:
-    """Tell the launcher this rank's process; the signal by which to end at once, if any."""
+    """Report this rank's process. Returns the signal to end by at once, if there was one."""
     _write(f"process-{rank}.json", {"pid": os.getpid()})
     stop = Path(os.environ[FOLDER_VARIABLE]) / _STOP
     return int(stop.read_text()) if stop.exists() else None
 
 
 def show_stacks_on_request() -> None:
-    """Let the launcher have this process write the stacks of all its threads.
+    """On STACK_SIGNAL from the launcher, write the stacks of all threads to a file.
 
-    In C, so that it also works while a thread waits in a library. No launcher: nothing.
+    faulthandler does it in C, so it works while a thread waits in a library. Without a launcher
+    nothing is set up.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
         path = Path(folder) / f"stacks-{_rank()}.txt"
-        # The file stays open as long as the process lives: faulthandler writes to it.
+        # faulthandler writes to this file, which stays open until the process ends.
         faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
 
 def heartbeat() -> None:
-    """Say that this rank makes progress: call it once a step and once an evaluation batch.
+    """Report progress: to be called after every step and every evaluation batch.
 
-    With its first call, the launcher starts to watch this rank. A few microseconds.
+    From the first call on, the launcher checks this rank for hangs. Takes a few microseconds.
     """
     path = _heartbeat_path()
     if path is not None:
@@ -70,53 +71,60 @@ def heartbeat() -> None:
 
 
 def record_finish(rank: int, exit_code: int) -> bool:
-    """Tell the launcher, if there is one, what this rank earned."""
+    """Report this rank's exit code; False if there is no launcher."""
     return _write(f"finish-{rank}.json", {"exit_code": exit_code})
 
 
 def record_failure(rank: int, exit_code: int, message: str, detail: str = "") -> bool:
-    """Tell the launcher why this rank ends; False if nobody launched it."""
+    """Report why this rank ends; False if there is no launcher."""
     failure = Failure(rank, time.time(), exit_code, message, detail)
     return _write(f"failure-{rank}.json", asdict(failure))
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End a rank without clean-up: gloo's threads may wait for ranks that are gone, and abort."""
+    """End this process without clean-up, in which gloo's threads could abort it.
+
+    They abort when they wait for a rank that is gone, which would look like another failure. A
+    rank that has finished first calls `process_group.wait_for_all_to_finish`; a rank that fails
+    leaves at once, so that its report is the first. What it leaves behind is whole: logs are
+    written line by line and closed before, and a checkpoint that is being written in a thread has
+    its name only when it is complete. That one is lost, and the one before it is kept.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
-# ---- what the launcher reads
+# ---- called by the launcher
 
 
 def ask_to_stop(folder: Path, signum: int) -> None:
-    """Have ranks that register from now on end at once, as if by that signal."""
+    """Make ranks that register from now on end at once by that signal."""
     _write_in(folder, _STOP, signum)
 
 
 def read_processes(folder: Path) -> dict[int, int]:
-    """Rank -> process id, of the ranks that registered."""
+    """Rank -> process id, of the ranks that have registered."""
     return {rank: json.loads(path.read_text())["pid"] for rank, path in _by_rank(folder, "process")}
 
 
 def read_heartbeats(folder: Path) -> dict[int, int]:
-    """Rank -> when it last made progress, in ns since the epoch; of those that ever did."""
+    """Rank -> time of its last progress (ns since the epoch), of the ranks that made any."""
     return {rank: path.stat().st_mtime_ns for rank, path in _by_rank(folder, "heartbeat")}
 
 
 def read_stacks(folder: Path) -> dict[int, str]:
-    """Rank -> what faulthandler wrote, of the ranks that can be asked."""
+    """Rank -> the stacks that faulthandler wrote, of the ranks that have set it up."""
     return {rank: path.read_text(errors="replace") for rank, path in _by_rank(folder, "stacks")}
 
 
 def finished_ranks(folder: Path) -> set[int]:
-    """The ranks that finished."""
+    """The ranks that have reported that they finished."""
     return {rank for rank, _ in _by_rank(folder, "finish")}
 
 
 def read_finish(folder: Path) -> int | None:
-    """The exit code of the lowest rank here that finished."""
+    """The exit code that the lowest finished rank of this machine reported."""
     finishes = _by_rank(folder, "finish")
     return json.loads(finishes[0][1].read_text())["exit_code"] if finishes else None
 

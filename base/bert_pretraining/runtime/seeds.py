@@ -1,4 +1,4 @@
-"""One master seed -> every other seed, by hashing, so that no two uses share a stream."""
+"""Every seed of a run, derived from one master seed by hashing, a different one for each use."""
 
 from __future__ import annotations
 

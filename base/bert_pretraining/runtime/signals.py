@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM, Slurm's warning SIGUSR1, and Ctrl-C."""
+"""Signals that ask a run to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from types import FrameType
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# A launcher passes on what a terminal may have sent to the whole group already.
+# A terminal sends Ctrl-C to launcher and ranks, and the launcher forwards it: the same signal
+# within this time (in seconds) counts once.
 SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class StopRequest:
     """Remembers that a signal asked this process to stop; a second signal ends it at once.
 
-    While nothing is there to finish, the first one raises KeyboardInterrupt; inside
-    `deferred`, it only sets `received`, for the training loop to look at.
+    The first signal raises KeyboardInterrupt. Inside `deferred` it only sets `received`, and the
+    training loop stops after the current step.
 
     Attributes:
         received: the signal's name, or None.
@@ -31,7 +32,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals meanwhile. Only for a process's main thread."""
+        """Handle the signals inside this context. Only for the main thread."""
         before = {number: signal.signal(number, self._handle) for number in ASKING}
         try:
             yield
@@ -41,7 +42,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember signals meanwhile."""
+        """Only remember signals inside this context."""
         self._deferred = True
         try:
             yield
@@ -53,7 +54,7 @@ class StopRequest:
         if name == self.received and now - self._received_at < SECONDS_OF_ONE_SIGNAL:
             return
         if self.received is not None:
-            # Without clean-up, which may be what takes too long.
+            # End without clean-up, because the clean-up may be what takes too long.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

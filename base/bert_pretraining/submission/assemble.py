@@ -1,4 +1,4 @@
-"""`submission assemble`: logs, machine and code to a submission's tree."""
+"""`submission assemble`: write a submission's tree from logs, system description and code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Assembled:
-    """What was made: ORG's directory, the description's blanks, remarks for people."""
+    """What was written: ORG's directory, the description, its blank fields, remarks to print."""
 
     folder: Path
     description: Path
@@ -48,7 +48,7 @@ class Assembled:
 
 
 def runs_of_series(directory: Path) -> Runs:
-    """The runs of a series. Raises UserError where it cannot be read."""
+    """The runs of a series. Raises UserError if it cannot be read."""
     series = load_series(directory)
     paths = {run.folder: find_log(directory / run.folder) for run in series.runs}
     description = _read_object(directory / SYSTEM_FILE)
@@ -61,7 +61,7 @@ def runs_of_series(directory: Path) -> Runs:
 
 
 def runs_of_logs(paths: Sequence[Path], flags: Sequence[str]) -> Runs:
-    """Logs by themselves, put in launch order, on this machine."""
+    """The runs of some logs, in launch order, with this machine as their system."""
     logs = sorted((read_result(path) for path in paths), key=_start)
     return Runs(logs, describe_machine(), tuple(flags), [])
 
@@ -71,34 +71,33 @@ def assemble(
 ) -> Assembled:
     """Write ORG/ into `output_dir`; ORG is the logs' submission_org.
 
-    A system that is there already is never touched; another one of the same ORG goes beside.
+    A system that exists there is never changed; a new system of the same ORG is put beside it.
 
     Args:
         system, implementation: names of their directories.
-        fields: a JSON file of description fields that take the place of what was found.
+        fields: a JSON file of description fields, which replace those that were found.
 
     Raises:
-        UserError: no logs, logs that disagree on whose they are, a configuration that is
-            gone, a name that cannot be a directory's, a system that is there already, or a
-            field that does not exist.
+        UserError: no logs, logs of different organizations, a missing configuration, a name
+            that cannot be a directory's, a system that exists, or an unknown field.
     """
     _require_name("--system", system)
     _require_name("--implementation", implementation)
     if not runs.logs:
-        raise UserError("no run left a log; nothing to assemble")
+        raise UserError("no run has left a log", "make the runs first, with submission run")
     organization = str(_shared(runs.logs, "submission_org"))
     _require_name("submission_org", organization)
     if organization == "unknown":
         raise UserError(
-            f"{runs.logs[0].path}: submission_org is 'unknown'; make the runs with "
-            "--submission_org ORG"
+            f"{runs.logs[0].path}: submission_org is 'unknown'",
+            "make the runs with --submission_org ORG",
         )
     description = _description(runs, system, organization, fields)
     root = output_dir / organization
     results = root / "results" / system
     for path in (results, root / "systems" / f"{system}.json"):
         if path.exists():
-            raise UserError(f"{path} is there already; pass another --system or --output_dir")
+            raise UserError(f"{path} is there already", "pass another --system or --output_dir")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="assemble-", dir=output_dir) as temporary:
@@ -106,12 +105,14 @@ def assemble(
             _write(staging, runs, description, system, implementation)
             kept = _move(staging, root, system, implementation)
     except OSError as error:
-        raise UserError(f"cannot write to {output_dir} ({error.strerror})") from error
-    remarks = [f"the code of {kept} was there and stays"] if kept else []
+        raise UserError(
+            f"cannot write to {output_dir} ({error.strerror})", "pass another --output_dir"
+        ) from error
+    remarks = [f"{kept} exists already; its code was kept"] if kept else []
     if len(runs.logs) != RUNS:
         remarks.append(f"{len(runs.logs)} logs; a submission has {RUNS}")
     if runs.lost:
-        remarks.append(f"no log of {', '.join(runs.lost)}: ended before the log began")
+        remarks.append(f"no log of {', '.join(runs.lost)}, which ended before the log began")
     path = root / "systems" / f"{system}.json"
     return Assembled(root, path, blanks(description), remarks)
 
@@ -132,7 +133,7 @@ def _write(
 
 
 def _move(staging: Path, root: Path, system: str, implementation: str) -> Path | None:
-    """Put what is whole in its place, the results last; the implementation that stays, if any."""
+    """Move the complete parts to ORG/, the results last. Returns the code that was kept, if any."""
     code = root / "benchmarks" / BENCHMARK / "implementations" / implementation
     kept = code if code.exists() else None
     moves = [
@@ -161,31 +162,34 @@ def _description(
         own = _read_object(fields)
         unknown = sorted(set(own) - set(FIELDS))
         if unknown:
-            raise UserError(f"{fields}: no such field of a system description: {unknown[0]}")
+            raise UserError(
+                f"{fields}: no such field of a system description: {unknown[0]}",
+                "correct its name or leave it out",
+            )
         description |= own
     return {field: description.get(field, "") for field in FIELDS}
 
 
 def _shared(logs: list[ResultLog], key: str) -> object:
-    """The one value that all logs have."""
+    """The value of this key, which all logs must share."""
     values = {json.dumps(log.value(key)): log for log in logs}
     if len(values) > 1:
         (value, log), (other, other_log) = list(values.items())[:2]
         raise UserError(
-            f"{key} is {value} in {log.path}, but {other} in {other_log.path}; assemble the runs "
-            "of one system"
+            f"{key} is {value} in {log.path}, but {other} in {other_log.path}",
+            "assemble the runs of one system",
         )
     value = logs[0].value(key)
     if not isinstance(value, str) or not value:
-        raise UserError(f"{logs[0].path}: no {key}")
+        raise UserError(f"{logs[0].path} has no {key}", "make the runs with --submission_org ORG")
     return value
 
 
 def _require_name(what: str, name: str) -> None:
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{what} '{name}': becomes a directory, so letters, digits and . _ + - only, and "
-            "MLPerf takes no leading dot"
+            f"{what} '{name}' cannot be the name of a submission's directory",
+            "use letters, digits and . _ + - only, with a letter or a digit first",
         )
 
 
@@ -193,9 +197,11 @@ def _read_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error})", "correct the file, or name another"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object")
+        raise UserError(f"{path} is no JSON object", 'write one: {"FIELD": VALUE, ...}')
     return content
 
 
@@ -203,5 +209,8 @@ def _start(log: ResultLog) -> float:
     event = log.first("run_start") or log.first("init_start")
     time_ms = number(event.time_ms) if event else None
     if time_ms is None:
-        raise UserError(f"{log.path}: neither run_start nor init_start says when it was launched")
+        raise UserError(
+            f"{log.path}: neither run_start nor init_start says when the run was launched",
+            "leave this log out",
+        )
     return time_ms

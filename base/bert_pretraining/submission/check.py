@@ -1,4 +1,4 @@
-"""`submission check`: MLPerf's checkers, what they miss, and one honest verdict."""
+"""`submission check`: MLPerf's checkers, checks of what they miss, and one verdict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWN = "own checks"
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Every finding, errors first, and each tool's verdict."""
+    """All findings, errors first, and the verdict of each tool."""
 
     folder: Path
     ruleset: str
@@ -39,7 +39,7 @@ class CheckReport:
         return not any(finding.is_error for finding in self.findings)
 
     def describe(self) -> str:
-        """The findings, a table of the tools, the verdict: lines for people."""
+        """The report as text: the findings, a table of the tools, and the verdict."""
         errors = sum(finding.is_error for finding in self.findings)
         warnings = len(self.findings) - errors
         counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
@@ -53,7 +53,7 @@ class CheckReport:
         )
 
     def to_json(self) -> dict:
-        """The same for machines."""
+        """The report as a JSON object."""
         return {
             "folder": str(self.folder),
             "ruleset": self.ruleset,
@@ -70,7 +70,7 @@ class CheckReport:
 
 
 def check(folder: Path, ruleset: str = DEFAULT_RULESET) -> CheckReport:
-    """Check a submission's tree; nothing in it is changed.
+    """Check a submission's tree, without changing it.
 
     Raises UserError for a directory that holds no results/, a ruleset without BERT, or a
     machine without MLPerf's tools.
@@ -89,7 +89,7 @@ def check(folder: Path, ruleset: str = DEFAULT_RULESET) -> CheckReport:
     findings = []
     for verdict in verdicts:
         if not verdict.passed and not verdict.findings:
-            what = f"{verdict.tool}: {verdict.summary}, without saying why"
+            what = f"{verdict.tool}: {verdict.summary}, but it does not say why"
             findings.append(Finding(folder, None, what))
         findings += verdict.findings
     findings = [_tolerated(finding, failed) for finding in dict.fromkeys(findings)]
@@ -100,7 +100,7 @@ def check(folder: Path, ruleset: str = DEFAULT_RULESET) -> CheckReport:
 def own_findings(
     folder: Path, found: list[System], ruleset: str
 ) -> tuple[list[Finding], set[Path]]:
-    """What no tool of MLPerf's looks at, and the logs of tolerated unconverged runs."""
+    """The findings that MLPerf's tools miss, and the logs of tolerated unconverged runs."""
     findings, failed = [*check_tree(folder, found)], set()
     everything: list[ResultLog] = []
     for system in found:
@@ -119,7 +119,7 @@ def own_findings(
 
 
 def _tolerated(finding: Finding, failed: set[Path]) -> Finding:
-    """The one run that did not converge need not pass the compliance checker."""
+    """The finding as a warning if it concerns the one run that is allowed not to converge."""
     excusable = finding.what.startswith(("compliance checker: ", "no run_stop"))
     if finding.is_error and finding.path in failed and excusable:
         return warning(finding.path, finding.line, finding.what)

@@ -1,4 +1,4 @@
-"""What a check found: one line each, what and where."""
+"""What `submission check` finds: one line each, with its place."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One error or warning.
 
     Attributes:
-        path: the file or directory it is wrong in.
-        line: of that file, from 1; None where it concerns the whole.
-        what: one line for people.
+        path: the file or directory that is at fault.
+        line: in that file, from 1; None if the whole file or directory is meant.
+        what: the problem, one line.
         is_error: False for a warning, which does not fail the check.
     """
 

@@ -1,4 +1,4 @@
-"""The code of a submission: what is copied, and the four files that the rules ask for."""
+"""The code of a submission: a copy of the checkout, and the four files that the rules require."""
 
 from __future__ import annotations
 
@@ -78,18 +78,18 @@ What follows is the README of the code.
 
 
 def checkout() -> Path:
-    """The checkout that this package runs from. Raises UserError for an installed package."""
+    """The checkout that this package runs from. Raises UserError if the package is installed."""
     root = Path(__file__).resolve().parents[3]
     if not (root / "run_training.sh").is_file():
         raise UserError(
-            f"the code lies in {root}, which is no checkout; assemble from a checkout, since a "
-            "submission holds the code with its scripts"
+            f"the code lies in {root}, which is no checkout",
+            "assemble from a checkout, since a submission holds the code with its scripts",
         )
     return root
 
 
 def write_implementation(folder: Path, flags: Sequence[str], runs: int) -> None:
-    """Copy the code to `folder` (a new directory) and write the files that the rules ask for.
+    """Copy the code to `folder` (a new directory) and write the files that the rules require.
 
     No dotfiles, no caches, no data.
     """
@@ -118,9 +118,9 @@ def write_implementation(folder: Path, flags: Sequence[str], runs: int) -> None:
 
 
 def _with_own_configuration(flags: Sequence[str], folder: Path) -> list[str]:
-    """The flags; a TOML file that --config names goes to `folder`, and they name it there.
+    """The flags, with a TOML file of --config copied to `folder` and named there.
 
-    Raises UserError where there is no such file.
+    Raises UserError if there is no such file.
     """
     words = [part for flag in flags for part in _parts(flag)]
     names = dict(zip(words, [*words[1:], ""], strict=True))
@@ -133,8 +133,8 @@ def _with_own_configuration(flags: Sequence[str], folder: Path) -> list[str]:
             parent = tomllib.loads(path.read_text(encoding="utf-8")).get("extends")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--config {path} of the runs cannot be read ({error}); assemble in the directory "
-                "that they were started in"
+                f"--config {path} of the runs cannot be read ({error})",
+                "assemble in the directory that they were started in",
             ) from error
         folder.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / path.name)
@@ -145,13 +145,13 @@ def _with_own_configuration(flags: Sequence[str], folder: Path) -> list[str]:
 
 
 def _parts(flag: str) -> list[str]:
-    """--config=FILE as two words; all others as they are."""
+    """--config=FILE and --name=NAME as two words; other flags as they are."""
     name, sign, value = flag.partition("=")
     return [name, value] if sign and name in ("--name", "--config") else [flag]
 
 
 def _ignored(_: str, names: list[str]) -> list[str]:
-    """What a copy leaves out: MLPerf's repo checker takes no dotfile and no space."""
+    """The names that are not copied: MLPerf's repo checker refuses dotfiles and spaces."""
     return [
         name
         for name in names

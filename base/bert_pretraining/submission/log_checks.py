@@ -1,4 +1,4 @@
-"""What is wrong within one run's log, beyond what MLPerf's compliance checker sees."""
+"""Checks of one run's log that MLPerf's compliance checker does not make."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GREATEST_INIT_TO_RUN_MS = 60_000
 
 
 def check_log(log: ResultLog, ruleset: str) -> list[Finding]:
-    """Every finding about one log, by line."""
+    """All findings about one log, by line."""
     if not log.events and not log.faults:
         return [Finding(log.path, None, "holds no :::MLLOG line: not a run's log")]
     checks: list[Callable[[ResultLog], Iterator[Finding]]] = [
@@ -46,7 +46,7 @@ def _lines(log: ResultLog) -> Iterator[Finding]:
 
 
 def _mistaken(log: ResultLog) -> Iterator[Finding]:
-    """Lines that MLPerf's tools skip, or take for something else."""
+    """Lines that MLPerf's tools skip or misread."""
     text = log.path.read_text(encoding="utf-8", errors="replace")
     for line, content in enumerate(text.split("\n"), 1):
         if TOKEN_WITHOUT_SPACE.search(content):
@@ -95,7 +95,7 @@ def _cache_clear(log: ResultLog) -> Iterator[Finding]:
         if event.value is not True:
             yield _at(
                 log, event,
-                f"cache_clear is {event.value!r}: the rules want caches dropped, or the machine "
+                f"cache_clear is {event.value!r}: the rules require dropped caches, or the machine "
                 "restarted, before each run",
             )  # fmt: skip
 
@@ -151,7 +151,7 @@ def _status(log: ResultLog) -> Iterator[Finding]:
 
 
 def _target(log: ResultLog) -> Iterator[Finding]:
-    """The status against the accuracies: MLPerf's checkers look at each by itself."""
+    """Compare the status with the accuracies, which MLPerf's checkers only check separately."""
     stop = log.last("run_stop")
     if stop is None or not log.evaluations:
         return
@@ -180,7 +180,7 @@ def _target(log: ResultLog) -> Iterator[Finding]:
 
 
 def _evaluation_schedule(log: ResultLog) -> Iterator[Finding]:
-    """Evaluations at every multiple of the interval, none left out and none between.
+    """Evaluations must be at every multiple of the interval, and nowhere else.
 
     The rules evaluate at step ceil(k * interval / samples a step). Samples are those
     really trained, which may differ from steps * global batch size by some per mille.
@@ -214,7 +214,7 @@ def _evaluation_schedule(log: ResultLog) -> Iterator[Finding]:
 
 
 def _more(count: int) -> str:
-    """Of `count` such things only the first is shown."""
+    """The end of a finding that shows only the first of `count` such places."""
     return "" if count == 1 else f" (and {count - 1} more such)"
 
 

@@ -1,4 +1,4 @@
-"""MLPerf's own checkers as subprocesses, and what they say as findings.
+"""MLPerf's own checkers, run as subprocesses, and their messages as findings.
 
 Most of them exit with 0 whatever they find, so their words decide.
 """
@@ -24,13 +24,13 @@ REPOSITORY_SUCCESS = "ALL CHECKS PASSED"
 SYSTEM_SUCCESS = "System description checker passed"
 FIRST_REPOSITORY_RULESET = "2.0.0"  # its checks are the same for all of them
 SEPARATOR = "\n" + "-" * 30 + "\n"
-# Of the package checker: said better by the own checks and by the other tools.
+# Messages of the package checker that our own checks or the other tools give more precisely.
 REPEATED = ("Seed checker failed and found", "System description")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one of MLPerf's tools says: `summary` in a few words, and its findings."""
+    """The verdict of one of MLPerf's tools: a short `summary`, and its findings."""
 
     tool: str
     passed: bool
@@ -46,7 +46,7 @@ class _Answer:
 
 
 def compliance(systems: list[System], ruleset: str) -> Verdict:
-    """The compliance checker on every log."""
+    """Run the compliance checker on every log."""
     paths = [path for system in systems for path in system.result_paths]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = list(pool.map(lambda path: _run_compliance(path, ruleset), paths))
@@ -61,7 +61,7 @@ def compliance(systems: list[System], ruleset: str) -> Verdict:
 
 
 def package(folder: Path, ruleset: str) -> Verdict:
-    """The package checker (number of logs, seeds, RCP, system descriptions).
+    """Run the package checker (number of logs, seeds, RCP, system descriptions).
 
     It writes scaling.json beside the logs, so it sees a copy of links.
     """
@@ -92,7 +92,7 @@ def package(folder: Path, ruleset: str) -> Verdict:
 
 
 def repository(folder: Path, ruleset: str) -> Verdict:
-    """The repo checker: names that git dislikes, large files, dead links."""
+    """Run the repo checker: file names that git refuses, large files, broken links."""
     version = max(ruleset, FIRST_REPOSITORY_RULESET)
     answer = _run("repo_checker", str(folder), "training", version)
     passed = answer.exit_code == 0 and any(REPOSITORY_SUCCESS in text for _, text in answer.records)
@@ -109,7 +109,7 @@ def repository(folder: Path, ruleset: str) -> Verdict:
 
 
 def description(systems: list[System], ruleset: str) -> Verdict:
-    """The system description checker on every system's JSON file."""
+    """Run the system description checker on every system's JSON file."""
     findings, passed = [], 0
     paths = [system.description for system in systems if system.description.is_file()]
     for path in paths:
@@ -168,7 +168,7 @@ def _compliance_findings(path: Path, answer: _Answer) -> list[Finding]:
 
 
 def _gist(message: str) -> str:
-    """The line of a message that says what is wrong."""
+    """The line of a message that names the problem."""
     lines = [line.strip() for line in message.strip().splitlines()]
     failed = [line for line in lines if line.startswith("failed test: ")]
     key = re.match(r"CHECK for '(\w+)'", lines[0])

@@ -1,4 +1,4 @@
-"""Reference convergence points: how many samples a closed run must at least take.
+"""Reference convergence points (RCP): the least number of samples of a run in the closed division.
 
 MLPerf's reference was trained about twenty times at some batch sizes; each gives a mean
 and a standard deviation of the samples it took to the target. A submission whose mean is
@@ -45,7 +45,7 @@ class ReferencePoint:
 
 @dataclass(frozen=True)
 class ConvergencePoint:
-    """What a ruleset expects of one global batch size.
+    """The requirement of a ruleset for one global batch size.
 
     basis: "exact" (the reference was run at it), "interpolated" (between
         `reference_batch_sizes`), "smallest" (below all of them: compared with the
@@ -70,7 +70,10 @@ class ConvergencePoint:
         """
         counted = runs - DROPPED_RUNS
         if counted < 1:
-            raise UserError(f"{runs} runs: the fastest and the slowest are dropped; 3 at least")
+            raise UserError(
+                f"{runs} runs are too few: the fastest and the slowest are dropped",
+                "give 3 or more",
+            )
         if self.mean_samples is None:
             return None
         error = self.standard_deviation * math.sqrt(1 / self.reference_runs + 1 / counted)
@@ -82,13 +85,13 @@ class ConvergencePoint:
         return least is not None and mean_samples >= least
 
     def scale_factor(self, mean_samples: float) -> float:
-        """What the score is multiplied by: RCP mean / mean where that is above 1, else 1."""
+        """The factor of the score: RCP mean / mean if that is above 1, else 1."""
         if self.mean_samples is None:
             return 1.0
         return max(1.0, self.mean_samples / mean_samples)
 
     def describe(self) -> str:
-        """The basis in words."""
+        """The basis as text."""
         points = " and ".join(f"{size:,}" for size in self.reference_batch_sizes)
         return {
             EXACT: f"the reference was run at {points}",
@@ -105,7 +108,7 @@ def convergence_point(global_batch_size: int, ruleset: str = DEFAULT_RULESET) ->
     mlperf-logging.
     """
     if global_batch_size < 1:
-        raise UserError(f"--global_batch_size {global_batch_size}: must be at least 1")
+        raise UserError(f"--global_batch_size {global_batch_size} is less than 1", "pass 1 or more")
     points = prune(reference_points(ruleset))
     below = [point for point in points if point.global_batch_size <= global_batch_size]
     above = [point for point in points if point.global_batch_size > global_batch_size]
@@ -136,9 +139,9 @@ def reference_points(ruleset: str = DEFAULT_RULESET) -> list[ReferencePoint]:
 
 
 def prune(points: list[ReferencePoint]) -> list[ReferencePoint]:
-    """The points that count: none slower than its neighbours say it should be.
+    """The points that count: none that took more samples than its neighbours suggest.
 
-    All below the fastest go, then, left to right, each that took more samples than the line
+    All points below the fastest are removed; then, from left to right, each point above the line
     between its neighbours. As in rcp_checker this is one pass, not the convex envelope.
     """
     fastest = min(points, key=lambda point: point.mean_samples)

@@ -1,4 +1,4 @@
-"""The MLPerf Training rulesets that know BERT, and MLPerf's tools on this machine."""
+"""The MLPerf Training rulesets with BERT, and MLPerf's tools on this machine."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ RETIRED = (
 
 
 def require_ruleset(ruleset: str) -> str:
-    """`ruleset`, unless it does not know BERT: UserError with the reason."""
+    """Return `ruleset`; raise UserError with the reason if it has no BERT."""
     if ruleset in RULESETS:
         return ruleset
     version = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", ruleset)
     if version and tuple(map(int, version.groups())) > (5, 0, 0):
-        raise UserError(f"--ruleset {ruleset}: {RETIRED}; pass --ruleset 5.0.0 or an earlier one")
+        raise UserError(f"--ruleset {ruleset}: {RETIRED}", "pass --ruleset 5.0.0 or an earlier one")
     if version and int(version[1]) < 1:
         raise UserError(
-            f"--ruleset {ruleset}: has no reference convergence points; pass --ruleset 1.0.0 or "
-            "a later one"
+            f"--ruleset {ruleset}: has no reference convergence points",
+            "pass --ruleset 1.0.0 or a later one",
         )
     raise UserError(
-        f"--ruleset {ruleset}: no such ruleset{nearest(ruleset, list(RULESETS))} (has: "
-        f"{', '.join(RULESETS)})"
+        f"--ruleset {ruleset}: no such ruleset{nearest(ruleset, list(RULESETS))}",
+        f"pass one of {', '.join(RULESETS)}",
     )
 
 
 def mlperf_directory() -> Path:
-    """Where the package mlperf_logging lies; UserError without it."""
+    """The folder of the package mlperf_logging. Raises UserError if it is not installed."""
     found = importlib.util.find_spec("mlperf_logging")
     if found is None or not found.submodule_search_locations:
         raise missing("mlperf_logging")
@@ -48,8 +48,8 @@ def mlperf_directory() -> Path:
 
 
 def missing(package: str) -> UserError:
-    """The one line that says that MLPerf's tools are not installed."""
+    """The error for a missing package of MLPerf's tools."""
     return UserError(
-        f"{sys.executable} lacks the package {package}, which MLPerf's tools come in or need; "
-        "python -m pip install mlperf-logging==4.1.68 scipy"
+        f"{sys.executable} lacks the package {package}, which MLPerf's tools come in or need",
+        "install it: python -m pip install mlperf-logging==4.1.68 scipy",
     )

@@ -12,7 +12,7 @@ from bert_pretraining.submission.tree import ResultLog, number
 
 @dataclass(frozen=True)
 class RunFigures:
-    """One run. Minutes by its own clock; None for what its log does not say."""
+    """The figures of one run. Minutes by its own clock; None if the log does not say."""
 
     log: str
     seed: int | None
@@ -26,7 +26,7 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Score:
-    """What a series of one system is worth.
+    """The score of the runs of one system.
 
     minutes: the score; None where too few runs converged, and `fault` says so.
     mean_minutes: before scaling. scale_factor: 1 outside the closed division, and where the
@@ -61,7 +61,7 @@ def run_figures(log: ResultLog) -> RunFigures:
 
 
 def mean_samples(logs: Sequence[ResultLog]) -> float | None:
-    """Mean of the samples to the target, fewest and most left out.
+    """Mean of the samples to the target, without the fewest and the most.
 
     As MLPerf's rcp_checker counts: a run that did not converge took infinitely many, so
     one such run is left out as the slowest. None for more of them, or fewer than 3 runs.
@@ -93,7 +93,7 @@ def score(logs: Sequence[ResultLog], ruleset: str) -> Score:
     fault = None
     if minutes is None:
         fault = (
-            f"{len(times)} of {len(logs)} runs converged; a score is of 3 runs at least, and "
+            f"{len(times)} of {len(logs)} runs converged; a score needs at least 3 runs, and "
             "all but one must converge"
         )
     return Score(
@@ -108,7 +108,7 @@ def score(logs: Sequence[ResultLog], ruleset: str) -> Score:
 
 
 def _counted(values: list[tuple[float, str]], runs: int) -> list[tuple[float, str]]:
-    """Of `runs` runs, those that count: all but the least and the greatest.
+    """The values that count of `runs` runs: all but the least and the greatest.
 
     values: of the converged runs; one that is missing was the greatest.
     """

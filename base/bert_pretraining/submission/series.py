@@ -1,9 +1,9 @@
-"""A series: runs of one command after another, every log kept, going on where it was stopped.
+"""A series: one training command run several times. All logs are kept; a series can be resumed.
 
-DIR/series.json        flags, number of runs, and what became of each
-DIR/system.json        this machine, when the series began
+DIR/series.json        the flags, the number of runs, and the outcome of each run
+DIR/system.json        the description of this machine, from the start of the series
 DIR/run_00/            output_dir of the first run: run-<UTC time>/mllog.txt and the rest
-DIR/run_00/terminal.txt    what it printed
+DIR/run_00/terminal.txt    its output
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class SeriesRun:
         seed: master seed, from the system's entropy.
         caches_dropped: whether the page caches were dropped before it.
         started: Unix time in seconds.
-        seconds: that it took; None while it runs, or if the series was ended with it.
-        exit_code: the launcher's; None as for `seconds`.
+        seconds: how long it took; None while it runs, or if the series was stopped during it.
+        exit_code: of the launcher; None as for `seconds`.
     """
 
     folder: str
@@ -80,7 +80,7 @@ class SeriesRun:
 
 @dataclass(frozen=True)
 class Series:
-    """What is to be run, and the runs so far, in launch order."""
+    """The flags and number of runs of a series, and the runs so far in launch order."""
 
     flags: tuple[str, ...]
     number_of_runs: int
@@ -103,19 +103,19 @@ def run_series(
     show: bool,
     say: Callable[[str], None],
 ) -> Series:
-    """Run what is left of a series, one run after the other.
+    """Make the runs of a series that are missing, one after the other.
 
     Args:
-        directory: of the series; one that is there must be of the same flags.
+        directory: of the series. A series that is there must have the same flags.
         flags: of `launch`, without --seed and --output_dir.
         drop_caches: the page caches, before each run: "auto" (where allowed), "never" or
             "required".
         show: runs print on this terminal instead of into terminal.txt.
-        say: gets lines for people.
+        say: is called with lines to print.
 
     Raises:
-        UserError: other flags than the series has, another process at work on it, caches
-            that cannot be dropped though required, or a run that refused its input.
+        UserError: the series has other flags, another process works on it, the caches cannot be
+            dropped although it is required, or a run refused its input.
     """
     with FolderLock(directory, "'submission run'"):
         series = _resume(directory, tuple(flags), number_of_runs, say)
@@ -125,7 +125,7 @@ def run_series(
 
 
 def load_series(directory: Path) -> Series:
-    """The state of a series. Raises UserError where there is none that can be read."""
+    """Read the state of a series. Raises UserError if it is missing or cannot be read."""
     path = directory / STATE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,14 +133,16 @@ def load_series(directory: Path) -> Series:
         return Series(tuple(content["flags"]), content["number_of_runs"], runs)
     except FileNotFoundError as error:
         raise UserError(
-            f"{directory} holds no {STATE_FILE}; 'submission run' makes a series"
+            f"{directory} holds no {STATE_FILE}", "'submission run' makes a series"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a series ({error})") from error
+        raise UserError(
+            f"{path} cannot be read as a series ({error})", "pass another --output_dir"
+        ) from error
 
 
 def series_logs(directory: Path) -> list[ResultLog]:
-    """The MLPerf logs of a series, in launch order; runs that left none are left out."""
+    """The MLPerf logs of a series, in launch order, without the runs that wrote none."""
     paths = [find_log(directory / run.folder) for run in load_series(directory).runs]
     return [read_result(path) for path in paths if path is not None]
 
@@ -152,7 +154,7 @@ def find_log(folder: Path) -> Path | None:
 
 
 def drop_page_caches(mode: str) -> tuple[bool, str]:
-    """(whether the page caches were dropped, in words). Raises UserError where required."""
+    """(whether they were dropped, the same in words). UserError if `mode` requires it."""
     if mode == "never":
         return False, "not dropped (--drop_caches never)"
     try:
@@ -161,8 +163,8 @@ def drop_page_caches(mode: str) -> tuple[bool, str]:
     except OSError as error:
         if mode == "required":
             raise UserError(
-                f"--drop_caches required: cannot write {DROP_CACHES} ({error.strerror}); run as "
-                "root, or pass --drop_caches auto"
+                f"--drop_caches required: cannot write {DROP_CACHES} ({error.strerror})",
+                "run as root, or pass --drop_caches auto",
             ) from error
         return False, f"not dropped ({error.strerror}; the log says so)"
     return True, "dropped"
@@ -171,7 +173,7 @@ def drop_page_caches(mode: str) -> tuple[bool, str]:
 def _resume(
     directory: Path, flags: tuple[str, ...], number_of_runs: int, say: Callable[[str], None]
 ) -> Series:
-    # A series without a run is only a command that was refused.
+    # If the first run was refused, the series has no runs and starts anew.
     if not (directory / STATE_FILE).exists() or not load_series(directory).runs:
         series = Series(flags, number_of_runs)
         _write_json(directory / SYSTEM_FILE, describe_machine())
@@ -181,12 +183,13 @@ def _resume(
     if (series.flags, series.number_of_runs) != (flags, number_of_runs):
         raise UserError(
             f"{directory} holds a series of {series.number_of_runs} runs of '"
-            f"{shlex.join(series.flags)}'; go on with those, or pass another --output_dir"
+            f"{shlex.join(series.flags)}'",
+            "go on with those, or pass another --output_dir",
         )
     kept = f"{len(series.runs)} of {number_of_runs} runs are there"
     lost = [run.folder for run in series.runs if run.exit_code is None]
     if lost:
-        kept += f"; {', '.join(lost)} was ended from outside, and counts as a failed run"
+        kept += f"; {', '.join(lost)} was ended from outside and counts as a failed run"
     say(kept)
     return series
 
@@ -206,13 +209,13 @@ def _one_run(
     series = dataclasses.replace(series, runs=(*series.runs, run))
     _save(directory, series)
     clock = time.monotonic()
-    exit_code = _launch(series.flags, seed, folder, dropped, show)
+    exit_code = launch_run(series.flags, seed, folder, dropped, show)
     log = find_log(folder)
     figures = run_figures(read_result(log)) if log else None
     if exit_code == EXIT_USAGE and (figures is None or figures.evaluations == 0):
-        # Nothing was trained: not a run.
+        # Nothing was trained, so it does not count as a run.
         _save(directory, before)
-        raise UserError(_last_error(folder) or "the run refused its input, as said above")
+        raise UserError(_last_error(folder) or "the run refused its input; its error stands above")
     run = dataclasses.replace(run, exit_code=exit_code, seconds=time.monotonic() - clock)
     series = dataclasses.replace(series, runs=(*series.runs[:-1], run))
     _save(directory, series)
@@ -220,8 +223,8 @@ def _one_run(
     return series
 
 
-def _launch(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: bool) -> int:
-    """One launch of the package's launcher; its exit code. Signals are its to answer."""
+def launch_run(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: bool) -> int:
+    """Start the launcher, and return its exit code. It handles the signals itself."""
     command = [sys.executable, "-u", "-m", "bert_pretraining", "launch", *flags]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
     environment = {**os.environ, CACHES_DROPPED_VARIABLE: str(int(dropped))}
@@ -235,7 +238,7 @@ def _launch(flags: Sequence[str], seed: int, folder: Path, dropped: bool, show: 
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            # The terminal sent it to the launcher too, which ends its ranks in order.
+            # The terminal has sent SIGINT to the launcher too, which stops its ranks.
             process.wait()
             raise
     if code in ENDED_FROM_OUTSIDE:
@@ -251,7 +254,7 @@ def _describe(run: SeriesRun, figures: RunFigures | None) -> str:
 
 
 def _last_error(folder: Path) -> str | None:
-    """The launcher's own line on why it refused to run."""
+    """The launcher's error line, which says why it refused to run."""
     path = folder / TERMINAL_FILE
     if not path.is_file():
         return None

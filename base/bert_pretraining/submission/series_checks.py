@@ -1,4 +1,4 @@
-"""What is wrong between the runs of one system: copies, differences, number, convergence."""
+"""Checks of the runs of one system together: copies, differences, number, convergence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_pretraining.submission.rulesets import RUNS
 from bert_pretraining.submission.score import mean_samples
 from bert_pretraining.submission.tree import ResultLog, System, number, result_number
 
-# One value in all runs of a system.
+# Keys that must have the same value in all runs of a system.
 SHARED_KEYS = (
     "submission_org submission_division submission_status submission_platform "
     "global_batch_size d_batch_size gradient_accumulation_steps max_predictions_per_seq "
@@ -26,7 +26,7 @@ SHARED_KEYS = (
 
 
 def check_series(system: System, logs: list[ResultLog], ruleset: str) -> list[Finding]:
-    """Every finding about the runs of one system together."""
+    """All findings about the runs of one system together."""
     found = [*_number(system, logs), *_unconverged(system, logs)]
     for check in (_shared_values, _seeds, _order):
         found += check(logs)
@@ -36,7 +36,7 @@ def check_series(system: System, logs: list[ResultLog], ruleset: str) -> list[Fi
 
 
 def check_copies(logs: list[ResultLog]) -> Iterator[Finding]:
-    """One run handed in twice, in one system or in two; no tool of MLPerf's looks for it."""
+    """A run submitted twice, in one system or in two, which MLPerf's tools do not check."""
     copies = set()
     for log, first in _repeats(logs, lambda log: hashlib.sha256(log.path.read_bytes()).digest()):
         copies.add(log.path)
@@ -140,7 +140,7 @@ def _seeds(logs: list[ResultLog]) -> Iterator[Finding]:
 
 
 def _order(logs: list[ResultLog]) -> Iterator[Finding]:
-    """Runs follow each other, and result_0 was launched first."""
+    """Runs must not overlap, and result_0 must be the first that was launched."""
     timed = [(log, _clock(log)) for log in logs if _clock(log)]
     for (before, clock), (log, next_clock) in itertools.pairwise(timed):
         line = log.first("run_start").line
@@ -156,7 +156,7 @@ def _order(logs: list[ResultLog]) -> Iterator[Finding]:
 
 
 def _convergence(system: System, logs: list[ResultLog], ruleset: str) -> Iterator[Finding]:
-    """The RCP check, in words; `rcp` says the same before a run is made."""
+    """The RCP check; `submission rcp` makes it before a run."""
     sizes = {log.global_batch_size for log in logs}
     mean = mean_samples(logs)
     if len(sizes) != 1 or None in sizes or mean is None:

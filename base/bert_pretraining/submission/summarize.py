@@ -1,4 +1,4 @@
-"""`submission summarize`: what each system's runs took, and the scored time."""
+"""`submission summarize`: the figures of each system's runs, and the scored time."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ class Summary:
 
 
 def summarize(paths: Sequence[Path], ruleset: str) -> list[Summary]:
-    """One summary a system.
+    """One summary for each system.
 
     Args:
         paths: one submission's directory, one series', one of result_*.txt, or the logs of
             one system.
 
-    Raises UserError where there are no logs, or one cannot be read.
+    Raises UserError if there are no logs, or one cannot be read.
     """
     require_ruleset(ruleset)
     return [_summary(name, logs, ruleset) for name, logs in _groups(paths)]
@@ -121,8 +121,8 @@ def _groups(paths: Sequence[Path]) -> list[tuple[str, list[ResultLog]]]:
     groups = [(name, logs) for name, logs in groups if logs]
     if not groups:
         raise UserError(
-            f"{first} holds no logs; pass a submission's directory, a series', or logs "
-            f"({RESULT_NAME.pattern})"
+            f"{first} holds no logs",
+            f"pass a submission's directory, a series', or logs ({RESULT_NAME.pattern})",
         )
     return groups
 
@@ -143,7 +143,7 @@ def _summary(name: str, logs: list[ResultLog], ruleset: str) -> Summary:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table that reads as one in a terminal too."""
+    """A Markdown table with aligned columns, for the terminal too."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return [

@@ -29,7 +29,7 @@ FIELDS = (
     "accelerator_memory_capacity accelerator_interconnect accelerator_interconnect_topology "
     "cooling hw_notes framework other_software_stack operating_system sw_notes"
 ).split()
-# The others may stay blank, as published descriptions show.
+# The other fields may stay blank: in published descriptions they do.
 NEEDED_FIELDS = (
     "submitter division status system_name number_of_nodes host_processors_per_node "
     "host_processor_model_name accelerators_per_node framework operating_system"
@@ -42,7 +42,7 @@ STATUS_IN_DESCRIPTION = {
     "research": "Research, Development, or Internal (RDI)",
 }
 
-# Tools that may be absent, and how long to wait for one.
+# How long to wait for a tool such as lscpu.
 TOOL_SECONDS = 20
 NVIDIA_QUERY = (
     "name,memory.total,clocks.max.sm,driver_version,pcie.link.gen.max,pcie.link.width.max"
@@ -52,9 +52,9 @@ NOT_THERE = "N/A"
 
 
 def describe_machine() -> dict[str, object]:
-    """All FIELDS of this machine; what no program can tell stays "".
+    """All FIELDS of this machine; fields that no program can find out stay "".
 
-    In a process of its own, since to ask a GPU takes some of its memory.
+    It runs in a process of its own, because a query of a GPU takes some of the GPU's memory.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_describe_machine).result()
@@ -84,7 +84,7 @@ def _describe_machine() -> dict[str, object]:
 
 
 def blanks(description: dict[str, object]) -> list[str]:
-    """The fields that only a person can fill in; the two notes may stay as they are."""
+    """The blank fields, which only a person can fill in, without the two optional notes."""
     return [
         field
         for field in FIELDS
@@ -93,7 +93,7 @@ def blanks(description: dict[str, object]) -> list[str]:
 
 
 def processors(lscpu: str, online: int) -> dict[str, str]:
-    """The host's processors, from `lscpu -J`; at least the model and number without it."""
+    """The host's processors, from `lscpu -J`; without it only their model and number."""
     found = dict(_lscpu_fields(json.loads(lscpu)["lscpu"])) if lscpu else {}
     caches = [
         f"{name.removesuffix(' cache')} {size}"
@@ -119,7 +119,7 @@ def memory(meminfo: str) -> str:
 
 
 def storage(lsblk: str) -> dict[str, str]:
-    """Disks by kind and size, from `lsblk -d -b -J`; virtual disks tell no kind."""
+    """Disks by kind and size, from `lsblk -d -b -J`. The kind of virtual disks is unknown."""
     disks = [
         disk
         for disk in (json.loads(lsblk)["blockdevices"] if lsblk else [])
@@ -136,7 +136,7 @@ def storage(lsblk: str) -> dict[str, str]:
 
 
 def networking(classes: Path) -> str:
-    """InfiniBand ports and network interfaces that say how fast they are."""
+    """InfiniBand ports and network interfaces, if the system reports their speed."""
     rates = Counter(
         " ".join(_read(path).split()) for path in sorted(classes.glob("infiniband/*/ports/*/rate"))
     )
@@ -184,7 +184,7 @@ def accelerators(count: int, device: tuple[str, int] | None, nvidia_smi: str) ->
 
 
 def _software(torch: ModuleType, description: dict[str, object]) -> dict[str, str]:
-    """Versions that matter beside the framework's own."""
+    """The versions of the other software: Python, kernel, packages, CUDA libraries, driver."""
     versions = {
         "python": platform.python_version(),
         "kernel_version": f"{platform.system()} {platform.release()}",
@@ -219,7 +219,7 @@ def _disk_kind(disk: dict) -> str:
 
 
 def _tool(*command: str) -> str:
-    """A tool's output; "" where it is absent or fails, since the field can stay blank."""
+    """A tool's output; "" if it is missing or fails, because the field can stay blank."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False
@@ -230,7 +230,7 @@ def _tool(*command: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """A file's text; "" where the system does not have it or does not tell."""
+    """A file's text; "" if it is missing or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What is wrong with a submission's directories and its system descriptions."""
+"""Checks of a submission's directories and its system descriptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER_RESULT_FILES = (BYPASSES, "scaling.json", "power")
 
 
 def read_logs(system: System) -> tuple[list[ResultLog], list[Finding]]:
-    """The logs of a system that can be read, and a finding for each that cannot."""
+    """The readable logs of a system, and a finding for each log that cannot be read."""
     logs, found = [], []
     for path in system.result_paths:
         try:
@@ -34,7 +34,7 @@ def read_logs(system: System) -> tuple[list[ResultLog], list[Finding]]:
 
 
 def check_tree(folder: Path, systems: list[System]) -> Iterator[Finding]:
-    """Directories: every system described, the code there."""
+    """Check the directories: every system has a description, and the code is there."""
     if not systems:
         yield Finding(folder / "results", None, "holds no system's directory")
     described = {system.name for system in systems}
@@ -54,7 +54,7 @@ def check_tree(folder: Path, systems: list[System]) -> Iterator[Finding]:
 
 
 def check_folder(system: System) -> Iterator[Finding]:
-    """Files beside the logs."""
+    """Check for files beside the logs that do not belong there."""
     if not system.folder.is_dir():
         yield Finding(system.folder.parent, None, f"no {BENCHMARK}/ in it")
         return
@@ -69,7 +69,7 @@ def check_folder(system: System) -> Iterator[Finding]:
 
 
 def check_scaling(system: System, score_factor: float) -> Iterator[Finding]:
-    """A scaling.json that is there must say what the logs say."""
+    """Check that scaling.json, if there is one, agrees with the logs."""
     path = system.folder / "scaling.json"
     if not path.is_file():
         return
@@ -84,7 +84,7 @@ def check_scaling(system: System, score_factor: float) -> Iterator[Finding]:
 def check_description(
     system: System, logs: list[ResultLog], organization: str
 ) -> Iterator[Finding]:
-    """systems/NAME.json by itself, and against the directory and the logs."""
+    """Check systems/NAME.json by itself, and against the directory and the logs."""
     path = system.description
     try:
         text = path.read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ def _against_logs(path: Path, text: str, content: dict, logs: list[ResultLog]) -
 
 
 def _line(text: str, field: str) -> int | None:
-    """The line of a JSON file that a field stands in."""
+    """The line of a field in a JSON file."""
     for line_number, line in enumerate(text.splitlines(), 1):
         if f'"{field}"' in line:
             return line_number

@@ -56,13 +56,13 @@ class ResultLog:
 
     @property
     def label(self) -> str:
-        """What tells this log from the others of a series: its name, or where it lies."""
+        """A name that is unique in a series: the file's name, or the last parts of its path."""
         own = RESULT_NAME.fullmatch(self.name)
         return self.name if own else "/".join(self.path.parts[-3:])
 
     @property
     def status(self) -> str | None:
-        """What the last `run_stop` says: "success", "aborted"; None without one."""
+        """The status of the last `run_stop`, "success" or "aborted"; None without one."""
         stop = self.last("run_stop")
         return str(stop.metadata.get("status")) if stop else None
 
@@ -106,25 +106,26 @@ def result_number(path: Path) -> int:
 
 
 def number(value: object) -> float | None:
-    """A finite number, None for anything else (true and false, text, null)."""
+    """The value if it is a finite number, else None (for true, false, text and null)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if value - value == 0 else None
 
 
 def read_result(path: Path) -> ResultLog:
-    """Read a run's log. Raises UserError for a file that is missing or no text."""
+    """Read a run's log. Raises UserError if it is missing or not text."""
     log = read_log(path, (MLLOG_TOKEN,))
     return ResultLog(path, log.mllog, log.faults)
 
 
 def systems(folder: Path) -> list[System]:
-    """Every system of a submission's results/; UserError if `folder` is no submission."""
+    """All systems of a submission. Raises UserError if `folder` is no submission."""
     results = folder / "results"
     if not results.is_dir():
         raise UserError(
-            f"{folder} holds no results/; pass the directory ORG of ORG/systems, "
-            "ORG/benchmarks and ORG/results ('submission assemble' makes one)"
+            f"{folder} holds no results/",
+            "pass the directory ORG of ORG/systems, "
+            "ORG/benchmarks and ORG/results ('submission assemble' makes one)",
         )
     names = sorted(path.name for path in results.iterdir() if path.is_dir())
     return [

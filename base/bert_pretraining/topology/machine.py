@@ -33,7 +33,7 @@ class Core:
 
 @dataclass(frozen=True)
 class Node:
-    """A NUMA node. `distances`: to node number k, as the firmware says; may be empty."""
+    """A NUMA node. `distances`: to each node, from the firmware; may be empty."""
 
     number: int
     has_memory: bool
@@ -42,7 +42,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device in the order of its index. `node` is None where the firmware does not say."""
+    """A GPU. `node`: its NUMA node, None if the firmware does not report it."""
 
     name: str
     pci_address: str
@@ -54,7 +54,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process may use. `cpu_quota`: CPUs' worth of time that its cgroup allows."""
+    """The hardware a process may use. `cpu_quota`: CPUs that its cgroup allows, if limited."""
 
     cores: tuple[Core, ...]
     nodes: tuple[Node, ...]
@@ -94,7 +94,7 @@ def read_machine(
 
 
 def query_nvidia_smi() -> str | None:
-    """nvidia-smi's account of the GPUs as CSV; None where it is missing or fails."""
+    """nvidia-smi's list of GPUs as CSV; None if nvidia-smi is missing or fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -128,7 +128,7 @@ def visible_gpus(gpus: tuple[Gpu, ...], visible_devices: str | None) -> tuple[Gp
 
 
 def _text(path: Path) -> str:
-    """A file's content; empty where there is none (sysfs and /proc vary)."""
+    """A file's content; empty if there is no such file (sysfs and /proc differ by kernel)."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -140,7 +140,7 @@ def _list(path: Path) -> tuple[int, ...]:
 
 
 def _allowed(status: str, what: str) -> tuple[int, ...]:
-    """`Cpus` or `Mems` of /proc/self/status: what cpuset and affinity leave."""
+    """`Cpus` or `Mems` of /proc/self/status: what cpuset and affinity allow."""
     found = re.search(rf"^{what}_allowed_list:\s*(\S+)", status, re.MULTILINE)
     return cpu_list.parse(found[1]) if found else ()
 
@@ -151,7 +151,7 @@ def _numbered(directory: Path, prefix: str) -> list[int]:
 
 
 def _nodes(system: Path, mems: tuple[int, ...]) -> tuple[tuple[Node, ...], dict[int, int]]:
-    """NUMA nodes, and CPU -> node. A kernel without NUMA has one node that holds everything."""
+    """(NUMA nodes, CPU -> node). A kernel without NUMA counts as one node with everything."""
     numbers = _numbered(system / "node", "node")
     node_of: dict[int, int] = {}
     nodes = []
@@ -161,7 +161,7 @@ def _nodes(system: Path, mems: tuple[int, ...]) -> tuple[tuple[Node, ...], dict[
         node_of.update(dict.fromkeys(_list(directory / "cpulist"), number))
         distances = [int(word) for word in _text(directory / "distance").split()]
         usable = number in with_memory and (not mems or number in mems)
-        # Distances are listed for the nodes that are online, in their order.
+        # The file lists the distances to the online nodes, in their order.
         by_node = dict(zip(numbers, distances, strict=False))
         nodes.append(Node(number, usable, by_node))
     return tuple(nodes) or (Node(0, True, {}),), node_of
@@ -185,7 +185,7 @@ def _gpus(root: Path, nvidia_smi: str | None) -> tuple[Gpu, ...]:
     found = []
     for path in sorted(devices.glob("*")):
         vendor, kind = _text(path / "vendor"), _text(path / "class")
-        # Display adapters of a board's management controller are not among the vendors.
+        # This leaves out the display adapters of management controllers: other vendors.
         if vendor in VENDORS and kind.startswith(DEVICE_CLASSES):
             found.append(Gpu(VENDORS[vendor], path.name, _pci_node(path)))
     return tuple(found)
@@ -204,11 +204,11 @@ def _gpu_of_line(line: str, devices: Path) -> Gpu:
 
 def _pci_node(device: Path) -> int | None:
     text = _text(device / "numa_node")
-    return int(text) if text.isdigit() else None  # -1: the firmware does not say
+    return int(text) if text.isdigit() else None  # -1: the firmware does not report it
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """The least CPU time that this process's cgroup or one above it allows, in CPUs."""
+    """The smallest CPU limit of this process's cgroup and the cgroups above it, in CPUs."""
     quotas = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

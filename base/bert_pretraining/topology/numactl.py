@@ -1,4 +1,4 @@
-"""Whether numactl can bind on this machine. It is tried, not guessed."""
+"""Whether numactl can bind on this machine, by trying it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bert_pretraining.topology.placement import Binding
 
 
 def numactl_fault(bindings: list[Binding]) -> str | None:
-    """Why numactl cannot bind as wanted, or None if it can."""
+    """Why numactl cannot bind the ranks like this; None if it can."""
     if shutil.which("numactl") is None:
         return "numactl is not installed"
     for prefix in dict.fromkeys(tuple(binding.numactl()) for binding in bindings):

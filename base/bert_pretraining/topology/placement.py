@@ -1,4 +1,4 @@
-"""A machine and a number of ranks -> each rank's CPUs, memory node and threads. Pure."""
+"""Assign each rank of a machine its CPUs, memory node and number of threads. Pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from bert_pretraining.topology import cpu_list
 from bert_pretraining.topology.machine import Core, Machine, Node
 
-NO_PATH = 255  # the distance of a node about which the firmware says nothing
+UNKNOWN_DISTANCE = 255  # of a node that the firmware does not list
 
 
 @dataclass(frozen=True)
 class Binding:
     """A rank's CPUs and threads.
 
-    nodes: the NUMA nodes of its CPUs. memory_node: the one that its memory must come from;
-    None for whichever the CPU in use is on. gpu: its index among the visible ones.
+    nodes: the NUMA nodes of its CPUs. memory_node: the node that all its memory comes from; None:
+    the node of the CPU that runs. gpu: its index among the visible GPUs.
     """
 
     cpus: tuple[int, ...]
@@ -26,11 +26,11 @@ class Binding:
 
     @property
     def cpu_list(self) -> str:
-        """As numactl and taskset read it: 0-3,8."""
+        """The CPUs as numactl and taskset read them, such as 0-3,8."""
         return cpu_list.show(self.cpus)
 
     def numactl(self) -> list[str]:
-        """The command that the rank's own is put behind."""
+        """The numactl command, without the command that it starts."""
         memory = "--localalloc" if self.memory_node is None else f"--membind={self.memory_node}"
         return ["numactl", f"--physcpubind={self.cpu_list}", memory]
 
@@ -38,14 +38,16 @@ class Binding:
 def place_ranks(
     machine: Machine, num_ranks: int, use_gpus: bool = False, hyper_threads: bool = False
 ) -> list[Binding]:
-    """Deal a machine's cores to its ranks.
+    """Distribute a machine's cores over its ranks.
 
-    A rank with a GPU gets cores of the GPU's NUMA node, or of the nearest that has any.
-    Other ranks are spread over the nodes by their cores, or get whole nodes where there are
-    fewer ranks than nodes. Ranks of a node get neighbouring cores, as many each as there
-    are (the first ones one more where they do not divide), and one hardware thread of a
-    core unless `hyper_threads`. Where there are more ranks than cores, ranks get a hardware
-    thread each, and beyond that share them evenly.
+    - A rank with a GPU gets cores of the GPU's NUMA node, or of the nearest node with free cores.
+    - Other ranks are spread over the nodes in proportion to the nodes' cores. With fewer ranks
+      than nodes, each rank gets whole nodes.
+    - The ranks of a node get equal numbers of adjacent cores (the first ranks one more, if the
+      division leaves a remainder), and one hardware thread of each core, or with `hyper_threads`
+      all of them.
+    - With more ranks than cores each rank gets one hardware thread; with still more ranks they
+      share the hardware threads evenly.
     """
     if not machine.cores or num_ranks < 1:
         raise ValueError(f"{len(machine.cores)} cores for {num_ranks} ranks")
@@ -69,7 +71,7 @@ def place_ranks(
 
 
 def table(bindings: list[Binding], first_rank: int, binder: str) -> str:
-    """The map for people: a line a rank."""
+    """The binding as a table, one line for each rank."""
     rows = [("rank", "GPU", "NUMA node", "CPUs", "memory", "threads")]
     for local_rank, binding in enumerate(bindings):
         local = "any node" if binder == "none" else "local"
@@ -93,7 +95,7 @@ Groups = list[tuple[tuple[int, ...], list[int]]]  # (NUMA nodes, the ranks that 
 
 
 def _near_gpus(machine: Machine, num_ranks: int, cores: dict[int, list[Core]]) -> Groups:
-    """Ranks at their GPUs' nodes; from a node with too few cores to the nearest with some left."""
+    """Each rank on its GPU's node; if that has no free core, on the nearest node that has one."""
     known = {node.number: node for node in machine.nodes}
     ranks_at: dict[int, list[int]] = {node: [] for node in cores}
 
@@ -107,7 +109,7 @@ def _near_gpus(machine: Machine, num_ranks: int, cores: dict[int, list[Core]]) -
         wanted = gpu.node
         by_distance = sorted(cores, key=lambda node: (_distance(known, wanted, node), node))
         free = [node for node in by_distance if crowding(node) < 1]
-        # A remote core of its own serves a rank better than a share of a near one.
+        # A core of its own on a remote node is better for a rank than a shared core nearby.
         ranks_at[free[0] if free else min(by_distance, key=crowding)].append(rank)
     return [((node,), ranks) for node, ranks in ranks_at.items() if ranks]
 
@@ -115,11 +117,11 @@ def _near_gpus(machine: Machine, num_ranks: int, cores: dict[int, list[Core]]) -
 def _distance(known: dict[int, Node], start: int, end: int) -> int:
     if start == end:
         return 0
-    return known[start].distances.get(end, NO_PATH) if start in known else NO_PATH
+    return known[start].distances.get(end, UNKNOWN_DISTANCE) if start in known else UNKNOWN_DISTANCE
 
 
 def _spread(num_ranks: int, cores: dict[int, list[Core]]) -> Groups:
-    """Ranks in proportion to the nodes' cores; where ranks are fewer, nodes to ranks."""
+    """Ranks spread over the nodes in proportion to their cores, or whole nodes for each rank."""
     nodes = sorted(cores)
     total = sum(len(cores[node]) for node in nodes)
     if num_ranks < len(nodes):
@@ -138,7 +140,7 @@ def _spread(num_ranks: int, cores: dict[int, list[Core]]) -> Groups:
 
 
 def _whole_nodes(num_ranks: int, nodes: list[int], num_cores: dict[int, int]) -> Groups:
-    """Runs of neighbouring nodes, one a rank, with about as many cores each."""
+    """For each rank a group of adjacent nodes; all groups have about as many cores."""
     groups: Groups = []
     rest = list(nodes)
     for rank in range(num_ranks):
@@ -155,7 +157,7 @@ def _whole_nodes(num_ranks: int, nodes: list[int], num_cores: dict[int, int]) ->
 
 
 def _deal(cores: list[Core], num_ranks: int, hyper_threads: bool) -> list[tuple[int, ...]]:
-    """The CPUs of each of the ranks that share these cores."""
+    """The CPUs of each rank, for ranks that share these cores."""
     if num_ranks <= len(cores):
         share, rest = divmod(len(cores), num_ranks)
         dealt = []
@@ -171,7 +173,7 @@ def _deal(cores: list[Core], num_ranks: int, hyper_threads: bool) -> list[tuple[
     cpus = [cpu for core in cores for cpu in core.threads]
     if num_ranks >= len(cpus):
         return [(cpus[rank * len(cpus) // num_ranks],) for rank in range(num_ranks)]
-    # First threads before second ones, so that as few cores as can be are shared.
+    # The first threads of all cores come before the second ones, so that few ranks share a core.
     by_sibling = sorted(
         (place, core.threads[place]) for core in cores for place in range(len(core.threads))
     )
