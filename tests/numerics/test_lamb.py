@@ -337,7 +337,7 @@ def test_the_choice_and_its_reason() -> None:
     with pytest.raises(UserError, match=f"one of auto, {', '.join(OPTIMIZERS)}"):
         choose("adam", cpu)
     with pytest.raises(
-        UserError, match=r"foreach cannot share its state .* pass --optimizer auto, flat or"
+        UserError, match=r"foreach cannot shard its state .* pass --optimizer auto, flat or"
     ):
         choose("foreach", cpu, sharded=True)
 

@@ -1,9 +1,9 @@
-"""LAMB over flat tensors: the steps that every set of kernels and every sharding share.
+"""LAMB over flat tensors: the code common to all kernels, sharded or not.
 
-The formulas are those of `lamb.py`. Norms are taken in two stages: of each block by a kernel, and
-then of each parameter, over its blocks, in float64 and in an order that only the parameters'
-sizes decide. So the result has the same bits however the work is split among threads, chunks of
-memory or ranks.
+The formulas are those of `lamb.py`. Norms are computed in two stages: a kernel sums the squares of
+each block, then the blocks of each parameter are added in float64, in an order that depends only on
+the parameters' sizes. So the result has the same bits however the work is split among threads,
+chunks of memory or ranks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from bert_pretraining.optim.adam import MOMENTS
 from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Share, Step
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 
-BLOCKS_AT_A_TIME = 2**13  # that `gradients` gives in a piece
+BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
 
 
 class FlatLamb(Optimizer):
     """LAMB whose parameters, gradients and state are views of flat tensors.
 
     Args:
-        kernels: the three passes over them.
-        gradients_in_place: `zero_grad` points the parameters' gradients at the flat tensor, so
-            that backward adds to it. False where something else owns the gradients, as
-            DistributedDataParallel does: they are then copied at each step.
+        kernels: the three passes of a step over the flat tensors.
+        gradients_in_place: whether `zero_grad` makes the parameters' gradients views of the flat
+            tensor, so that backward adds to it. False if DistributedDataParallel owns the
+            gradients: each step then copies them.
     """
 
     SLOTS = MOMENTS
@@ -66,7 +66,7 @@ class FlatLamb(Optimizer):
         self.slots = dict(zip(MOMENTS, map(self.layout.views, moments), strict=True))
 
     def _point_parameters_at(self, values: Tensor) -> None:
-        """Make the parameters, and views for their gradients, parts of flat tensors."""
+        """Make the parameters views of `values`, and create their views of the flat gradient."""
         for parameter, view in zip(self.parameters, self.layout.views(values), strict=True):
             parameter.data = view
         self._gradient_views = self.layout.views(self._gradient)
@@ -74,10 +74,10 @@ class FlatLamb(Optimizer):
     def _share_of(
         self, gradient: Tensor, master: Tensor, rounded: Tensor | None, blocks: slice | Tensor
     ) -> Share:
-        """What this rank updates; blocks: which ones of the layout these are."""
+        """The share that this rank updates. blocks: its blocks in the layout."""
         parameter_of_block = self.layout.parameter_of_block(master.device)[blocks]
         decay = self.settings.weight_decay
-        # One more for the blocks that belong to no parameter.
+        # One more entry, for blocks that belong to no parameter.
         decays = master.new_tensor([decay * decays for decays in [*self.decays, False]])
         return Share(
             gradient,
@@ -96,7 +96,7 @@ class FlatLamb(Optimizer):
         self._has_ratio = torch.tensor(self.decays, device=device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `Optimizer.zero_grad`; gradients in place are zeroed where they lie in any case."""
+        """As `Optimizer.zero_grad`, but gradients in place are always set to zero, not to None."""
         if not self._gradients_in_place:
             super().zero_grad(set_to_none)
             return
@@ -105,14 +105,14 @@ class FlatLamb(Optimizer):
             parameter.grad = view
 
     def gradients(self) -> list[Tensor]:
-        """The flat gradient in pieces, (blocks, BLOCK) each, with what lay elsewhere."""
+        """The flat gradient in pieces, (blocks, BLOCK) each, after `_collect_gradient`."""
         self._collect_gradient()
         for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
             parameter.grad = view
         return list(self._gradient.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
 
     def _collect_gradient(self) -> None:
-        """Bring into `share.gradient` what this rank updates with."""
+        """Copy gradients that are not in place into the flat gradient; zeros for None."""
         views, gradients = [], []
         for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
             if parameter.grad is None:
@@ -128,7 +128,7 @@ class FlatLamb(Optimizer):
         return sums
 
     def _publish(self) -> None:
-        """After the update: make the parameters what the masters' shares are rounded to."""
+        """After an update, send the new parameters to the other ranks. Unsharded: nothing to do."""
 
     def _sum_by_parameter(self, sums: Tensor) -> list[Tensor]:
         """(k, blocks of this share) -> k times (parameters,) float64."""

@@ -1,8 +1,8 @@
 """The passes of flat LAMB in PyTorch operators, for any device.
 
-Each pass goes over the memory in chunks that stay in a CPU's cache from one operator to the
-next. m, v and u of a chunk are made in one operator, PyTorch's fused Adam: with learning rate 1
-on a "parameter" that starts as -weight_decay p, what Adam leaves there is -u.
+Each pass processes the memory in chunks that stay in a CPU's cache from one operator to the next.
+One operator, PyTorch's fused Adam, computes m, v and u of a chunk: it runs with learning rate 1 on
+a "parameter" that starts as -weight_decay p, which then becomes -u.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bert_pretraining.optim.flat import BLOCK, Share, Step
 
-# Elements of a chunk. On a CPU the figure hardly matters (docs/LOG.md, 2026-11-23); elsewhere
-# fewer and longer calls are better, and the memory for a chunk's gradient is the limit.
+# Elements per chunk. On a CPU the size hardly matters (docs/LOG.md, 2026-11-23). On a GPU fewer and
+# longer calls are faster, and the memory for a chunk's gradient is the limit.
 CPU_CHUNK = 2**19
 DEVICE_CHUNK = 2**25
 
 
 class TorchKernels:
-    """-u of each element is kept between the passes: over the gradient, or beside it."""
+    """Stores -u between the passes: over the gradient if dtypes match, else in new memory."""
 
     def __init__(self) -> None:
         self._update: Tensor | None = None
@@ -37,7 +37,7 @@ class TorchKernels:
         return self._update, self._scratch
 
     def square_sums(self, share: Share, out: Tensor) -> None:
-        """The sums of the gradient's squares, block by block. See `FlatKernels`."""
+        """The sum of squares of the gradient in each block. See `FlatKernels`."""
         scratch = self._prepare(share)[1]
         for place, blocks in _chunks(share):
             gradient = share.gradient[place]
@@ -47,7 +47,7 @@ class TorchKernels:
         out.square_()
 
     def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
-        """m, v and -u. See `FlatKernels`."""
+        """Compute m, v and -u. See `FlatKernels`."""
         update, scratch = self._prepare(share)
         settings, count, skip = step.settings, step.updates.float(), (~step.finite).float()
         for place, blocks in _chunks(share):
@@ -76,12 +76,14 @@ class TorchKernels:
         out.square_()
 
     def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
-        """p and its rounding. See `FlatKernels`."""
+        """Update p and round it. See `FlatKernels`."""
         update = self._prepare(share)[0]
         rates = rates * step.finite
         for place, blocks in _chunks(share):
             direction, weights = update[place], share.master[place]
-            # Two roundings, not one fused one, which the end of a thread's share may lack.
+            # Multiply, then add: two roundings. A fused multiply-add rounds once, but the last
+            # elements of a thread may be computed without it, and the bits would depend on the
+            # number of threads.
             direction.view(-1, BLOCK).mul_(rates[blocks, None])
             weights.add_(direction)
             if share.rounded is not None:
@@ -93,7 +95,7 @@ def _chunk(share: Share) -> int:
 
 
 def _chunks(share: Share) -> Iterator[tuple[slice, slice]]:
-    """Elements and blocks of each chunk."""
+    """The slices of elements and of blocks for each chunk."""
     length, size = len(share.master), _chunk(share)
     for start in range(0, length, size):
         end = min(start + size, length)
@@ -101,5 +103,5 @@ def _chunks(share: Share) -> Iterator[tuple[slice, slice]]:
 
 
 def _norms(values: Tensor, out: Tensor) -> None:
-    """The norm of each block of (k x BLOCK,) values, into (k,) `out`."""
+    """Write the norm of each block of `values`, (k x BLOCK,), to `out`, (k,)."""
     torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1, out=out)
