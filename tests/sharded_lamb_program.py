@@ -116,12 +116,12 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
         gradients = rank_gradients(step, ranks.rank, dtype)
         for last in (False, True):
             backward(plain_parameters, gradients)
-            with sharded.during(last), watched() as sending:
+            with sharded.overlap(last), watched() as sending:
                 backward(parameters, gradients)
             assert sending.waiting <= AT_A_TIME
             # A bucket leaves while backward goes on, unless it waits for a missing gradient.
             assert (sending.begun > 0) == (last and (step % 2 == 0 or bucket == SMALL_BUCKET))
-        sharded.finish()
+        sharded.finish_reduction()
         reduce_by_hand(plain_parameters, ranks.world_size)
         assert sharded.step(rate, 0.5)
         assert plain.step(rate, 0.5)
@@ -144,9 +144,9 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
     gradients = rank_gradients(0, ranks.rank, dtype)
     if ranks.rank == ranks.world_size - 1:
         gradients["word.bias"][3] = torch.nan
-    with sharded.during(last=True):
+    with sharded.overlap(last=True):
         backward(parameters, gradients)
-    sharded.finish()
+    sharded.finish_reduction()
     assert not sharded.step(0.1)
     assert_same_bits(before, values_of(sharded)[1:])
     assert sharded.updates == STEPS
@@ -168,7 +168,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
     for optimizer, its in ((fresh, fresh_parameters), (plain, plain_parameters)):
         optimizer.zero_grad()
         backward(its, rank_gradients(7, ranks.rank, dtype))
-    fresh.finish()
+    fresh.finish_reduction()
     reduce_by_hand(plain_parameters, ranks.world_size)
     assert fresh.step(0.01)
     assert plain.step(0.01)
@@ -176,16 +176,16 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
 
 
 def clip_each_rank_first(ranks: process_group.Ranks) -> None:
-    """finish(limit): the mean of what each rank has clipped by its own norm."""
+    """finish_reduction(limit): the mean of what each rank has clipped by its own norm."""
     weights = case(seed=6, scale=1.0, steps=1, shapes=SHAPES)[0]
     parameters = parameters_of(weights, torch.float64)
     sharded = sharded_of(parameters, 4096)
     gradients = [rank_gradients(0, rank, torch.float64) for rank in range(ranks.world_size)]
     sharded.zero_grad()
-    with sharded.during(last=False):
+    with sharded.overlap(last=False):
         backward(parameters, gradients[ranks.rank])
     limit = 0.7 if ranks.rank == 0 else 1e6  # only rank 0 clips
-    sharded.finish(torch.tensor(limit, dtype=torch.float64))
+    sharded.finish_reduction(torch.tensor(limit, dtype=torch.float64))
     assert sharded.step(0.01)
     norm = sum(value.square().sum() for value in gradients[0].values()).sqrt()
     assert norm > 0.7

@@ -33,24 +33,24 @@ BUCKET = 2**23  # elements; 16 or 32 MiB per collective
 AT_A_TIME = 3  # collectives that gloo may have pending, because it copies what it sends
 
 
-class _UnderWay:
-    """Collectives that have started. More than `limit` are never pending, if it is set."""
+class _PendingCollectives:
+    """Collectives in progress, at most `limit` at a time: gloo keeps a copy of what each sends."""
 
     def __init__(self, limit: int | None) -> None:
-        self.begun = 0
-        self._waiting: deque[dist.Work] = deque()
+        self.started = 0
+        self._works: deque[dist.Work] = deque()
         self._limit = limit
 
     def add(self, work: dist.Work) -> None:
-        self.begun += 1
-        self._waiting.append(work)
-        if self._limit is not None and len(self._waiting) > self._limit:
-            self._waiting.popleft().wait()
+        self.started += 1
+        self._works.append(work)
+        if self._limit is not None and len(self._works) > self._limit:
+            self._works.popleft().wait()
 
     def wait(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().wait()
-        self.begun = 0
+        while self._works:
+            self._works.popleft().wait()
+        self.started = 0
 
 
 class ShardedLamb(FlatLamb):
@@ -131,7 +131,7 @@ class ShardedLamb(FlatLamb):
             parameter.register_post_accumulate_grad_hook(arrived)
         self._overlapping = False
         self._missing: list[int] = []
-        self._under_way = _UnderWay(AT_A_TIME if dist.get_backend() == "gloo" else None)
+        self._pending = _PendingCollectives(AT_A_TIME if dist.get_backend() == "gloo" else None)
 
     @contextlib.contextmanager
     def overlap(self, last: bool) -> Iterator[None]:
@@ -145,13 +145,13 @@ class ShardedLamb(FlatLamb):
 
     def _reduce_complete_buckets(self) -> None:
         # Every rank sends buckets in the same order, whatever the order of its gradients.
-        while self._under_way.begun < self._buckets and not self._missing[self._under_way.begun]:
-            self._reduce(self._under_way.begun)
+        while self._pending.started < self._buckets and not self._missing[self._pending.started]:
+            self._reduce(self._pending.started)
 
     def _reduce(self, bucket: int) -> None:
         gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
         share = self.share.gradient.view(self._buckets, -1)[bucket]
-        self._under_way.add(reduce_scatter(share, gradient.view(-1), async_op=True))
+        self._pending.add(reduce_scatter(share, gradient.view(-1), async_op=True))
 
     def finish_reduction(self, limit: Tensor | None = None) -> None:
         """After the last backward pass, send the remaining buckets and wait for all.
@@ -163,9 +163,9 @@ class ShardedLamb(FlatLamb):
         super()._collect_gradient()
         if limit is not None:
             scale_down([self._gradient.view(-1, BLOCK)], limit)
-        while self._under_way.begun < self._buckets:
-            self._reduce(self._under_way.begun)
-        self._under_way.wait()
+        while self._pending.started < self._buckets:
+            self._reduce(self._pending.started)
+        self._pending.wait()
 
     def _collect_gradient(self) -> None:
         """Nothing to do: `finish_reduction` has collected and reduced the gradient."""
@@ -180,8 +180,8 @@ class ShardedLamb(FlatLamb):
     def _publish(self) -> None:
         share = self.share.master if self.share.rounded is None else self.share.rounded
         for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True):
-            self._under_way.add(all_gather(values.view(-1), piece, async_op=True))
-        self._under_way.wait()
+            self._pending.add(all_gather(values.view(-1), piece, async_op=True))
+        self._pending.wait()
 
     def state_dict(self) -> dict:
         """As `Optimizer.state_dict`, on the CPU of rank 0; an empty one on the other ranks."""
