@@ -54,7 +54,7 @@ def test_batching(tmp_path: Path, base: str, file: str, flags: dict, expected: s
 def test_one_source_that_contradicts_itself_is_refused(tmp_path: Path, switch: str) -> None:
     on = switch == "fp16"
     precision = "bf16" if on else "fp16"
-    said = rf"fp16 = {str(on).lower()} contradicts precision = '{precision}'; leave fp16 out"
+    said = rf"fp16 = {str(on).lower()} contradicts precision = '{precision}'; remove fp16"
     with pytest.raises(UserError, match=rf"the command line: {said}"):
         resolve({"fp16": on, "precision": precision})
     with pytest.raises(UserError, match=rf"own\.toml: {said}"):
