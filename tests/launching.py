@@ -1,4 +1,4 @@
-"""The real launcher with small programs in the trainers' place, so that they do as told."""
+"""The real launcher, with small test programs in place of the trainers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 from helpers import ROOT
 
-PATIENCE = 120.0  # seconds; for what takes a few on an idle machine
+TIMEOUT = 120.0  # seconds; such waits take a few on an idle machine
 
-# Every Python reads sitecustomize at its start: a rank's trainer becomes the test's program.
-_TAKE_THE_TRAINERS_PLACE = """
+# Python imports sitecustomize at its start. This one runs the test's program instead of a rank's
+# trainer.
+_REPLACE_TRAINER = """
 import os, sys
 if sys.orig_argv[2:5] == ["-m", "bert_pretraining", "train"]:
     rank = int(os.environ["RANK"])
@@ -29,7 +30,7 @@ _started: list[Launch] = []
 
 
 def end_all() -> None:
-    """Leave nothing behind, also where a test has failed: ranks end with their launcher."""
+    """End all launchers, even after a failed test; ranks end with their launcher."""
     while _started:
         launch = _started.pop()
         launch.process.kill()
@@ -41,7 +42,7 @@ class Launch:
 
     def __init__(self, here: Path, data: Path, program: str, *flags: object, ranks: int = 2):
         self.here = here
-        (here / "sitecustomize.py").write_text(_TAKE_THE_TRAINERS_PLACE)
+        (here / "sitecustomize.py").write_text(_REPLACE_TRAINER)
         (here / "program.py").write_text(
             "import os, signal, sys, time, pathlib\n"
             "from bert_pretraining.runtime import rank_reports\n"
@@ -68,7 +69,7 @@ class Launch:
         _started.append(self)
 
     def wait_for(self, *names: str) -> list[str]:
-        """What the programs told under these names, once they have."""
+        """Wait until the programs have told something under these names, and return it."""
         wait_until(lambda: all((self.here / name).exists() for name in names), self.error_text)
         return [(self.here / name).read_text() for name in names]
 
@@ -77,7 +78,7 @@ class Launch:
 
     def end(self) -> tuple[int, str]:
         """The launcher's exit code and what it wrote on stderr."""
-        code = self.process.wait(PATIENCE)
+        code = self.process.wait(TIMEOUT)
         return code, self.error_text()
 
     def error_text(self) -> str:
@@ -85,14 +86,14 @@ class Launch:
 
 
 def wait_until(what: Callable[[], bool], describe: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not what():
         assert time.monotonic() < deadline, describe()
         time.sleep(0.05)
 
 
 def is_gone(pid: str) -> bool:
-    """Whether a process has ended (what waits to be reaped has)."""
+    """Whether a process has ended; a zombie counts as ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""LAMB in Triton: on a GPU where there is one, else tiny shapes in Triton's interpreter."""
+"""LAMB in Triton: on a GPU if there is one, else tiny shapes in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # Read when triton is imported, and when a kernel is defined.
+    # Triton reads this when it is imported and when a kernel is defined.
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 # ruff: noqa: E402  the lines above must come first
@@ -43,7 +43,7 @@ SHAPES = {
     "one.weight": (1,),
 }
 DECAYED = {"word.weight", "query.weight", "one.weight"}
-# The interpreter cuts float32 to bfloat16 where a GPU rounds.
+# The interpreter truncates float32 to bfloat16 where a GPU rounds.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 
 def test_zeros_scales_and_missing_gradients() -> None:
     weights, gradients, rates = case(seed=4, scale=0.1, steps=3, shapes=SHAPES)
-    weights["query.weight"] *= 0  # a ratio of 1 for want of a weight norm
+    weights["query.weight"] *= 0  # the weight norm is 0, so the ratio is 1
     for step in gradients:
         step["one.weight"] *= 0
     for name in gradients[2]:

@@ -1,4 +1,4 @@
-"""Upstream's switches: every combination trains, to the reference operators' loss."""
+"""Upstream's switches: every combination trains, with the loss of the reference operators."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_every_combination_of_switches_trains(first: bool) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_computed_anew_give_the_same_gradients(dropout: float) -> None:
-    """With the dropout masks of the first time."""
+def test_recomputed_activations_give_the_same_gradients(dropout: float) -> None:
+    """The recomputed layers use the dropout masks of the first forward pass."""
     sizes = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     taken = []
     for anew in (False, True):
