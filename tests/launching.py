@@ -69,7 +69,7 @@ class Launch:
         _started.append(self)
 
     def wait_for(self, *names: str) -> list[str]:
-        """Wait until the programs have told something under these names, and return it."""
+        """Wait until the programs have reported under these names, and return the texts."""
         wait_until(lambda: all((self.here / name).exists() for name in names), self.error_text)
         return [(self.here / name).read_text() for name in names]
 

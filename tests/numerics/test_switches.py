@@ -55,8 +55,9 @@ def test_recomputed_activations_give_the_same_gradients(dropout: float) -> None:
     """The recomputed layers use the dropout masks of the first forward pass."""
     sizes = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     taken = []
-    for anew in (False, True):
-        model = BertForPreTraining(sizes, select("torch", ALONE.device, torch.float32), 1, anew)
+    for recompute in (False, True):
+        kernels = select("torch", ALONE.device, torch.float32)
+        model = BertForPreTraining(sizes, kernels, 1, recompute)
         torch.manual_seed(7)
         forward_backward(model, BATCH, WEIGHTS)
         taken.append([parameter.grad for parameter in model.parameters()])

@@ -154,7 +154,7 @@ def test_a_cuda_graph_draws_new_masks_on_every_replay(operator: str) -> None:
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """The interpreter accepts code that the compiler rejects. The compiler needs no GPU."""
+    """The interpreter takes what the compiler refuses; the compiler needs no GPU."""
     tests = Path(__file__).resolve().parents[1]
     base = Path(reference.__file__).resolve().parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

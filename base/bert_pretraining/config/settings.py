@@ -37,16 +37,12 @@ class Config(UpstreamSwitches):
         changes_numbers=False,
     )
     nnodes: int = setting(1, "run", "number of machines", minimum=1)
-    nproc_per_node: int = setting(
-        1, "run", "number of processes (ranks) on each machine", minimum=1
-    )
+    nproc_per_node: int = setting(1, "run", "processes (ranks) on each machine", minimum=1)
     device: str = setting("auto", "run", "device to train on", choices=("auto", "cpu", "cuda"))
     dist_backend: str = setting(
         "nccl", "run", "backend of the collectives; on a CPU always gloo", choices=("nccl", "gloo")
     )
-    kernels: str = setting(
-        "auto", "run", "provider of the model's fused operators", choices=_PROVIDERS
-    )
+    kernels: str = setting("auto", "run", "provider of the fused operators", choices=_PROVIDERS)
     kernels_attention: str | None = _operator("attention")
     kernels_bias_gelu: str | None = _operator("bias_gelu")
     kernels_bias_dropout_residual_layer_norm: str | None = _operator(
@@ -55,15 +51,12 @@ class Config(UpstreamSwitches):
     kernels_embedding_layer_norm_dropout: str | None = _operator("embedding_layer_norm_dropout")
     kernels_masked_cross_entropy: str | None = _operator("masked_cross_entropy")
     compile: str = setting(
-        "auto",
-        "run",
-        "compile the model with torch.compile; auto: on a GPU only",
-        choices=("auto", "on", "off"),
+        "auto", "run", "torch.compile the model; auto: on a GPU only", choices=("auto", "on", "off")
     )
     use_cuda_graph: bool = setting(
         False,
         "run",
-        "replay forward and backward as a CUDA graph (needs one rank and batching balanced)",
+        "replay forward and backward as a CUDA graph (one rank, batching balanced)",
     )
     static_tokens: int = setting(
         0,
@@ -87,19 +80,13 @@ class Config(UpstreamSwitches):
         changes_numbers=False,
     )
     train_dir: str | None = setting(
-        None,
-        "data",
-        "folder of the training shards, if they are not in data_dir",
-        changes_numbers=False,
+        None, "data", "folder of training shards, if not in data_dir", changes_numbers=False
     )
     eval_dir: str | None = setting(
-        None,
-        "data",
-        "folder of the evaluation shards, if they are not in data_dir",
-        changes_numbers=False,
+        None, "data", "folder of evaluation shards, if not in data_dir", changes_numbers=False
     )
     bert_config_path: str | None = setting(
-        None, "data", "path of bert_config.json, if it is not in data_dir", changes_numbers=False
+        None, "data", "path of bert_config.json, if not in data_dir", changes_numbers=False
     )
     init_checkpoint: str | None = setting(
         None,
@@ -118,8 +105,7 @@ class Config(UpstreamSwitches):
     exchange_padding: bool = setting(
         False,
         "data",
-        "upstream's name for batching balanced (upstream exchanges sequences between ranks "
-        "instead)",
+        "upstream's name for batching balanced (upstream exchanges sequences)",
     )
     data_lanes: int = setting(
         0,
@@ -152,13 +138,11 @@ class Config(UpstreamSwitches):
         "only, so that the start checkpoint needs no next-sentence head",
         choices=("mlm_nsp", "mlm"),
     )
-    max_steps: int = setting(
-        1536, "training", "number of updates after which the run stops", minimum=1
-    )
+    max_steps: int = setting(1536, "training", "updates after which the run stops", minimum=1)
     max_samples_termination: int = setting(
         14_000_000,
         "training",
-        "number of sequences after which the run stops",
+        "sequences after which the run stops",
         minimum=1,
         changes_numbers=False,
     )
@@ -179,8 +163,7 @@ class Config(UpstreamSwitches):
     checkpoint_activations: bool = setting(
         False,
         "training",
-        "save only each layer's input for the backward pass, which recomputes the rest: less "
-        "memory",
+        "save only each layer's input for the backward pass and recompute the rest",
     )
     mlm_loss_normalization: str = setting(
         "rank",
@@ -291,11 +274,7 @@ class Config(UpstreamSwitches):
         changes_numbers=False,
     )
     keep_n_most_recent_checkpoints: int = setting(
-        20,
-        "logging",
-        "number of a run's latest checkpoints to keep; 0 for all",
-        minimum=0,
-        changes_numbers=False,
+        20, "logging", "latest checkpoints to keep; 0 for all", minimum=0, changes_numbers=False
     )
     resume: str | None = setting(
         None,
@@ -325,10 +304,7 @@ class Config(UpstreamSwitches):
         "unknown", "submission", "organisation in the MLPerf log", changes_numbers=False
     )
     submission_platform: str = setting(
-        "",
-        "submission",
-        "platform in the MLPerf log; by default the host's name",
-        changes_numbers=False,
+        "", "submission", "platform; by default the host's name", changes_numbers=False
     )
     submission_division: str = setting(
         "closed",
