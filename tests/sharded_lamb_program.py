@@ -81,10 +81,10 @@ class Sending:
         self.waiting = 0
         self._send = sharded_lamb.reduce_scatter
 
-    def __call__(self, share: Tensor, gradient: Tensor, async_op: bool) -> mock.Mock:
+    def __call__(self, shard: Tensor, gradient: Tensor, async_op: bool) -> mock.Mock:
         self.begun += 1
         self.waiting += 1
-        work = self._send(share, gradient, async_op=async_op)
+        work = self._send(shard, gradient, async_op=async_op)
 
         def wait() -> None:
             work.wait()
@@ -109,7 +109,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
     parameters, plain_parameters = parameters_of(weights, dtype), parameters_of(weights, dtype)
     sharded = sharded_of(parameters, bucket)
     plain = create_optimizer("flat", plain_parameters.items(), SETTINGS, sharing="replicated")
-    assert len(sharded.share.master) * ranks.world_size == sharded.layout.length
+    assert len(sharded.shard.master) * ranks.world_size == sharded.layout.length
     for step, rate in enumerate(rates):
         for optimizer in (sharded, plain):
             optimizer.zero_grad()

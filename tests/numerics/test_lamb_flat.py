@@ -88,9 +88,9 @@ def test_parameters_are_views_and_padding_stays_zero(dtype: torch.dtype) -> None
     parameters = parameters_of(weights, dtype)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = make("flat", parameters)
-    share, layout = optimizer.share, optimizer.layout
-    home = share.master if share.rounded is None else share.rounded
-    assert (share.rounded is None) == (dtype != torch.float16)
+    shard, layout = optimizer.shard, optimizer.layout
+    home = shard.master if shard.rounded is None else shard.rounded
+    assert (shard.rounded is None) == (dtype != torch.float16)
     ends = []
     for (name, parameter), offset in zip(parameters.items(), layout.offsets, strict=True):
         assert torch.equal(parameter, before[name])
@@ -105,7 +105,7 @@ def test_parameters_are_views_and_padding_stays_zero(dtype: torch.dtype) -> None
     for view in layout.views(used):
         view.fill_(True)
     assert used.sum() == sum(parameter.numel() for parameter in parameters.values())
-    for flat in (share.master, share.first, share.second, home):
+    for flat in (shard.master, shard.first, shard.second, home):
         assert not flat[~used].any()
         assert flat[used].all()
 
@@ -175,7 +175,7 @@ def test_gradients_in_place_are_made_where_they_are_used() -> None:
     for _ in range(2):
         optimizer.zero_grad()
         sum(parameter.square().sum() for parameter in parameters.values()).backward()
-        start = optimizer.share.gradient.data_ptr()
+        start = optimizer.shard.gradient.data_ptr()
         for parameter, offset in zip(parameters.values(), optimizer.layout.offsets, strict=True):
             assert parameter.grad.data_ptr() == start + 4 * offset
             assert torch.equal(parameter.grad, 2 * parameter.detach())

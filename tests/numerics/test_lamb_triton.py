@@ -89,8 +89,8 @@ def test_equals_the_formulas(scale: float, dtype: torch.dtype) -> None:
     used = torch.zeros(optimizer.layout.length, dtype=torch.bool, device=DEVICE)
     for view in optimizer.layout.views(used):
         view.fill_(True)
-    assert not optimizer.share.master[~used].any()
-    assert not optimizer.share.second[~used].any()
+    assert not optimizer.shard.master[~used].any()
+    assert not optimizer.shard.second[~used].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

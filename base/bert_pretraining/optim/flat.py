@@ -75,7 +75,7 @@ class FlatLayout:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The flat tensors that one rank updates: n elements, a multiple of BLOCK.
 
     gradient: (n,) of the parameters' dtype. A step may overwrite it.
@@ -96,7 +96,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Step:
-    """Values that the passes of one step share.
+    """Values that the passes of one step shard.
 
     factor: 0-d float64, multiplies the gradient: inverse loss scale times clipping.
     updates: 0-d int64, t of the formulas. finite: 0-d bool; if False, the step changes nothing.
@@ -109,21 +109,21 @@ class Step:
 
 
 class FlatKernels(Protocol):
-    """The three passes of a step over a rank's share; none waits for the device.
+    """The three passes of a step over a rank's shard; none waits for the device.
 
     Sums are one number per block, of the masters' dtype, written to `out`.
     """
 
-    def square_sums(self, share: Share, out: Tensor) -> None:
+    def square_sums(self, shard: Shard, out: Tensor) -> None:
         """out: (n / BLOCK,), receives the sums of squares of the gradient."""
 
-    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
+    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
         """Update both moments.
 
         out: (2, n / BLOCK), receives the sums of squares of the weights and of the updates.
         """
 
-    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
         """Apply the updates and round the masters.
 
         rates: (n / BLOCK,), learning rate times trust ratio for each block, of the masters' dtype.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim.adam import MOMENTS
-from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Share, Step
+from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Shard, Step
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 
 BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
@@ -59,10 +59,10 @@ class FlatLamb(Optimizer):
         rounded = None if dtype == master.dtype else master.to(dtype)
         self._gradient = torch.zeros_like(master if rounded is None else rounded)
         self._point_parameters_at(master if rounded is None else rounded)
-        self.share = self._share_of(self._gradient, master, rounded, slice(None))
+        self.shard = self._shard_of(self._gradient, master, rounded, slice(None))
         self._prepare_sums()
-        self.masters = self.layout.views(self.share.master)
-        moments = (self.share.first, self.share.second)
+        self.masters = self.layout.views(self.shard.master)
+        moments = (self.shard.first, self.shard.second)
         self.slots = dict(zip(MOMENTS, map(self.layout.views, moments), strict=True))
 
     def _point_parameters_at(self, values: Tensor) -> None:
@@ -71,15 +71,15 @@ class FlatLamb(Optimizer):
             parameter.data = view
         self._gradient_views = self.layout.views(self._gradient)
 
-    def _share_of(
+    def _shard_of(
         self, gradient: Tensor, master: Tensor, rounded: Tensor | None, blocks: slice | Tensor
-    ) -> Share:
-        """The share that this rank updates. blocks: its blocks in the layout."""
+    ) -> Shard:
+        """The shard that this rank updates. blocks: its blocks in the layout."""
         parameter_of_block = self.layout.parameter_of_block(master.device)[blocks]
         decay = self.settings.weight_decay
         # One more entry, for blocks that belong to no parameter.
         decays = master.new_tensor([decay * decays for decays in [*self.decays, False]])
-        return Share(
+        return Shard(
             gradient,
             master,
             torch.zeros_like(master),
@@ -90,8 +90,8 @@ class FlatLamb(Optimizer):
         )
 
     def _prepare_sums(self) -> None:
-        device = self.share.master.device
-        self._sums = self.share.master.new_zeros(2, len(self.share.parameter_of_block))
+        device = self.shard.master.device
+        self._sums = self.shard.master.new_zeros(2, len(self.shard.parameter_of_block))
         self._blocks_of = torch.tensor(self.layout.blocks, device=device)
         self._has_ratio = torch.tensor(self.decays, device=device)
 
@@ -124,14 +124,14 @@ class FlatLamb(Optimizer):
             torch._foreach_copy_(views, gradients)
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
-        """(k, blocks of this share) -> (k, blocks of the layout)."""
+        """(k, blocks of this shard) -> (k, blocks of the layout)."""
         return sums
 
     def _publish(self) -> None:
         """After an update, send the new parameters to the other ranks. Unsharded: nothing to do."""
 
     def _sum_by_parameter(self, sums: Tensor) -> list[Tensor]:
-        """(k, blocks of this share) -> k times (parameters,) float64."""
+        """(k, blocks of this shard) -> k times (parameters,) float64."""
         return [
             self.layout.sum_by_parameter(row, self._blocks_of) for row in self._of_all_blocks(sums)
         ]
@@ -139,27 +139,27 @@ class FlatLamb(Optimizer):
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
         self._collect_gradient()
-        share, settings, kernels = self.share, self.settings, self.kernels
-        kernels.square_sums(share, self._sums[0])
+        shard, settings, kernels = self.shard, self.settings, self.kernels
+        kernels.square_sums(shard, self._sums[0])
         (squares,) = self._sum_by_parameter(self._sums[:1])
         norm = squares.sum().sqrt() * inverse_scale
-        self.gradient_norm = norm.to(share.master.dtype)
+        self.gradient_norm = norm.to(shard.master.dtype)
         finite = torch.isfinite(self.gradient_norm)
         if self.may_read and not finite:
             return finite
         self.num_updates += finite
         factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)
         step = Step(settings, factor, self.num_updates, finite)
-        kernels.first_stage(share, step, self._sums)
+        kernels.first_stage(shard, step, self._sums)
         weights, updates = self._sum_by_parameter(self._sums)
         both = self._has_ratio & (weights > 0) & (updates > 0)
         rates = torch.where(both, (weights / updates).sqrt(), 1.0) * learning_rate
-        rates = torch.cat([rates, rates.new_zeros(1)]).to(share.master.dtype)
-        kernels.second_stage(share, step, rates[share.parameter_of_block.long()])
+        rates = torch.cat([rates, rates.new_zeros(1)]).to(shard.master.dtype)
+        kernels.second_stage(shard, step, rates[shard.parameter_of_block.long()])
         self._publish()
         return finite
 
     def _round_masters(self) -> None:
-        if self.share.rounded is not None:
-            self.share.rounded.copy_(self.share.master)
+        if self.shard.rounded is not None:
+            self.shard.rounded.copy_(self.shard.master)
         self._publish()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bert_pretraining.optim.flat import BLOCK, Share, Step
+from bert_pretraining.optim.flat import BLOCK, Shard, Step
 
 # Elements per chunk. On a CPU the size hardly matters (docs/LOG.md, 2026-11-23). On a GPU fewer and
 # longer calls are faster, and the memory for a chunk's gradient is the limit.
@@ -27,39 +27,39 @@ class TorchKernels:
         self._update: Tensor | None = None
         self._scratch: Tensor | None = None
 
-    def _prepare(self, share: Share) -> tuple[Tensor, Tensor]:
-        """Memory for -u of the share, and for the gradient of one chunk."""
+    def _prepare(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """Memory for -u of the shard, and for the gradient of one chunk."""
         if self._update is None or self._scratch is None:
-            same = share.gradient.dtype == share.master.dtype
-            self._update = share.gradient if same else torch.empty_like(share.master)
-            length = min(_chunk(share), len(share.master))
-            self._scratch = share.master.new_empty(length)
+            same = shard.gradient.dtype == shard.master.dtype
+            self._update = shard.gradient if same else torch.empty_like(shard.master)
+            length = min(_chunk(shard), len(shard.master))
+            self._scratch = shard.master.new_empty(length)
         return self._update, self._scratch
 
-    def square_sums(self, share: Share, out: Tensor) -> None:
+    def square_sums(self, shard: Shard, out: Tensor) -> None:
         """The sum of squares of the gradient in each block. See `FlatKernels`."""
-        scratch = self._prepare(share)[1]
-        for place, blocks in _chunks(share):
-            gradient = share.gradient[place]
+        scratch = self._prepare(shard)[1]
+        for place, blocks in _chunks(shard):
+            gradient = shard.gradient[place]
             if gradient.dtype != scratch.dtype:
                 gradient = scratch[: len(gradient)].copy_(gradient)
             _norms(gradient, out[blocks])
         out.square_()
 
-    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
+    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
         """Compute m, v and -u. See `FlatKernels`."""
-        update, scratch = self._prepare(share)
+        update, scratch = self._prepare(shard)
         settings, count, skip = step.settings, step.updates.float(), (~step.finite).float()
-        for place, blocks in _chunks(share):
-            weights, direction = share.master[place], update[place]
-            gradient = scratch[: len(weights)].copy_(share.gradient[place]).mul_(step.factor)
-            decay = -share.decay_of_block[blocks, None]
+        for place, blocks in _chunks(shard):
+            weights, direction = shard.master[place], update[place]
+            gradient = scratch[: len(weights)].copy_(shard.gradient[place]).mul_(step.factor)
+            decay = -shard.decay_of_block[blocks, None]
             torch.mul(weights.view(-1, BLOCK), decay, out=direction.view(-1, BLOCK))
             torch._fused_adam_(
                 [direction],
                 [gradient],
-                [share.first[place]],
-                [share.second[place]],
+                [shard.first[place]],
+                [shard.second[place]],
                 [],
                 [count],
                 lr=1.0,
@@ -75,28 +75,28 @@ class TorchKernels:
             _norms(direction, out[1, blocks])
         out.square_()
 
-    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
         """Update p and round it. See `FlatKernels`."""
-        update = self._prepare(share)[0]
+        update = self._prepare(shard)[0]
         rates = rates * step.finite
-        for place, blocks in _chunks(share):
-            direction, weights = update[place], share.master[place]
+        for place, blocks in _chunks(shard):
+            direction, weights = update[place], shard.master[place]
             # Multiply, then add: two roundings. A fused multiply-add rounds once, but the last
             # elements of a thread may be computed without it, and the bits would depend on the
             # number of threads.
             direction.view(-1, BLOCK).mul_(rates[blocks, None])
             weights.add_(direction)
-            if share.rounded is not None:
-                share.rounded[place].copy_(weights)
+            if shard.rounded is not None:
+                shard.rounded[place].copy_(weights)
 
 
-def _chunk(share: Share) -> int:
-    return CPU_CHUNK if share.master.device.type == "cpu" else DEVICE_CHUNK
+def _chunk(shard: Shard) -> int:
+    return CPU_CHUNK if shard.master.device.type == "cpu" else DEVICE_CHUNK
 
 
-def _chunks(share: Share) -> Iterator[tuple[slice, slice]]:
+def _chunks(shard: Shard) -> Iterator[tuple[slice, slice]]:
     """The slices of elements and of blocks for each chunk."""
-    length, size = len(share.master), _chunk(share)
+    length, size = len(shard.master), _chunk(shard)
     for start in range(0, length, size):
         end = min(start + size, length)
         yield slice(start, end), slice(start // BLOCK, end // BLOCK)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.optim import flat
-from bert_pretraining.optim.flat import Share, Step
+from bert_pretraining.optim.flat import Shard, Step
 
 try:
     import triton
@@ -102,27 +102,27 @@ def second_stage(
 class TritonKernels:
     """For float32, bfloat16 or float16 parameters, with float32 masters. See `FlatKernels`."""
 
-    def square_sums(self, share: Share, out: Tensor) -> None:
+    def square_sums(self, shard: Shard, out: Tensor) -> None:
         """The sum of squares of the gradient in each block. See `FlatKernels`."""
-        square_sums[(len(share.decay_of_block),)](share.gradient, out, BLOCK=flat.BLOCK)
+        square_sums[(len(shard.decay_of_block),)](shard.gradient, out, BLOCK=flat.BLOCK)
 
-    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
+    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
         """Update m and v. See `FlatKernels`."""
-        blocks, settings = len(share.decay_of_block), step.settings
+        blocks, settings = len(shard.decay_of_block), step.settings
         first_stage[(blocks,)](
-            share.gradient, share.master, share.first, share.second, share.decay_of_block,
+            shard.gradient, shard.master, shard.first, shard.second, shard.decay_of_block,
             _scalars(step), step.finite.to(torch.int32), out, blocks,
             settings.beta_1, 1.0 - settings.beta_1, settings.beta_2, 1.0 - settings.beta_2,
             settings.epsilon, BLOCK=flat.BLOCK,
         )  # fmt: skip
 
-    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
         """Update p and round it. See `FlatKernels`."""
-        rounded = share.master if share.rounded is None else share.rounded
-        second_stage[(len(share.decay_of_block),)](
-            share.master, rounded, share.first, share.second, rates, share.decay_of_block,
+        rounded = shard.master if shard.rounded is None else shard.rounded
+        second_stage[(len(shard.decay_of_block),)](
+            shard.master, rounded, shard.first, shard.second, rates, shard.decay_of_block,
             _scalars(step), step.finite.to(torch.int32), step.settings.epsilon,
-            ROUND=share.rounded is not None, BLOCK=flat.BLOCK,
+            ROUND=shard.rounded is not None, BLOCK=flat.BLOCK,
         )  # fmt: skip
 
 

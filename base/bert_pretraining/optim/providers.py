@@ -21,7 +21,7 @@ from bert_pretraining.optim.sharded_lamb import ShardedLamb
 # Where gradients and optimizer state are held:
 #   alone       the optimizer holds this rank's gradients, in its flat tensor if it has one
 #   replicated  DistributedDataParallel holds them, and every rank has the whole state
-#   sharded     the optimizer holds and reduces them, and every rank has a share of the state
+#   sharded     the optimizer holds and reduces them, and every rank has a shard of the state
 Sharing = Literal["alone", "replicated", "sharded"]
 
 

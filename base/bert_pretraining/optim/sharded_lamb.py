@@ -1,11 +1,11 @@
 """LAMB whose state is sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2020).
 
 The flat tensors are split into buckets of equal length, and each bucket into one piece per rank. A
-rank's share is its piece of every bucket: it holds masters and moments of these elements only.
+rank's shard is its piece of every bucket: it holds masters and moments of these elements only.
 
     backward       as soon as a bucket's gradients are complete, it is reduce-scattered while
                    backward is still running; each rank gets the mean of its piece
-    step           runs the passes of flat LAMB over the share; one all-gather of the blocks' sums
+    step           runs the passes of flat LAMB over the shard; one all-gather of the blocks' sums
                    gives every rank the norms of all parameters
     end of step    an all-gather of the updated pieces gives every rank all parameters
 
@@ -57,7 +57,7 @@ class ShardedLamb(FlatLamb):
     """`FlatLamb` sharded over the default process group; all ranks must make every call.
 
     It reduces the gradients itself: the caller wraps each micro-batch in `overlap` and calls
-    `finish_reduction` after the last one. It has no `masters` and `slots`, only this rank's share
+    `finish_reduction` after the last one. It has no `masters` and `slots`, only this rank's shard
     of them. `state_dict` returns the whole state on rank 0; `load_state_dict` needs the whole state
     on every rank.
 
@@ -93,7 +93,7 @@ class ShardedLamb(FlatLamb):
         self._full_gradient = self._gradient.view(self._buckets, self._world_size, -1)
         master = self._own_pieces(full)
         indices = torch.arange(self.layout.length // BLOCK)
-        self.share = self._share_of(
+        self.shard = self._shard_of(
             torch.zeros_like(self._own_pieces(values)),
             master,
             None if values.dtype == master.dtype else master.to(values.dtype),
@@ -150,8 +150,8 @@ class ShardedLamb(FlatLamb):
 
     def _reduce(self, bucket: int) -> None:
         gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
-        share = self.share.gradient.view(self._buckets, -1)[bucket]
-        self._pending.add(reduce_scatter(share, gradient.view(-1), async_op=True))
+        shard = self.shard.gradient.view(self._buckets, -1)[bucket]
+        self._pending.add(reduce_scatter(shard, gradient.view(-1), async_op=True))
 
     def finish_reduction(self, limit: Tensor | None = None) -> None:
         """After the last backward pass, send the remaining buckets and wait for all.
@@ -178,32 +178,32 @@ class ShardedLamb(FlatLamb):
         return rows.reshape(len(sums), -1)
 
     def _publish(self) -> None:
-        share = self.share.master if self.share.rounded is None else self.share.rounded
-        for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True):
+        shard = self.shard.master if self.shard.rounded is None else self.shard.rounded
+        for values, piece in zip(self._values, shard.view(self._buckets, -1), strict=True):
             self._pending.add(all_gather(values.view(-1), piece, async_op=True))
         self._pending.wait()
 
     def state_dict(self) -> dict:
         """As `Optimizer.state_dict`, on the CPU of rank 0; an empty one on the other ranks."""
         state: dict[str, object] = {"updates": self.updates}
-        for key, share in self._state_shares().items():
-            flat = self._gather(share)
+        for key, shard in self._state_shards().items():
+            flat = self._gather(shard)
             if flat is not None:
                 state[key] = dict(zip(self.names, self.layout.views(flat), strict=True))
         return state if self._rank == 0 else {}
 
-    def _state_shares(self) -> dict[str, Tensor]:
-        share = self.share
+    def _state_shards(self) -> dict[str, Tensor]:
+        shard = self.shard
         return {
-            "master": share.master,
-            "first_moment": share.first,
-            "second_moment": share.second,
+            "master": shard.master,
+            "first_moment": shard.first,
+            "second_moment": shard.second,
         }
 
-    def _gather(self, share: Tensor) -> Tensor | None:
+    def _gather(self, shard: Tensor) -> Tensor | None:
         """The whole flat tensor on rank 0's CPU, gathered bucket by bucket to save memory."""
-        flat = torch.empty(self.layout.length, dtype=share.dtype) if self._rank == 0 else None
-        for bucket, piece in enumerate(share.view(self._buckets, -1)):
+        flat = torch.empty(self.layout.length, dtype=shard.dtype) if self._rank == 0 else None
+        for bucket, piece in enumerate(shard.view(self._buckets, -1)):
             pieces = [torch.empty_like(piece) for _ in range(self._world_size)]
             dist.gather(piece, pieces if self._rank == 0 else None)
             if flat is not None:
@@ -211,9 +211,9 @@ class ShardedLamb(FlatLamb):
         return flat
 
     def _copy_state(self, state: dict) -> None:
-        for key, share in self._state_shares().items():
+        for key, shard in self._state_shards().items():
             tensors = [state[key][name] for name in self.names]
-            share.copy_(self._own_pieces(self.layout.filled(tensors)))
+            shard.copy_(self._own_pieces(self.layout.filled(tensors)))
 
 
 def _bucket_length(length: int, wanted: int, world_size: int) -> int:
