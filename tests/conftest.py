@@ -71,7 +71,7 @@ def mini_data(make_once: MakeOnce) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out, unless -m selects them or a test is named."""
+    """Leave slow tests out, unless -m or a test's own name asks for them."""
     asked = config.option.markexpr or any("::" in word for word in config.args)
     slow = [] if asked else [item for item in items if item.get_closest_marker("slow")]
     if slow:
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Print last how many slow tests did not run. Under pytest-xdist, only workers know it."""
+    """Say last how many slow tests were left out. Under pytest-xdist, only workers know it."""
     result = yield
     not_run = session.config.stash.get(not_run_key, 0)
     if (output := getattr(session.config, "workeroutput", None)) is not None:

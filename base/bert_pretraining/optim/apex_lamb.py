@@ -56,7 +56,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class _Scaler:
-    """The part of GradScaler's interface that FusedMixedPrecisionLamb calls, over two tensors."""
+    """The methods of GradScaler that FusedMixedPrecisionLamb calls, computed from two tensors."""
 
     def __init__(self, finite: Tensor, inverse_scale: Tensor) -> None:
         self._found = (~finite).float().reshape(1)

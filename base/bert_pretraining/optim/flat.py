@@ -96,7 +96,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Step:
-    """Values that the passes of one step shard.
+    """Values that the passes of one step share.
 
     factor: 0-d float64, multiplies the gradient: inverse loss scale times clipping.
     updates: 0-d int64, t of the formulas. finite: 0-d bool; if False, the step changes nothing.

@@ -105,7 +105,7 @@ class FlatLamb(Optimizer):
             parameter.grad = view
 
     def gradients(self) -> list[Tensor]:
-        """The flat gradient in pieces, (blocks, BLOCK) each, after `_collect_gradient`."""
+        """The flat gradient in pieces, (blocks, BLOCK) each, once it holds all gradients."""
         self._collect_gradient()
         for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
             parameter.grad = view

@@ -19,7 +19,7 @@ from bert_pretraining.optim.norms import norm_of
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of LAMB and AdamW. Gradients above max_gradient_norm are clipped to it."""
+    """Settings of LAMB and AdamW. Gradients are clipped to the norm max_gradient_norm."""
 
     beta_1: float = 0.9
     beta_2: float = 0.999

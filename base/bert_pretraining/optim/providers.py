@@ -150,7 +150,7 @@ def create_optimizer(
     masters: dict[str, Tensor] | None = None,
     sharing: Sharing = "alone",
 ) -> Optimizer:
-    """Create the optimizer called `name`, or with "auto" the fastest LAMB for their device.
+    """Create the optimizer called `name`; "auto" is the fastest LAMB on the parameters' device.
 
     masters: by name, the float32 weights of which 16-bit parameters are the rounding.
     The result's `choice` says which provider it is, and why. Raises UserError as `choose` does, and
