@@ -1,6 +1,6 @@
-"""What every test finds: one thread a process, no cluster, and data that is made once a session.
+"""The set-up of all tests: one thread per process, no cluster, data that is made once per session.
 
-Tests marked `slow` run only where they are asked for: by `-m slow`, or by name.
+Tests marked `slow` run only with `-m slow`, or when they are named.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before PyTorch is imported: several processes share the cores, and results do not depend on how
-# many there are.
+# This is set before PyTorch is imported. Test processes share the cores, and results must not
+# depend on the number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A test is one machine's, also where the tests run inside a job of a cluster.
+# A test uses one machine, even if the tests run in a job of a cluster.
 for name in list(os.environ):
     if name.startswith(("SLURM_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_", "BERT_PRETRAINING_")):
         del os.environ[name]
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
-# Programs inherit it where these are ignored: under nohup, and in a shell's background.
+# A test's programs would inherit ignored signals, which nohup and background shells set.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(

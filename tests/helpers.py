@@ -1,4 +1,4 @@
-"""What tests share: reference data, random batches, the command line."""
+"""Helpers of all tests: reference data, random batches, the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_reference = pytest.mark.skipif(
 def padded_arrays(
     lengths: list[int], max_seq_length: int, vocab_size: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random sequences of the given lengths, as in a shard; a fifth of the tokens masked."""
+    """Random sequences of the given lengths, as in a shard; a fifth of the tokens is masked."""
     random = np.random.RandomState(seed)
     count, predictions = len(lengths), max(1, max_seq_length // 5)
     arrays = {
@@ -88,8 +88,10 @@ def make_model(
 
 
 def distinct_weights(config: BertConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights for a model of this config under the apex names, no two tensors alike but for
-    the tied decoder; also in the vocabulary's padding."""
+    """Weights for a model of this config under the apex names, padding of the vocabulary included.
+
+    All tensors differ, except for the tied decoder.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: torch.randn(value.shape, generator=generator)
@@ -100,7 +102,7 @@ def distinct_weights(config: BertConfig, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, and the same numbers under each."""
+    """Both have the same names, and the same numbers under each."""
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -120,9 +122,9 @@ def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.Com
 
 
 def in_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """What `command` does, in this process: no time for a new one, and for its imports.
+    """Run a command as `command` does, but in this process, which saves a start and the imports.
 
-    For all that starts no further processes of ranks: `train` of one rank, errors, data commands.
+    For commands that start no rank processes: `train` of one rank, errors, data commands.
     """
     words = [str(part) for part in arguments]
     output, errors = io.StringIO(), io.StringIO()
@@ -154,7 +156,7 @@ def working_directory(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """The generators go on afterwards as if nothing had drawn from them."""
+    """Restore the random generators' states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -165,7 +167,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def error_lines(errors: str) -> list[str]:
-    """The lines of stderr but notices, which depend on the machine: whether it has numactl, say."""
+    """The lines of stderr without notices, which differ by machine (for example, numactl's)."""
     return [line for line in errors.splitlines() if not line.startswith("Notice: ")]
 
 

@@ -1,6 +1,6 @@
-"""Separate hosts on this machine: network namespaces with names of their own, joined by a bridge.
+"""Simulated hosts on this machine: network namespaces with their own host names, on one bridge.
 
-They share the disk. Linux, root and iproute2 are needed.
+They share the disk. They need Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Launcher:
 
     @property
     def last_line(self) -> str:
-        """Of stderr, where the reason stands."""
+        """The last line of stderr, which has the reason."""
         return (self.errors.splitlines() or [""])[-1]
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Until the output has this text."""
+        """Wait until the output has this text."""
         deadline = time.monotonic() + seconds
         while text not in self.output:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -132,7 +132,7 @@ class Hosts:
     def launch(
         self, host: int, folder: Path, *flags: object, nodes: int | None = None, **environment: str
     ) -> Launcher:
-        """Start `launch` as machine `host` of `nodes`, one rank each unless the flags say more."""
+        """Start `launch` as machine `host` of `nodes`, one rank each unless the flags differ."""
         nodes = nodes or self._count
         name = f"host{chr(ord('a') + host)}"
         words = [sys.executable, "-m", "bert_pretraining", "launch", "--name", "mini", "--config",
@@ -149,7 +149,7 @@ class Hosts:
         return [self.launch(host, folder, *flags, **environment) for host in range(self._count)]
 
     def processes(self) -> list[int]:
-        """All that still runs on any host."""
+        """The ids of all processes that still run on any host."""
         found = []
         for host in range(self._count):
             found += map(int, ip("netns", "pids", self._namespace(host)).stdout.split())
@@ -160,7 +160,7 @@ class Hosts:
 
 
 def end(launchers: list[Launcher], seconds: float = 120) -> list[int]:
-    """The launchers' exit codes, once all have ended."""
+    """Wait until the launchers have ended, and return their exit codes."""
     deadline = time.monotonic() + seconds
     return [one.process.wait(max(1.0, deadline - time.monotonic())) for one in launchers]
 

@@ -1,4 +1,4 @@
-"""LAMB's formulas in NumPy float64, and random cases to hold every provider against them."""
+"""LAMB's formulas in NumPy float64, and random cases to compare every provider with them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def assert_near(found: dict[str, Tensor], expected: Arrays, tolerance: float) ->
 
 
 def snapshot(optimizer: Optimizer) -> list[Tensor]:
-    """Copies of all that a skipped step must leave alone."""
+    """Copies of everything that a skipped step must not change."""
     tensors = [
         *optimizer.parameters,
         *optimizer.masters,
@@ -124,7 +124,7 @@ def snapshot(optimizer: Optimizer) -> list[Tensor]:
 def assert_same_bits(some: list[Tensor], others: list[Tensor]) -> None:
     for one, other in zip(some, others, strict=True):
         assert one.dtype == other.dtype
-        # Bytes, for == would pass -0.0 for 0.0 and refuse a NaN that did not change.
+        # Bytes are compared, because == accepts -0.0 for 0.0 and rejects an unchanged NaN.
         one, other = (tensor.detach().cpu().contiguous() for tensor in (one, other))
         assert one.shape == other.shape
         assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))

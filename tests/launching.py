@@ -15,7 +15,7 @@ from helpers import ROOT
 TIMEOUT = 120.0  # seconds; on an idle machine every wait takes a few
 
 # Every Python reads sitecustomize at its start: a rank's trainer becomes the test's program.
-_TAKE_THE_TRAINERS_PLACE = """
+_REPLACE_TRAINER = """
 import os, sys
 if sys.orig_argv[2:5] == ["-m", "bert_pretraining", "train"]:
     rank = int(os.environ["RANK"])
@@ -38,7 +38,7 @@ def end_all() -> None:
 
 def in_the_trainers_place(here: Path, program: str) -> dict[str, str]:
     """The environment in which each rank runs `program`; it knows `rank` and the folder `here`."""
-    (here / "sitecustomize.py").write_text(_TAKE_THE_TRAINERS_PLACE)
+    (here / "sitecustomize.py").write_text(_REPLACE_TRAINER)
     (here / "program.py").write_text(
         "import os, signal, sys, time, pathlib\n"
         "from bert_pretraining.runtime import rank_reports\n"

@@ -1,4 +1,4 @@
-"""Logs of runs that were never trained: a realistic learning curve, written as runs write it."""
+"""Synthetic logs with a realistic learning curve, in the format of real runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import random
 from pathlib import Path
 
-SPEED = 4000.0  # sequences a second, evaluations not counted
+SPEED = 4000.0  # sequences per second, without evaluations
 STARTED_MS = 1_700_000_000_000
 
 
@@ -26,7 +26,7 @@ def perflog_line(event: str, value: object, time_ms: int) -> str:
 
 
 def accuracy_at(samples: int, samples_to_target: float) -> float:
-    """About how BERT-large learns from MLPerf's checkpoint: a fast rise, then slowly to 0.72."""
+    """About how BERT-large learns from MLPerf's checkpoint: fast at first, then slowly to 0.72."""
     done = samples / samples_to_target
     rise = 1 / (1 + math.exp(-(done - 0.22) / 0.035))
     return 0.341 + 0.355 * rise + 0.024 * (1 - math.exp(-2.6 * max(0.0, done - 0.25))) / 0.858
@@ -41,7 +41,7 @@ def write_run(
     interval: int = 150_000,
     platform: str = "8xH200",
 ) -> Path:
-    """A run's folder with `mllog.txt` and `perflog.txt`: the same for the same arguments."""
+    """Write a run's folder with `mllog.txt` and `perflog.txt`, determined by the arguments."""
     draw = random.Random(seed)
     to_target = draw.gauss(2_420_000, 110_000) * (1 if converges else 1.6)
     started = STARTED_MS + 1000 * seed

@@ -1,4 +1,4 @@
-"""Runs that were never trained, told to RunLog event by event; and MLPerf's compliance checker."""
+"""Synthetic runs, reported to RunLog event by event, and MLPerf's compliance checker."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from helpers import make_model, tiny_config
 from log_files import accuracy_at
 
 RULESETS = ("1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0", "4.0.0", "4.1.0", "5.0.0")
-# What the checkers say of a run that did not reach 0.72, and of nothing else.
+# What the checkers report for a run that did not reach 0.72 and has no other fault.
 BELOW_TARGET = ["Failed checks for eval_accuracy : (v['value'] >= 0.720) and v['value'] < 1.0"]
 CHECKER = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training"]
 
 
 class Clock:
-    """Time that passes only where a run says so."""
+    """A fake clock, which advances only when a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_700_000_000.0
@@ -36,7 +36,7 @@ class Clock:
 
 
 def facts(caches_cleared: bool = False, **flags: object) -> RunFacts:
-    """A launch at 1,700,000,000.5 that writes nowhere."""
+    """The facts of a run that started at 1,700,000,000.5 and writes no files."""
     resolved = resolve(flags)
     return RunFacts(
         resolved.config, resolved.path, 1_700_000_000.5, caches_cleared, "CPU", 1, folder=None
@@ -44,13 +44,13 @@ def facts(caches_cleared: bool = False, **flags: object) -> RunFacts:
 
 
 def parameters(layers: int) -> list[str]:
-    """The names of a model's parameters; of 24 layers, BERT-large's."""
+    """The names of a model's parameters; with 24 layers, those of BERT-large."""
     model = make_model(tiny_config(num_hidden_layers=layers))
     return [name for name, _ in model.named_parameters()]
 
 
 def triggers_of(batch_size: int, **changes: int) -> StepTriggers:
-    """MLPerf's evaluation schedule, without a limit that matters."""
+    """MLPerf's evaluation schedule, with limits that are never reached."""
     values = {
         "max_steps": 8103,
         "max_samples": 14_000_000,
@@ -65,7 +65,7 @@ def triggers_of(batch_size: int, **changes: int) -> StepTriggers:
 
 
 class Recording:
-    """One run of BERT-large, told to RunLog in the order in which train.py does it."""
+    """One run of BERT-large, reported to RunLog in the order of train.py."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Recording:
         self.log.steps(self.state, steps, self.batch_size, figures, evaluation_seconds)
 
     def train_to_target(self, samples_to_target: int) -> None:
-        """On MLPerf's schedule, until an evaluation reaches 0.72."""
+        """Train on MLPerf's schedule until an evaluation reaches 0.72."""
         state = self.state
         while state.eval_mlm_accuracy < 0.72:
             steps = self.triggers.updates_to_evaluation(
@@ -125,7 +125,7 @@ class Recording:
             self.step_logged(steps, evaluation_seconds=1.0)
 
     def finish(self, reason: str = "target") -> Path:
-        """Its MLPerf log."""
+        """End the run and return its MLPerf log."""
         self.log.trained(self.state)
         self.log.finished(self.state, reason)
         self.log.close()
@@ -142,7 +142,7 @@ def record(clock: Clock, output_dir: Path, samples_to_target: int, **values: obj
 
 
 def failures(log: Path, rulesets: Sequence[str] = RULESETS) -> dict[str, list[str]]:
-    """Ruleset -> what the real compliance checker says has failed."""
+    """Ruleset -> the checks that fail in the real compliance checker."""
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda ruleset: _failures(log, ruleset), rulesets))
     return dict(zip(rulesets, found, strict=True))

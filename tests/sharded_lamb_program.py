@@ -1,4 +1,4 @@
-"""Run by torchrun on gloo ranks: sharded LAMB against unsharded LAMB, bit for bit."""
+"""Compares sharded with unsharded LAMB, bit for bit. torchrun runs it on gloo ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bert_pretraining.optim.sharded_lamb import AT_A_TIME
 from bert_pretraining.runtime import process_group
 from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
 
-# One element, less and more than a block, more than a bucket; tied to no number of ranks.
+# Sizes: one element, below and above a block, above a bucket; not multiples of a number of ranks.
 SHAPES = {
     "word.weight": (131, 97),
     "word.bias": (131,),
@@ -29,7 +29,7 @@ SHAPES = {
 }
 DECAYED = {"word.weight", "query.weight", "small.weight"}
 STEPS = 4
-SMALL_BUCKET = 1024  # the one that ends before the parameter without a gradient
+SMALL_BUCKET = 1024  # its buckets end before the parameter without a gradient
 
 
 def sharded_of(parameters: dict[str, Tensor], bucket: int) -> ShardedLamb:
@@ -40,7 +40,7 @@ def sharded_of(parameters: dict[str, Tensor], bucket: int) -> ShardedLamb:
 
 
 def backward(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
-    """A backward pass that leaves these gradients, made from the last parameter to the first."""
+    """A backward pass that makes these gradients, from the last parameter to the first."""
     total = 0.0
     for name, gradient in gradients.items():
         total = total + (parameters[name].double() * gradient.double()).sum()
@@ -48,10 +48,10 @@ def backward(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> Non
 
 
 def rank_gradients(step: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the backward of one micro-batch leaves on a rank; `one.bias` has none at times.
+    """The gradients of one micro-batch on a rank; in odd steps `one.bias` has none.
 
-    Few bits each, so that their mean over ranks is exact: gloo adds in an order that depends on
-    where in a tensor a number stands, and on how much is sent at a time.
+    They have few bits each, so that their mean over ranks is exact. Otherwise it would depend on
+    gloo's order of addition, which differs with the position in a tensor and the amount sent.
     """
     (gradients,) = case(seed=100 * step + rank, scale=4.0, steps=1, shapes=SHAPES)[1]
     few_bits = dist.get_world_size() * 2.0**-6
@@ -74,17 +74,17 @@ def reduce_by_hand(parameters: dict[str, Tensor], world_size: int) -> None:
 
 
 class Sending:
-    """Counts the buckets that were sent, and those that nobody has waited for yet."""
+    """Counts the buckets that were sent, and those whose end was not yet waited for."""
 
     def __init__(self) -> None:
         self.begun = 0
         self.waiting = 0
         self._send = sharded_lamb.reduce_scatter
 
-    def __call__(self, share: Tensor, gradient: Tensor, async_op: bool) -> mock.Mock:
+    def __call__(self, shard: Tensor, gradient: Tensor, async_op: bool) -> mock.Mock:
         self.begun += 1
         self.waiting += 1
-        work = self._send(share, gradient, async_op=async_op)
+        work = self._send(shard, gradient, async_op=async_op)
 
         def wait() -> None:
             work.wait()
@@ -109,7 +109,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
     parameters, plain_parameters = parameters_of(weights, dtype), parameters_of(weights, dtype)
     sharded = sharded_of(parameters, bucket)
     plain = create_optimizer("flat", plain_parameters.items(), SETTINGS, sharing="replicated")
-    assert len(sharded.share.master) * ranks.world_size == sharded.layout.length
+    assert len(sharded.shard.master) * ranks.world_size == sharded.layout.length
     for step, rate in enumerate(rates):
         for optimizer in (sharded, plain):
             optimizer.zero_grad()
@@ -119,7 +119,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
             with sharded.overlap(last), watched() as sending:
                 backward(parameters, gradients)
             assert sending.waiting <= AT_A_TIME
-            # A bucket leaves while backward goes on, unless it waits for a missing gradient.
+            # Buckets are sent during backward, unless they wait for a missing gradient.
             assert (sending.begun > 0) == (last and (step % 2 == 0 or bucket == SMALL_BUCKET))
         sharded.finish_reduction()
         reduce_by_hand(plain_parameters, ranks.world_size)
@@ -138,7 +138,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
             })  # fmt: skip
         assert_near(parameters, numpy_lamb(weights, means, rates, DECAYED), 1e-11)
 
-    # One rank's NaN stops all of them.
+    # A NaN on one rank makes all ranks skip the update.
     before = [one.clone() for one in values_of(sharded)[1:]]
     sharded.zero_grad()
     gradients = rank_gradients(0, ranks.rank, dtype)
@@ -151,7 +151,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
     assert_same_bits(before, values_of(sharded)[1:])
     assert sharded.updates == STEPS
 
-    # The state is the unsharded one's, and goes back and forth.
+    # The state equals the unsharded one, and each optimizer can load the other's.
     state, expected = sharded.state_dict(), plain.state_dict()
     assert bool(state) == ranks.is_main
     if ranks.is_main:
@@ -176,7 +176,7 @@ def compare(ranks: process_group.Ranks, dtype: torch.dtype, bucket: int) -> None
 
 
 def clip_each_rank_first(ranks: process_group.Ranks) -> None:
-    """finish(limit): the mean of what each rank has clipped by its own norm."""
+    """finish_reduction(limit): each rank clips by its own norm before the mean is taken."""
     weights = case(seed=6, scale=1.0, steps=1, shapes=SHAPES)[0]
     parameters = parameters_of(weights, torch.float64)
     sharded = sharded_of(parameters, 4096)

@@ -1,4 +1,4 @@
-"""Defects for a submission's tree: each function spoils one and tells path, line and words."""
+"""Defects of a submission: each function adds one and returns path, line and words to find."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def description(root: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[list[dict]], list[dict] | None]) -> None:
-    """Change a log's records in place, or by what `change` returns."""
+    """Change a log's records in place, or replace them by what `change` returns."""
     events = read_events(path)
     write_events(path, change(events) or events)
 

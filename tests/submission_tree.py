@@ -1,4 +1,4 @@
-"""A submission of the shape of published ones: ten runs made of one real log."""
+"""A submission like the published ones: ten runs derived from one real log."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _new_figures(events: list[dict], noise: random.Random) -> list[dict]:
 def make_submission(folder: Path, organization: str = "NVIDIA", whole: bool = True) -> Path:
     """folder/ORG: ten runs of one system, its description, and its code.
 
-    whole: with the 398 lines of weights_initialization, which only old rulesets want.
+    whole: with the 398 lines of weights_initialization, which only old rulesets need.
     """
     root = folder / organization
     results = root / "results" / SYSTEM / "bert"

@@ -1,4 +1,4 @@
-"""Machines as trees of /proc and /sys.
+"""Machines as file trees of /proc and /sys.
 
 Each is described by what its vendor publishes (`lscpu`, `numactl --hardware`, `nvidia-smi
 topo -m`); TWO_CORE_CI is the machine on which this was written, as its kernel shows it.
@@ -16,9 +16,9 @@ from bert_pretraining.topology import Machine, cpu_list, read_machine
 class Described:
     """A machine to lay out as files.
 
-    nodes: CPUs of each NUMA node, "" for one of memory alone. siblings: what to add to a
-    core's first hardware thread for its second; 0 without hyper-threads. gpu_nodes: of each
-    GPU, -1 where the firmware does not say. sockets: nodes 0 to n-1 in runs of equal length.
+    nodes: CPUs of each NUMA node, "" for a node with memory only. siblings: the second hardware
+    thread of a core has the number of its first plus this; 0 without hyper-threads. gpu_nodes: the
+    node of each GPU, -1 if the firmware does not say. sockets: nodes 0 to n-1 in equal groups.
     """
 
     nodes: tuple[str, ...]
@@ -57,13 +57,13 @@ class Described:
         return root
 
     def read(self, root: Path) -> Machine:
-        """The machine, through the files."""
+        """Read the machine from the files."""
         return read_machine(self.lay_out(root))
 
     def _core_of(self, cpu: int, online: list[int]) -> str:
         if not self.siblings:
             return str(cpu)
-        if self.siblings == 1:  # neighbouring numbers, as virtual machines have them
+        if self.siblings == 1:  # adjacent numbers, as in virtual machines
             return cpu_list.show((cpu // 2 * 2, cpu // 2 * 2 + 1))
         first = cpu if cpu < self.siblings else cpu - self.siblings
         both = (first, first + self.siblings)
@@ -83,7 +83,7 @@ def write(path: Path, text: str) -> None:
 
 TWO_CORE_CI = Described(("0-1",))
 DGX_1 = Described(("0-19,40-59", "20-39,60-79"), 40, (0, 0, 0, 0, 1, 1, 1, 1), 2)
-# AMD EPYC 7742 twice in NPS4; the GPUs hang on nodes 3, 1, 7 and 5.
+# AMD EPYC 7742 twice in NPS4; the GPUs are attached to nodes 3, 1, 7 and 5.
 DGX_A100 = Described(
     tuple(f"{16 * node}-{16 * node + 15},{16 * node + 128}-{16 * node + 143}" for node in range(8)),
     128, (3, 3, 1, 1, 7, 7, 5, 5), 2,

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for given GPUs, none needed: one line of JSON a kernel.
+"""Compiles every Triton kernel for given GPUs, without a GPU; prints one line of JSON per kernel.
 
-Run as a program, for it needs triton without its interpreter: `python triton_compile.py 80 90`.
+It is a program because it needs triton without its interpreter: `python triton_compile.py 80 90`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def kernels(dropout: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
 def compile_kernel(
     kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
 ) -> dict[str, Any]:
-    """Compile for an NVIDIA GPU of a capability (90 for 9.0), pointers aligned to 16 bytes."""
+    """Compile for NVIDIA GPUs of a compute capability (90 for 9.0), with 16-byte alignment."""
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -1,9 +1,9 @@
-"""What the tests of the Triton kernels share: the device, inputs, comparison with float64.
+"""Helpers of the tests of Triton kernels: the device, inputs, comparison with float64.
 
-Kernels run natively on a GPU, else in Triton's interpreter on the CPU.
+Kernels run natively on a GPU, otherwise in Triton's interpreter on the CPU.
 
-Import this before anything that imports triton: a kernel is made for the interpreter, or not,
-when it is defined, and so are the functions of triton.language.
+Import this before anything that imports triton. A kernel is bound to the interpreter or to the
+compiler when it is defined, and so are the functions of triton.language.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ triton = pytest.importorskip("triton")
 
 
 def _fix_interpreter() -> None:
-    """Two faults of Triton's interpreter, in 3.6 and the second in 3.7 too.
+    """Work around two faults of Triton's interpreter: both are in 3.6, the second also in 3.7.
 
-    A run-time number as the bound of a loop is converted by int(array of one element), which
-    NumPy 2.4 refuses. A product of bfloat16 matrices multiplies their bits as integers.
+    It converts a run-time loop bound by int(array of one element), which NumPy 2.4 rejects. And it
+    multiplies bfloat16 matrices as if their bits were integers.
     """
     from triton.runtime import interpreter
 
@@ -91,7 +91,7 @@ def fixed_seed(number: int = 1) -> Tensor:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Largest difference, in units of the largest number expected (or of 1)."""
+    """Bound the largest difference, relative to the largest expected number (or to 1)."""
     assert actual.shape == expected.shape
     if expected.numel():
         scale = max(expected.abs().max().item(), 1.0)
@@ -101,7 +101,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def compare(
     operator: Callable, exact_operator: Callable, inputs: list[Tensor], tolerance: float
 ) -> None:
-    """Outputs, and the gradients of a random projection of them; the second in float64."""
+    """Compare outputs, and gradients of a random projection; the exact operator in float64."""
     leaves = [each.detach().clone().requires_grad_() for each in inputs]
     exact = [each.detach().double().requires_grad_() for each in inputs]
     output, expected = operator(*leaves), exact_operator(*exact)

@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's, its weight decay, and its state's way to a file and back."""
+"""AdamW compared with PyTorch's, its weight decay, and its state saved and restored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradients(step: int, scale: float = 1.0) -> list[torch.Tensor]:
 
 
 def theirs(named: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """PyTorch's, one parameter after the other in float64."""
+    """PyTorch's AdamW, one parameter at a time, in float64."""
     decayed = [named["a.weight"], named["c.weight"]]
     others = [named["a.bias"], named["b.LayerNorm.weight"]]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]

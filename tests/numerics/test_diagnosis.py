@@ -1,4 +1,4 @@
-"""A number that is not finite is traced to where it first appears."""
+"""The diagnosis names the place where a number that is not finite first appears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's BertForPreTraining: same weights, padded there, packed here."""
+"""The model compared with Hugging Face's BertForPreTraining, whose input is padded."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ LENGTHS = [30, 1, 52, 11, 64, 5]
 
 
 def load_quietly(directory: Path) -> torch.nn.Module:
-    """from_pretrained, which must have nothing to say; dropout off."""
+    """Load with from_pretrained, which must not report anything; dropout is off."""
     said: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: said.append(record.getMessage())
@@ -82,7 +82,7 @@ def test_the_reference_checkpoint_exported(tmp_path: Path, name: str) -> None:
     arrays = padded_arrays(LENGTHS, 64, 30522, seed=3)
     expected = our_loss(ours, arrays)
     torch.testing.assert_close(their_loss(theirs, arrays), expected, rtol=1e-5, atol=1e-5)
-    # The same sequences under other weights: the comparison can fail.
+    # With other weights the loss differs, so the comparison can fail.
     theirs.cls.predictions.bias.data[100:200] += 1.0
     assert abs(their_loss(theirs, arrays) - expected) > 1e-3
 
@@ -97,7 +97,7 @@ def test_an_export_without_padding_loses_its_share_of_the_softmax_alone(tmp_path
     assert theirs.config.vocab_size == 30522
     ours = make_model(BertConfig.load(config))
     load_weights(ours, source)
-    ours.cls.predictions.bias.data[30522:] = -1e4  # which takes the padding out of the softmax
+    ours.cls.predictions.bias.data[30522:] = -1e4  # this removes the padding from the softmax
     arrays = padded_arrays(LENGTHS, 64, 30522, seed=3)
     torch.testing.assert_close(
         their_loss(theirs, arrays), our_loss(ours, arrays), rtol=1e-5, atol=1e-5

@@ -1,4 +1,4 @@
-"""Which provider runs which operator, why, and what is said when one is missing."""
+"""Which provider runs which operator, why, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_unknown_provider() -> None:
 
 
 def fake_modules(monkeypatch: pytest.MonkeyPatch, **contents: dict) -> None:
-    """Modules of these dotted names (with _ for .) and attributes, in place of real ones."""
+    """Replace real modules by fake ones. contents: dotted name, with __ for a dot -> attributes."""
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
         monkeypatch.delitem(sys.modules, name)
     for name, attributes in contents.items():
@@ -84,7 +84,7 @@ def test_an_apex_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_apex_where_it_has_kernels_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     class CrossEntropy(torch.autograd.Function):
-        """apex's interface: a loss a row, none for the padding label."""
+        """apex's interface: one loss per row, 0 for the padding label."""
 
         @staticmethod
         def forward(ctx, logits, labels, smoothing, padding, half_to_float):
@@ -147,7 +147,7 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device, which is no CPU, as on a GPU without flash attention."""
+    """The meta device stands for a GPU without flash attention."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("no kernel for this device")

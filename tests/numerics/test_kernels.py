@@ -1,4 +1,4 @@
-"""Every provider of every operator against `reference`: forward, gradients, dropout."""
+"""Every provider of every operator compared with `reference`: forward, gradients, dropout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def compare(ours: object, plain: object, inputs: list[torch.Tensor], tolerance: float) -> None:
-    """Both functions' outputs, and the gradients of a random projection of them."""
+    """Compare both functions' outputs, and the gradients of a random projection of them."""
     outputs = ours(*inputs), plain(*inputs)
     torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
     direction = random(*outputs[0].shape, seed=99, dtype=outputs[0].dtype).detach()
@@ -57,7 +57,7 @@ def test_attention(attention: object, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("attention", [*ATTENTIONS, reference.attention])
 def test_empty_sequences_and_tokens_of_no_sequence(attention: object) -> None:
-    """What stands behind the last sequence gives zeros, and reaches nothing."""
+    """Tokens after the last sequence give zeros and do not affect other tokens."""
     cu_seqlens = torch.tensor([0, 5, 5, 12, 12], dtype=torch.int32)
     qkv = random(15, 3, 2, 8, dtype=torch.float64)
     poisoned = qkv.detach().clone()
@@ -76,7 +76,7 @@ def test_empty_sequences_and_tokens_of_no_sequence(attention: object) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_looped_attention_drops_the_same_weights_forward_and_backward(dtype: torch.dtype) -> None:
-    """With one value a key that marks it, the context tells which weights were kept."""
+    """Each key has a value that marks it, so the context shows which weights were kept."""
     length, probability = 6, 0.4
     qkv = random(length, 3, 1, length, dtype=dtype).detach()
     qkv[:, 2, 0] = torch.eye(length, dtype=dtype)
@@ -104,7 +104,7 @@ def test_dropout_masks(probability: float) -> None:
     assert not torch.equal(*masks)
     for mask in masks:
         assert 1 - mask.double().mean().item() == pytest.approx(probability, abs=0.004)
-        # Neighbours, which share a random number, are independent.
+        # Adjacent elements share a random number, but are independent.
         flat = mask.flatten().double()
         for distance in (1, 2, 3, 4):
             both = (flat[distance:] * flat[:-distance]).mean().item()
@@ -244,7 +244,7 @@ def test_cuda_attention(dtype: torch.dtype, lengths: list[int]) -> None:
 
 
 def test_cuda_operators_have_shape_functions() -> None:
-    """What torch.compile sees, without a GPU: shapes and dtypes of the wrapped operators."""
+    """What torch.compile needs, tested without a GPU: shapes and dtypes of the operators."""
     mode = FakeTensorMode()
     with mode:
         qkv = torch.empty(40, 3, 4, 64, dtype=torch.float16, device="meta")
@@ -261,7 +261,7 @@ def test_cuda_operators_have_shape_functions() -> None:
 
 
 def test_the_caller_keeps_its_gradient() -> None:
-    """With one head the transposed gradient is the gradient itself."""
+    """With one head, the transposed gradient shares memory with the caller's gradient."""
     qkv = random(6, 3, 1, 8)
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
     context = cpu_attention.looped_attention(qkv, cu_seqlens, 6, 0.5)
@@ -271,6 +271,6 @@ def test_the_caller_keeps_its_gradient() -> None:
 
 
 def test_operators_that_draw_masks_say_so() -> None:
-    """Else a compiled model that computes a layer anew would draw other masks."""
+    """Otherwise a compiled model that recomputes a layer would draw other masks."""
     for operator in (OURS.flash_attention, OURS.efficient_attention):
         assert torch.Tag.nondeterministic_seeded in operator.default.tags

@@ -1,4 +1,4 @@
-"""LAMB: every provider that runs on a CPU against formulas in NumPy float64."""
+"""LAMB: every provider that runs on a CPU, compared with formulas in NumPy float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lamb_cases import (
 
 ON_CPU = ("reference", "foreach", "flat")
 each_provider = pytest.mark.parametrize("name", ON_CPU)
-# One element, odd numbers, both sides of a block's and of a (small) chunk's border.
+# Sizes: one element, odd numbers, and just below and above a block and a (small) chunk.
 BORDERS = {
     f"{name}.{number}.{kind}": shape
     for number, shape in enumerate([(1,), (1, 1), (3, 5), (1023,), (1024,), (1025,), (2, 1024),
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 @each_provider
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_a_step_that_may_not_look_at_the_norm(name: str, dtype: torch.dtype) -> None:
-    """As on a GPU: update first, take it back where the norm was not finite."""
+    """As on a GPU: update first, and undo the update if the norm was not finite."""
     weights, gradients, rates = case(seed=11, scale=0.1, steps=4)
     parameters, looking = parameters_of(weights, dtype), parameters_of(weights, dtype)
     optimizer, other = make(name, parameters), make(name, looking)
@@ -165,7 +165,7 @@ def test_16_bit_weights_round_a_float32_master(name: str, dtype: torch.dtype) ->
     moved = run(name, weights, gradients, rates, dtype)
     for key, value in moved.items():
         assert value.dtype == dtype
-        # A float32 sum may round to the neighbour where the float64 sum is near a tie.
+        # A float32 sum may round to the adjacent number if the float64 sum is near a tie.
         exact = torch.tensor(expected[key]).float().to(dtype)
         assert (value != exact).float().mean() < 0.02 or value.numel() < 50, key
         torch.testing.assert_close(value, exact, rtol=2**-7, atol=0)
@@ -281,7 +281,7 @@ def test_a_state_of_another_model_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_long_tensors_lose_nothing(dtype: torch.dtype) -> None:
-    """A CPU's own norm of 2^25 numbers in float32 is short by a thousandth and more."""
+    """A CPU's own float32 norm of 2^25 numbers is too small by a thousandth or more."""
     long = torch.randn(2**25, generator=torch.Generator().manual_seed(0)).view(-1, 1024).to(dtype)
     exact = sum(row.double().square().sum() for row in long.split(1024)).sqrt().item()
     assert norm_of(long).item() == pytest.approx(exact, rel=1e-6)
@@ -307,7 +307,7 @@ def test_scaling_down_to_a_norm() -> None:
 
 @each_provider
 def test_without_weight_decay_a_gradient_of_zeros_moves_nothing(name: str) -> None:
-    """The update's norm is 0 then, and the trust ratio 1."""
+    """The norm of the update is then 0, and the trust ratio 1."""
     settings = OptimizerSettings(weight_decay=0.0)
     parameters = parameters_of(case(1, 1.0)[0], torch.float64)
     before = {key: value.detach().clone() for key, value in parameters.items()}
@@ -337,7 +337,7 @@ def test_the_choice_and_its_reason() -> None:
     with pytest.raises(UserError, match=f"one of auto, {', '.join(OPTIMIZERS)}"):
         choose("adam", cpu)
     with pytest.raises(
-        UserError, match=r"foreach cannot share its state .* pass --optimizer auto, flat or"
+        UserError, match=r"foreach cannot shard its state .* pass --optimizer auto, flat or"
     ):
         choose("foreach", cpu, sharded=True)
 

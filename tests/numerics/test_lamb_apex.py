@@ -1,4 +1,4 @@
-"""The wrapper of apex's LAMB against a stand-in for apex, and what it says without apex."""
+"""The wrapper of apex's LAMB, tested with a fake apex, and its errors without apex."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = OptimizerSettings(0.8, 0.99, 1e-5, 0.02, max_gradient_norm=0.5)
 
 
 class RecordingLamb(torch.optim.Optimizer):
-    """Keeps what it was given; a step subtracts lr * gradient from weights and adds to state."""
+    """Records its arguments. A step subtracts lr * gradient from weights and adds to state."""
 
     made: ClassVar[list[RecordingLamb]] = []
 
@@ -38,7 +38,7 @@ class RecordingLamb(torch.optim.Optimizer):
 
 
 class RecordingMixedLamb(RecordingLamb):
-    """The same with float32 masters, a learning rate and a count on the device."""
+    """The same with float32 masters, and with learning rate and step count on the device."""
 
     def __init__(self, params: list, lr: float, **arguments: object) -> None:
         super().__init__(params, lr, **arguments)
@@ -65,7 +65,7 @@ class RecordingMixedLamb(RecordingLamb):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **classes: type) -> None:
-    """A package `apex` with these in `apex.optimizers`."""
+    """Install a fake package `apex` with these classes in `apex.optimizers`."""
     RecordingLamb.made.clear()
     apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
     apex.__path__ = []

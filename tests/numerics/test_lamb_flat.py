@@ -1,4 +1,4 @@
-"""Flat LAMB: where parameters lie, and the same bits for any threads, chunks and gradients."""
+"""Flat LAMB: the layout, and the same bits for any threads, chunks and gradient memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bert_pretraining.optim import flat_torch
 from bert_pretraining.optim.flat import BLOCK, FlatLayout
 from lamb_cases import assert_same_bits, case, give, make, parameters_of, snapshot
 
-# Long enough for PyTorch to share out the work (from 32,768 elements on), of many blocks.
+# Of many blocks, and long enough that PyTorch uses threads (from 32,768 elements on).
 SHAPES = {
     "word.weight": (1301, 97),
     "word.bias": (1301,),
@@ -67,7 +67,7 @@ def test_the_layout() -> None:
         assert layout.blocks == blocks
         assert layout.length % multiple == 0
         assert 0 <= layout.length - sum(blocks) * BLOCK < multiple
-        # The last parameter first, without gaps.
+        # The last parameter comes first, and there are no gaps.
         assert layout.offsets[-1] == 0
         for index in range(len(shapes) - 1):
             assert layout.offsets[index] == layout.offsets[index + 1] + blocks[index + 1] * BLOCK
@@ -88,9 +88,9 @@ def test_parameters_are_views_and_padding_stays_zero(dtype: torch.dtype) -> None
     parameters = parameters_of(weights, dtype)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = make("flat", parameters)
-    share, layout = optimizer.share, optimizer.layout
-    home = share.master if share.rounded is None else share.rounded
-    assert (share.rounded is None) == (dtype != torch.float16)
+    shard, layout = optimizer.shard, optimizer.layout
+    home = shard.master if shard.rounded is None else shard.rounded
+    assert (shard.rounded is None) == (dtype != torch.float16)
     ends = []
     for (name, parameter), offset in zip(parameters.items(), layout.offsets, strict=True):
         assert torch.equal(parameter, before[name])
@@ -105,7 +105,7 @@ def test_parameters_are_views_and_padding_stays_zero(dtype: torch.dtype) -> None
     for view in layout.views(used):
         view.fill_(True)
     assert used.sum() == sum(parameter.numel() for parameter in parameters.values())
-    for flat in (share.master, share.first, share.second, home):
+    for flat in (shard.master, shard.first, shard.second, home):
         assert not flat[~used].any()
         assert flat[used].all()
 
@@ -117,7 +117,7 @@ def test_gradients_may_lie_anywhere(dtype: torch.dtype) -> None:
     parameters = parameters_of(weights, dtype)
     optimizer = make("flat", parameters, sharing="replicated")
     sizes = [parameter.numel() for parameter in parameters.values()]
-    # As DDP's buckets have them: views of one tensor, at odd places.
+    # As in DDP's buckets: views of one tensor, at odd offsets.
     bucket = torch.zeros(sum(sizes) + 1, dtype=dtype)[1:]
     for number, (gradient, rate) in enumerate(zip(gradients, rates, strict=True)):
         give(parameters, gradient)
@@ -175,7 +175,7 @@ def test_gradients_in_place_are_made_where_they_are_used() -> None:
     for _ in range(2):
         optimizer.zero_grad()
         sum(parameter.square().sum() for parameter in parameters.values()).backward()
-        start = optimizer.share.gradient.data_ptr()
+        start = optimizer.shard.gradient.data_ptr()
         for parameter, offset in zip(parameters.values(), optimizer.layout.offsets, strict=True):
             assert parameter.grad.data_ptr() == start + 4 * offset
             assert torch.equal(parameter.grad, 2 * parameter.detach())

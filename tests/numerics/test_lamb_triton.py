@@ -1,4 +1,4 @@
-"""LAMB in Triton: on a GPU where there is one, else tiny shapes in Triton's interpreter."""
+"""LAMB in Triton: on a GPU if there is one, else tiny shapes in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # Read when triton is imported, and when a kernel is defined.
+    # Triton reads this when it is imported and when a kernel is defined.
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 # ruff: noqa: E402  the lines above must come first
@@ -43,7 +43,7 @@ SHAPES = {
     "one.weight": (1,),
 }
 DECAYED = {"word.weight", "query.weight", "one.weight"}
-# The interpreter cuts float32 to bfloat16 where a GPU rounds.
+# The interpreter truncates float32 to bfloat16 where a GPU rounds.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -89,8 +89,8 @@ def test_equals_the_formulas(scale: float, dtype: torch.dtype) -> None:
     used = torch.zeros(optimizer.layout.length, dtype=torch.bool, device=DEVICE)
     for view in optimizer.layout.views(used):
         view.fill_(True)
-    assert not optimizer.share.master[~used].any()
-    assert not optimizer.share.second[~used].any()
+    assert not optimizer.shard.master[~used].any()
+    assert not optimizer.shard.second[~used].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 
 def test_zeros_scales_and_missing_gradients() -> None:
     weights, gradients, rates = case(seed=4, scale=0.1, steps=3, shapes=SHAPES)
-    weights["query.weight"] *= 0  # a ratio of 1 for want of a weight norm
+    weights["query.weight"] *= 0  # the weight norm is 0, so the ratio is 1
     for step in gradients:
         step["one.weight"] *= 0
     for name in gradients[2]:
@@ -154,7 +154,7 @@ def test_the_same_bits_twice() -> None:
 
 
 def test_what_triton_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="triton has no float64"):
+    with pytest.raises(UserError, match="triton does not support float64"):
         triton_lamb(case(0, 1.0, 1, SHAPES)[0], torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="triton: Triton's kernels need a GPU, not device cpu"):

@@ -1,4 +1,4 @@
-"""How losses of micro-batches are averaged, against the sums written out."""
+"""How losses of micro-batches are averaged, compared with explicit sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = (slice(0, 1), slice(1, 4), slice(4, 6))
 
 
 def gradients(normalization: str) -> list[torch.Tensor]:
-    """Of an update of three micro-batches, as the training loop adds them up."""
+    """The gradients of an update of three micro-batches, added as in the training loop."""
     model = make_model(tiny_config())
     batches = [packed(ARRAYS, rows) for rows in ROWS]
     for batch, weights in zip(

@@ -1,4 +1,4 @@
-"""The model against the reference implementation's recorded numbers, and against padding."""
+"""The model compared with the reference's recorded numbers, and with a padded model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROVIDERS = ("reference", "torch")
 
 @pytest.fixture(scope="module")
 def eval_1k() -> dict[str, np.ndarray]:
-    """The reference's part_eval_1k, made from its text (tests/unit proves the bytes)."""
+    """The reference's part_eval_1k, made from its text (tests/unit checks the bytes)."""
     vocab = Vocabulary.load(REFERENCE / "vocab.txt")
     text = (REFERENCE / "text" / "eval.txt").read_text(encoding="utf-8")
     settings = ExampleSettings()
@@ -128,12 +128,12 @@ def assert_recorded_gradients(model: BertForPreTraining, eval_1k: dict, numerics
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
     assert set(norms) <= set(recorded["grad_l2"])
     for name, norm in norms.items():
-        # A key's bias shifts all scores of a query alike: its true gradient is 0.
+        # A key's bias shifts all scores of a query equally: its true gradient is 0.
         assert norm == pytest.approx(recorded["grad_l2"][name], rel=1e-4, abs=1e-7), name
 
 
 def padded_loss(model: BertForPreTraining, arrays: dict) -> torch.Tensor:
-    """The same model written again over padded (B, S) input, as the textbook has it."""
+    """The same model in its textbook form, over padded (B, S) input."""
     ids = torch.tensor(arrays["input_ids"], dtype=torch.long)
     mask = torch.tensor(arrays["input_mask"], dtype=torch.bool)
     table, config = model.bert.embeddings, model.config

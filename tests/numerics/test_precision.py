@@ -36,7 +36,7 @@ def test_bf16_is_near_float32(provider: str) -> None:
 
 @pytest.mark.parametrize("provider", [reference, torch_provider])
 def test_statistics_and_loss_are_computed_in_float32(provider: object) -> None:
-    """Sums that bfloat16 would lose: its numbers near 300 are 2 apart."""
+    """In bfloat16 these sums would be wrong: its numbers near 300 are 2 apart."""
     x = torch.full((1, 4096), 0.5, dtype=torch.bfloat16)
     x[0, ::2] = -0.5
     one, zero = torch.ones(4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Batches of constant shape: the same losses and gradients, whatever stands in the rest."""
+"""Batches of constant shape: the same losses and gradients, whatever follows the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tight_budget() -> Budget:
 def test_a_static_batch_trains_like_the_batch_itself(provider: str) -> None:
     model = make_model(tiny_config(), provider)
     static = StaticBatch(tight_budget(), CPU, IGNORED)
-    for batch in (FIRST, SECOND, FIRST):  # each leaves its tokens behind for the next
+    for batch in (FIRST, SECOND, FIRST):  # each leaves its tokens in the buffers
         expected_sums = forward_backward(model, batch, WEIGHTS)
         expected = gradients(model)
         loaded = static.load(batch)
@@ -46,7 +46,7 @@ def test_a_static_batch_trains_like_the_batch_itself(provider: str) -> None:
 
 @pytest.mark.parametrize("provider", ["reference", "torch"])
 def test_memory_that_was_never_written_reaches_nothing(provider: str) -> None:
-    """PyTorch fills every new tensor with NaN here that is not initialised."""
+    """Here PyTorch fills every uninitialised tensor with NaN."""
     model = make_model(tiny_config(), provider)
     expected_sums = forward_backward(model, FIRST, WEIGHTS)
     expected = gradients(model)
@@ -70,7 +70,7 @@ def test_what_fits_a_budget() -> None:
     assert not budget.fits(packed(arrays, slice(1, 2)))  # one sequence
     assert not budget.fits(packed(arrays, slice(4, 6)))  # 101 tokens
     few = packed(padded_arrays([30, 9], 64, 101))
-    assert not budget.fits(few)  # 61 tokens to fill, more than a dummy may have
+    assert not budget.fits(few)  # 61 tokens to fill, more than a dummy may hold
     with pytest.raises(ValueError, match="do not fit"):
         StaticBatch(budget, CPU, IGNORED).load(few)
 
@@ -81,14 +81,14 @@ def test_budgets_of_the_published_data_set() -> None:
     assert any_batch.tokens == 48 * 512
     for lengths in ([1] * 48, [512] * 48, [256] * 48):
         arrays = padded_arrays(lengths, 512, 101)
-        arrays["masked_lm_ids"][:, 76:] = 0  # the published set's most
+        arrays["masked_lm_ids"][:, 76:] = 0  # the largest number in the published data set
         assert any_batch.fits(packed(arrays))
     small, _ = budgets(4, 64)
     assert small.tokens == 4 * 64
 
 
 def test_a_batch_of_any_size_takes_a_step() -> None:
-    """The smallest budget that fits; as it is if none does."""
+    """It takes the smallest budget that fits, or none if none fits."""
     model = make_model(tiny_config())
     step = MicroStep(model, CPU, budgets(8, 64, static_tokens=FIRST.num_tokens + 10), graph=False)
     step.prepare(lambda: model.zero_grad(set_to_none=False))

@@ -1,4 +1,4 @@
-"""Upstream's switches: every combination trains, to the reference operators' loss."""
+"""Upstream's switches: every combination trains, with the loss of the reference operators."""
 
 from __future__ import annotations
 
@@ -64,12 +64,13 @@ def test_every_combination_of_switches_trains(whole: bool) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_computed_anew_give_the_same_gradients(dropout: float) -> None:
-    """With the dropout masks of the first time."""
+def test_recomputed_activations_give_the_same_gradients(dropout: float) -> None:
+    """The recomputed layers use the dropout masks of the first forward pass."""
     sizes = tiny_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     taken = []
-    for anew in (False, True):
-        model = BertForPreTraining(sizes, select("torch", ALONE.device, torch.float32), 1, anew)
+    for recompute in (False, True):
+        kernels = select("torch", ALONE.device, torch.float32)
+        model = BertForPreTraining(sizes, kernels, 1, recompute)
         torch.manual_seed(7)
         forward_backward(model, BATCH, WEIGHTS)
         taken.append([parameter.grad for parameter in model.parameters()])

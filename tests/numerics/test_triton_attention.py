@@ -1,6 +1,6 @@
 """The Triton attention against `reference` in float64: forward, gradients, dropout, padding.
 
-On a GPU the kernels run natively; without one in Triton's interpreter.
+On a GPU the kernels run natively, otherwise in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# First, for it chooses Triton's interpreter before the kernels are defined.
+# Imported first: it selects Triton's interpreter before any kernel is defined.
 from triton_helpers import (
     DEVICE,
     DTYPES,
@@ -83,7 +83,7 @@ def test_attention_strides() -> None:
     (wanted,) = torch.autograd.grad(
         triton_operators.attention(leaf, cu_seqlens, 6, 0.0), leaf, ones
     )
-    # The gradient of a sum is one number with strides of 0.
+    # The gradient of a sum is one number, expanded with strides of 0.
     triton_operators.attention(leaf, cu_seqlens, 6, 0.0).sum().backward()
     assert torch.equal(leaf.grad, wanted)
 
@@ -109,7 +109,7 @@ def test_attention_never_reads_padding(longest: int, padding: int) -> None:
 
 
 def attention_mask(lengths: list[int], heads: int, seed: Tensor, dropout: float) -> list[Tensor]:
-    """Each sequence's kept weights, (heads, queries, keys): what identity matrices as V show."""
+    """Each sequence's kept weights, (heads, queries, keys), shown by identity matrices as V."""
     longest = max(lengths)
     qkv = torch.zeros(sum(lengths), 3, heads, longest, device=DEVICE)
     for start, length in zip(bounds(lengths).tolist(), lengths, strict=False):
@@ -123,7 +123,7 @@ def attention_mask(lengths: list[int], heads: int, seed: Tensor, dropout: float)
 
 @pytest.mark.parametrize("dropout", [0.1, 0.6])
 def test_attention_dropout_forward_and_backward(dropout: float) -> None:
-    """Another head size and the backward kernels make the mask that the forward kernel made."""
+    """Calls with another head size and the backward kernels recompute the forward mask."""
     lengths, seed = [7, 64, 1, 33], fixed_seed()
     masks = attention_mask(lengths, 2, seed, dropout)
     weights = torch.cat([mask.flatten() for mask in masks])

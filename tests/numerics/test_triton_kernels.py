@@ -1,6 +1,6 @@
 """The Triton kernels of whole rows against `reference` in float64: forward, gradients, dropout.
 
-On a GPU the kernels run natively; without one in Triton's interpreter. Attention has its own file.
+On a GPU the kernels run natively, otherwise in Triton's interpreter. Attention has its own file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# First, for it chooses Triton's interpreter before the kernels are defined.
+# Imported first: it selects Triton's interpreter before any kernel is defined.
 from triton_helpers import (
     DEVICE,
     DTYPES,
@@ -84,7 +84,7 @@ def test_residual_layer_norm(rows: int, columns: int) -> None:
 def test_residual_layer_norm_dtypes_and_strides(dtype: torch.dtype) -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(33, 64, dtype)
     check_norm([x, bias, residual, weight, norm_bias], 2 * TOLERANCE[dtype])
-    # As under autocast: 16-bit activations, float32 parameters.
+    # As with autocast: 16-bit activations, float32 parameters.
     check_norm([x, bias.float(), residual, weight.float(), norm_bias.float()], 2 * TOLERANCE[dtype])
     apart = [x.T.contiguous().T, bias, residual.T.contiguous().T, weight, norm_bias]
     check_norm(apart, 2 * TOLERANCE[dtype])
@@ -115,7 +115,7 @@ def test_residual_layer_norm_dropout_forward_and_backward(dropout: float) -> Non
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.75])
 def test_dropout_masks_look_random(dropout: float) -> None:
-    """Totals, rows, columns and neighbours, each within five standard deviations."""
+    """Totals, rows, columns and adjacent elements, each within five standard deviations."""
     rows, columns = 256, 512
     ones, zeros = torch.ones(rows, columns, device=DEVICE), torch.zeros(columns, device=DEVICE)
     arguments = (ones, zeros, torch.zeros_like(ones), zeros, zeros)
@@ -262,6 +262,6 @@ def test_masked_cross_entropy_of_excluded_entries() -> None:
 
 
 def test_a_label_beyond_the_vocabulary_shows_in_the_loss() -> None:
-    """And is not looked up in the memory behind the row."""
+    """The kernel does not read the memory after the row."""
     logits, labels = random(2, 60)[:, :30], torch.tensor([3, 40], device=DEVICE)
     assert triton_operators.masked_cross_entropy(logits, labels)[0] == float("inf")

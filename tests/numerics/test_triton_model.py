@@ -1,11 +1,11 @@
-"""The whole model through the Triton kernels, and through each beside the others' reference."""
+"""The whole model with all Triton kernels, and with one of them among reference operators."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-# First, for it chooses Triton's interpreter before the kernels are defined.
+# Imported first: it selects Triton's interpreter before any kernel is defined.
 from triton_helpers import DEVICE
 
 # isort: split
@@ -27,7 +27,7 @@ WEIGHTS = {
 def step(
     provider: str, static: bool = False, per_operator: dict | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Sums, and all gradients."""
+    """The sums, and all gradients."""
     kernels = select(provider, DEVICE, torch.float32, CONFIG.head_size, per_operator)
     model = BertForPreTraining(CONFIG, kernels, seed=1).to(DEVICE)
     batch = BATCH

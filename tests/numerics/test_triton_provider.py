@@ -1,4 +1,4 @@
-"""All Triton operators: dropout's generator, refusals, torch.compile, CUDA graphs, GPUs' limits."""
+"""All Triton operators: dropout's generator, errors, torch.compile, CUDA graphs, GPU limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# First, for it chooses Triton's interpreter before the kernels are defined.
+# Imported first: it selects Triton's interpreter before any kernel is defined.
 from triton_helpers import (
     EPSILON,
     NATIVE,
@@ -40,7 +40,7 @@ from bert_pretraining.kernels import (
 
 
 def dropping_calls(dropout: float) -> dict[str, Callable[[], Tensor]]:
-    """The operators that drop, on fixed inputs that need gradients."""
+    """The operators with dropout, on fixed inputs that require gradients."""
     ids = [random_ids(40, size) for size in (50, 20, 2)]
     qkv, cu_seqlens = random(40, 3, 2, 8).requires_grad_(), bounds([7, 33])
     norm = [each.requires_grad_() for each in norm_inputs(40, 12)]
@@ -88,7 +88,7 @@ def test_every_operator_is_here() -> None:
 
 
 def test_operators_keep_what_pytorch_asks_of_them() -> None:
-    """Schemas, shapes of fake tensors, autograd: what torch.compile and graphs rely on."""
+    """torch.compile and CUDA graphs need correct schemas, fake shapes and autograd."""
     ids = [random_ids(5, size) for size in (50, 20, 2)]
     norm = [each.requires_grad_() for each in norm_inputs(5, 12)]
     tables = [each.requires_grad_() for each in randoms(TABLES)]

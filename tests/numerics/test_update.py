@@ -1,4 +1,4 @@
-"""One update whole: the fp16 loss scale on the device, skipped steps, and no wait for a device."""
+"""One whole update: the fp16 loss scale on the device, skipped steps, no waiting for a device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_overflows_in_fp16_are_skipped_until_the_scale_fits(optimizer: str) -> N
     for _ in range(20):
         update(BATCHES[:2])
     outcome = update.read(0)
-    # Every overflow halved the scale; none came again once it was low enough.
+    # Every overflow halved the scale, and no overflow followed once it was low enough.
     assert outcome.updates >= 5
     assert outcome.loss_scale == 2.0 ** (23 - outcome.skipped)
     assert outcome.last_finite
@@ -120,7 +120,7 @@ def test_without_a_dynamic_scale_the_weights_stay_and_the_cause_is_named(
 
 
 def test_the_batch_that_broke_is_the_one_looked_at() -> None:
-    """A token that only one batch has, with an embedding that is too large."""
+    """Only one batch has the token whose embedding is too large."""
     model, _, update = make(torch.float32, LossScale(1.0, dynamic=False))
     tokens = {int(token) for batch in BATCHES[1:] for token in batch.input_ids}
     token = next(int(one) for one in BATCHES[0].input_ids if int(one) not in tokens)
@@ -158,7 +158,7 @@ def test_endless_overflow_ends_the_run() -> None:
 
 
 class NoReading(TorchDispatchMode):
-    """Fails where a tensor's value becomes a number of Python's: on a GPU, that waits."""
+    """Fails if a tensor's value is read as a Python number, which waits on a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func), "waits for the device"

@@ -91,7 +91,7 @@ def test_the_reference_checkpoint_fits_its_config() -> None:
         ('{"vocab_size": 0}', "'vocab_size' must be a positive integer"),
         ('{"vocab_size": 8.5}', "'vocab_size' must be a positive integer"),
         ('{"hidden_dropout_prob": 3}', "'hidden_dropout_prob' must be from 0 to below 1"),
-        ('{"hidden_size": 7}', "hidden_size 7 does not divide by num_attention_heads 2"),
+        ('{"hidden_size": 7}', "hidden_size 7 is not divisible by num_attention_heads 2"),
         ('{"hidden_act": "relu"}', "hidden_act 'relu' is not supported"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Configuration: layers, sources, upstream's values, and errors that help."""
+"""Configuration: layers, sources, upstream's values, and errors with hints."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
         resolve({"config": str(path)})
 
 
-def test_own_file_extends_its_neighbour(tmp_path: Path) -> None:
+def test_own_file_extends_another_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "common.toml").write_text("max_steps = 7\nlearning_rate = 1\n")
     (tmp_path / "mine.toml").write_text('extends = "common"\nmax_steps = 8\n')
     resolved = resolve({"config": str(tmp_path / "mine.toml")})

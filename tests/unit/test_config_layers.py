@@ -1,4 +1,4 @@
-"""Which source decides where two settings say the same: the later one, never in silence."""
+"""Two settings with one meaning: the later source decides, and a contradiction is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bert_pretraining.errors import UserError
 
 
 def resolved(tmp_path: Path, base: str, file: str, **flags: object) -> Config:
-    """Of a file that extends another, under flags."""
+    """Resolve a file that extends another, with flags."""
     (tmp_path / "base.toml").write_text(base)
     (tmp_path / "own.toml").write_text(f'extends = "base"\n{file}\n')
     return resolve({"config": str(tmp_path / "own.toml"), **flags}).config
@@ -54,7 +54,7 @@ def test_batching(tmp_path: Path, base: str, file: str, flags: dict, expected: s
 def test_one_source_that_contradicts_itself_is_refused(tmp_path: Path, switch: str) -> None:
     on = switch == "fp16"
     precision = "bf16" if on else "fp16"
-    said = rf"fp16 = {str(on).lower()} contradicts precision = '{precision}'; leave fp16 out"
+    said = rf"fp16 = {str(on).lower()} contradicts precision = '{precision}'; remove fp16"
     with pytest.raises(UserError, match=rf"the command line: {said}"):
         resolve({"fp16": on, "precision": precision})
     with pytest.raises(UserError, match=rf"own\.toml: {said}"):
@@ -62,7 +62,7 @@ def test_one_source_that_contradicts_itself_is_refused(tmp_path: Path, switch: s
 
 
 def test_every_setting_says_whether_numbers_follow_from_it() -> None:
-    """The names that a run may change when it goes on, and stay bit-identical."""
+    """These settings may change when a run is resumed, and it stays bit-identical."""
     free = {name for name, field in FIELDS.items() if not field.metadata["changes_numbers"]}
     assert {"target_mlm_accuracy", "eval_steps", "log_freq", "data_dir", "ddp_type"} <= free
     assert not free & {"train_batch_size", "learning_rate", "objective", "optimizer", "kernels"}

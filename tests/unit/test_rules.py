@@ -1,4 +1,4 @@
-"""Schedule, evaluation, stopping, loss scale, seeds: pure rules."""
+"""Schedule, evaluation, stopping, loss scale, seeds: rules without side effects."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def triggers(**changes: int) -> StepTriggers:
 def test_evaluation_is_due_at_the_first_step_past_each_interval(
     per_step: int, interval: int
 ) -> None:
-    days = triggers(samples_per_step=per_step, eval_interval_samples=interval)
-    due = {step for step in range(1, 2000) if days.evaluation_due(step, step * per_step)}
+    due_steps = triggers(samples_per_step=per_step, eval_interval_samples=interval)
+    due = {step for step in range(1, 2000) if due_steps.evaluation_due(step, step * per_step)}
     expected = {
         math.ceil(k * interval / per_step) for k in range(1, 2000 * per_step // interval + 2)
     }
@@ -90,9 +90,9 @@ def test_evaluation_is_due_at_the_first_step_past_each_interval(
 
 
 def test_samples_count_and_not_steps_where_a_run_resumed_with_another_batch() -> None:
-    days = triggers(samples_per_step=25)
+    due_steps = triggers(samples_per_step=25)
     samples = [125, 150, 175, 200]  # after 10 steps of 10
-    assert [count for count in samples if days.evaluation_due(0, count)] == [125, 175, 200]
+    assert [count for count in samples if due_steps.evaluation_due(0, count)] == [125, 175, 200]
 
 
 def test_an_update_of_more_than_the_training_set_is_refused() -> None:
@@ -102,8 +102,8 @@ def test_an_update_of_more_than_the_training_set_is_refused() -> None:
 
 
 def test_eval_steps_takes_the_place_of_the_schedule() -> None:
-    days = triggers(eval_steps=3, eval_interval_samples=1)
-    assert [step for step in range(1, 8) if days.evaluation_due(step, step * 10)] == [3, 6]
+    due_steps = triggers(eval_steps=3, eval_interval_samples=1)
+    assert [step for step in range(1, 8) if due_steps.evaluation_due(step, step * 10)] == [3, 6]
 
 
 def test_stop_reasons() -> None:
@@ -118,21 +118,21 @@ def test_stop_reasons() -> None:
     assert reason(0.71, 9, 100) == "max_samples_termination"
 
 
-def test_the_calendar() -> None:
-    days, steps = triggers(), range(1, 18)
+def test_what_is_due_at_each_step() -> None:
+    due_steps, steps = triggers(), range(1, 18)
 
-    def due(days: StepTriggers, what: str) -> list[int]:
-        method = getattr(days, what)
+    def due(due_steps: StepTriggers, what: str) -> list[int]:
+        method = getattr(due_steps, what)
         names = list(inspect.signature(method).parameters)
         arguments = {"step": lambda step: step, "samples": lambda step: 10 * step}
         return [step for step in steps if method(*(arguments[name](step) for name in names))]
 
-    assert due(days, "logging_due") == [1, 3, 6, 9, 12, 15]
-    assert due(days, "evaluation_due") == [4, 8, 12, 16]
-    assert due(days, "replica_check_due") == [5, 10, 15]
-    assert due(days, "end_due") == [15, 16, 17]
-    assert due(days, "anything_due") == [1, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 17]
-    assert due(days, "checkpoint_due") == []
+    assert due(due_steps, "logging_due") == [1, 3, 6, 9, 12, 15]
+    assert due(due_steps, "evaluation_due") == [4, 8, 12, 16]
+    assert due(due_steps, "replica_check_due") == [5, 10, 15]
+    assert due(due_steps, "end_due") == [15, 16, 17]
+    assert due(due_steps, "anything_due") == [1, 3, 4, 5, 6, 8, 9, 10, 12, 15, 16, 17]
+    assert due(due_steps, "checkpoint_due") == []
     saving = triggers(num_samples_per_checkpoint=35, min_samples_to_start_checkpoints=80)
     assert due(saving, "checkpoint_due") == [11, 14]
     assert 11 in due(saving, "anything_due")
@@ -173,7 +173,8 @@ def test_schedule_equals_the_tensorflow_formula_and_has_the_same_bits_on_a_devic
     rate, max_steps, warmup, start = row
     schedule = Schedule(rate, max_steps, warmup, start)
     steps = np.arange(max_steps + 3)
-    # polynomial_decay of degree 1, then the warm-up over it, as optimization.py of the reference.
+    # polynomial_decay of degree 1, then the warm-up that replaces it, as in the reference's
+    # optimization.py.
     decayed = rate * (1.0 - np.minimum(steps, max_steps) / max_steps)
     is_warmup = (steps - start) < warmup
     warming = rate * (steps - start) / max(warmup, 1)

@@ -1,4 +1,4 @@
-"""Settings: files and flags -> one frozen `Config`."""
+"""The configuration of a run: files and flags are resolved into one frozen `Config`."""
 
 from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import FlagParser, add_config_flags, nearest, parse_bool

@@ -1,10 +1,10 @@
-"""How a setting is declared: default, help text, bounds, and whether it influences a resume."""
+"""The declaration of a setting: default, help text, bounds, and whether it affects a resume."""
 
 from __future__ import annotations
 
 from dataclasses import field
 
-# A setting's group in --help and `config show`, and its title.
+# Groups of settings in --help and `config show`, with their titles.
 GROUPS = {
     "run": "configuration and device",
     "data": "data and files",
@@ -13,7 +13,7 @@ GROUPS = {
     "evaluation": "evaluation and target",
     "logging": "logs and checkpoints",
     "submission": "MLPerf submission",
-    "upstream": "upstream's switches that this design has no need of; they change nothing",
+    "upstream": "upstream's switches that are accepted and change nothing",
 }
 
 
@@ -29,7 +29,7 @@ def setting(
 ) -> object:
     """A dataclass field.
 
-    minimum, maximum: inclusive. changes_numbers: whether losses and weights follow from it; a
+    minimum, maximum: inclusive. changes_numbers: whether the setting affects losses and weights. A
     run that resumes with another value is then not bit-identical, and says so.
     """
     metadata = {

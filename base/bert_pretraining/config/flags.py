@@ -1,4 +1,4 @@
-"""The command line's flags: underscores or hyphens, and errors of one line."""
+"""Command-line flags, with underscores or hyphens; errors are one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_pretraining.errors import UserError
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """ "; did you mean X?", or nothing if no name is near."""
+    """ "; did you mean X?" with the most similar name, or "" if none is similar."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -26,7 +26,7 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(message, f"see {self.prog} --help")
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Parse all of `arguments`; an unknown flag names its nearest neighbour."""
+        """Parse all of `arguments`; the error for an unknown flag names the most similar one."""
         normal = [
             re.sub(r"^--[^=]+", lambda match: "--" + re.sub("[-.]", "_", match[0][2:]), argument)
             for argument in arguments
@@ -44,8 +44,8 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field of Config; a flag that is not given leaves no trace."""
-    parser.usage = "%(prog)s [flags]"  # the list of all would fill the screen
+    """Add one flag per field of Config. The result has only flags that were given."""
+    parser.usage = "%(prog)s [flags]"  # argparse would list all flags, a screen full
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in FIELDS.values():
         group = groups[field.metadata["group"]]
@@ -67,7 +67,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _details(field: Field) -> str:
-    """A setting's allowed values and its default, where no configuration says otherwise."""
+    """A setting's allowed values, and its default if no configuration changes it."""
     minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
     allowed = "|".join(field.metadata["choices"] or ())
     if minimum is not None:
@@ -77,7 +77,7 @@ def _details(field: Field) -> str:
 
 
 def parse_bool(text: str) -> bool:
-    """A flag's true or false, for argparse."""
+    """Parse a flag's true or false, for argparse."""
     if text.lower() in ("true", "1", "yes", "on"):
         return True
     if text.lower() in ("false", "0", "no", "off"):

@@ -1,8 +1,8 @@
 """Configuration: field defaults, then TOML files (with `extends`), then flags.
 
-`resolve()` turns flags into a frozen, validated `Config` and remembers where each value
-came from. Unknown flags, unknown keys, wrong types and impossible values are UserErrors
-that name the nearest right thing.
+`resolve()` turns flags into a frozen, validated `Config` and remembers where each value came from.
+Unknown flags, unknown keys, wrong types and impossible values raise UserErrors that suggest what
+is right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ else:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, its file, and for every field the file, "flag" or "default"."""
+    """A configuration, its file, and the source of each field: a file, "flag" or "default"."""
 
     config: Config
     path: str
@@ -35,13 +35,13 @@ class Resolved:
 
 
 def configs_directory() -> Path:
-    """`configs/` of the checkout, or the copy that an installed package carries."""
+    """`configs/` of the checkout, or its copy in an installed package."""
     checkout = Path(__file__).resolve().parents[3] / "configs"
     return checkout if checkout.is_dir() else Path(__file__).resolve().parents[1] / "configs"
 
 
 def config_names() -> list[tuple[str, str]]:
-    """Every (name, config) that ships; files with a leading underscore are only extended."""
+    """Every shipped (name, config), without files that others extend (a leading underscore)."""
     paths = sorted(configs_directory().glob("*/*.toml"))
     return [(path.parent.name, path.stem) for path in paths if not path.stem.startswith("_")]
 
@@ -53,9 +53,9 @@ def parse_topology(config: str) -> tuple[int, int] | None:
 
 
 def resolve(flags: dict[str, object]) -> Resolved:
-    """Flags (name -> typed value) over the TOML files they name over the defaults.
+    """Resolve flags (name -> typed value) over TOML files over defaults. The flags name the file.
 
-    A later source wins: a file over what it extends, a flag over any file.
+    A later source wins: a file over the files that it extends, a flag over any file.
     Raises UserError for an unknown configuration, key, type or value.
     """
     values = {field.name: field.default for field in FIELDS.values()}
@@ -75,17 +75,16 @@ def resolve(flags: dict[str, object]) -> Resolved:
     return Resolved(resolved, _shown(file), sources)
 
 
-# Upstream's switches beside the setting that says the same and more: switch -> (setting, the
-# value that the switch stands for).
+# Upstream's switches whose meaning is one value of a setting: switch -> (setting, that value).
 SWITCHES = {"fp16": ("precision", "fp16"), "exchange_padding": ("batching", "balanced")}
 
 
 def _settle_switches(
     layer: dict[str, object], source: str, values: dict[str, object], sources: dict[str, str]
 ) -> None:
-    """Make a switch and its setting say the same once a layer has named one of them.
+    """Make a switch and its setting consistent after a layer has set one of them.
 
-    UserError where one layer names both and they contradict each other.
+    Raises UserError if one layer sets both and they contradict each other.
     """
     for switch, (setting, meaning) in SWITCHES.items():
         is_on, value = layer.get(switch), layer.get(setting)
@@ -94,12 +93,12 @@ def _settle_switches(
                 where = "the command line" if source == "flag" else source
                 raise UserError(
                     f"{where}: {switch} = {str(is_on).lower()} contradicts {setting} = {value!r}",
-                    f"leave {switch} out; {setting} says it all",
+                    f"remove {switch}: {setting} is enough",
                 )
         elif setting in layer and values[switch] != (value == meaning):
             values[switch], sources[switch] = value == meaning, source
         elif switch in layer and (is_on or values[setting] == meaning):
-            # Its default is what the switch stands for.
+            # A setting of None means what the switch says.
             values[setting], sources[setting] = None, source
 
 
@@ -120,7 +119,7 @@ def show(resolved: Resolved) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A shipped file as configs/NAME/FILE, any other as it is."""
+    """The path to print: configs/NAME/FILE for a shipped file, else the path as it is."""
     root = configs_directory().parent
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
@@ -154,7 +153,7 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     layers: list[tuple[Path, dict]] = []
     while True:
         if any(path.resolve() == seen.resolve() for seen, _ in layers):
-            raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' of the circle")
+            raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -176,7 +175,7 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
 def _checked_key(key: str, value: object, path: Path) -> object:
     if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
         raise UserError(
-            f"{_shown(path)}: '{key}' is a table, but settings stand by themselves, "
+            f"{_shown(path)}: '{key}' is a table, but settings are keys outside tables, "
             "as in max_steps = 100",
             f"delete the line [{key}]",
         )

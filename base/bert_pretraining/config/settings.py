@@ -1,7 +1,7 @@
 """Every setting of a run: name, type, default, meaning.
 
-Names follow DeepSparkHub's BERT sample, so that its command lines and configurations
-keep working. `resolution.py` fills a `Config` from files and flags.
+Names are those of DeepSparkHub's BERT sample, so that its command lines and configurations keep
+working. `resolution.py` fills a `Config` from files and flags.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ _PROVIDERS = ("auto", "reference", "torch", "triton", "apex")
 
 def _operator(name: str) -> object:
     return setting(
-        None, "run", f"provider of {name} alone; --kernels.{name} too", choices=_PROVIDERS
+        None, "run", f"provider of {name} alone; also --kernels.{name}", choices=_PROVIDERS
     )
 
 
 @dataclass(frozen=True)
 class Config(UpstreamSwitches):
-    """One run, fully resolved."""
+    """All settings of a run, fully resolved."""
 
     name: str = setting(
-        "mini", "run", "who tuned the configuration: a folder of configs/", changes_numbers=False
+        "mini",
+        "run",
+        "the configuration's folder in configs/, named after who tuned it",
+        changes_numbers=False,
     )
     config: str = setting(
         "CPUx1x2",
@@ -33,13 +36,13 @@ class Config(UpstreamSwitches):
         "<device>x<nodes>x<processes per node>, or the path of a .toml file",
         changes_numbers=False,
     )
-    nnodes: int = setting(1, "run", "machines", minimum=1)
+    nnodes: int = setting(1, "run", "number of machines", minimum=1)
     nproc_per_node: int = setting(1, "run", "processes (ranks) on each machine", minimum=1)
-    device: str = setting("auto", "run", "where to train", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "run", "device to train on", choices=("auto", "cpu", "cuda"))
     dist_backend: str = setting(
-        "nccl", "run", "collectives; gloo on a CPU", choices=("nccl", "gloo")
+        "nccl", "run", "backend of the collectives; on a CPU always gloo", choices=("nccl", "gloo")
     )
-    kernels: str = setting("auto", "run", "provider of the operators", choices=_PROVIDERS)
+    kernels: str = setting("auto", "run", "provider of the fused operators", choices=_PROVIDERS)
     kernels_attention: str | None = _operator("attention")
     kernels_bias_gelu: str | None = _operator("bias_gelu")
     kernels_bias_dropout_residual_layer_norm: str | None = _operator(
@@ -48,22 +51,24 @@ class Config(UpstreamSwitches):
     kernels_embedding_layer_norm_dropout: str | None = _operator("embedding_layer_norm_dropout")
     kernels_masked_cross_entropy: str | None = _operator("masked_cross_entropy")
     compile: str = setting(
-        "auto", "run", "torch.compile the model; auto: on a GPU", choices=("auto", "on", "off")
+        "auto", "run", "torch.compile the model; auto: on a GPU only", choices=("auto", "on", "off")
     )
     use_cuda_graph: bool = setting(
-        False, "run", "replay forward and backward as a CUDA graph (one rank; batching balanced)"
+        False,
+        "run",
+        "replay forward and backward as a CUDA graph (one rank, batching balanced)",
     )
     static_tokens: int = setting(
         0,
         "run",
-        "tokens of the constant-shape batch that compiled code and graphs take, with batching "
-        "balanced; 0 for the mean of the MLPerf data set with a margin",
+        "tokens of the constant-shape batch that compiled code and CUDA graphs use with batching "
+        "balanced; 0 for the mean of the MLPerf data set plus a margin",
         minimum=0,
     )
     seed: int | None = setting(
         None,
         "run",
-        "master seed; by default from the system's entropy",
+        "master seed; by default drawn from the system's entropy",
         minimum=0,
         changes_numbers=False,
     )
@@ -71,71 +76,81 @@ class Config(UpstreamSwitches):
     data_dir: str | None = setting(
         None,
         "data",
-        "holds 2048_shards_uncompressed/, eval_set_uncompressed/, bert_config.json",
+        "folder with 2048_shards_uncompressed/, eval_set_uncompressed/ and bert_config.json",
         changes_numbers=False,
     )
     train_dir: str | None = setting(
-        None, "data", "training shards, if not in data_dir", changes_numbers=False
+        None, "data", "folder of training shards, if not in data_dir", changes_numbers=False
     )
     eval_dir: str | None = setting(
-        None, "data", "evaluation shards, if not in data_dir", changes_numbers=False
+        None, "data", "folder of evaluation shards, if not in data_dir", changes_numbers=False
     )
     bert_config_path: str | None = setting(
-        None, "data", "bert_config.json, if not in data_dir", changes_numbers=False
+        None, "data", "path of bert_config.json, if not in data_dir", changes_numbers=False
     )
     init_checkpoint: str | None = setting(
         None,
         "data",
-        "start weights, if not data_dir/model.ckpt-28252.apex.pt; 'random' for none",
+        "checkpoint to start from; by default data_dir/model.ckpt-28252.apex.pt; 'random' for "
+        "random weights",
         changes_numbers=False,
     )
     batching: str | None = setting(
         None,
         "data",
-        "'random' sequences a batch, or 'balanced' to level token counts between batches and "
-        "ranks; by default what exchange_padding stands for",
+        "'random': random sequences in each batch; 'balanced': about equal token counts in all "
+        "batches and on all ranks; by default random, or balanced with exchange_padding",
         choices=("random", "balanced"),
     )
     exchange_padding: bool = setting(
-        False, "data", "upstream's name for batching balanced (its own way exchanges sequences)"
+        False,
+        "data",
+        "upstream's name for batching balanced (upstream exchanges sequences)",
     )
     data_lanes: int = setting(
         0,
         "data",
-        "shards read side by side, 0 for one a rank; the order of the sequences follows from "
-        "this and the seed, whatever the number of ranks",
+        "shards to read in parallel; 0 for one per rank; with the same number and seed, the order "
+        "of the sequences is the same for every number of ranks",
         minimum=0,
         changes_numbers=False,
     )
     output_dir: str | None = setting(
         None,
         "data",
-        "logs and checkpoints; by default output/<name>_<config>",
+        "folder of logs and checkpoints; by default output/<name>_<config>",
         changes_numbers=False,
     )
 
-    train_batch_size: int = setting(18, "training", "sequences a rank and micro-batch", minimum=1)
-    gradient_accumulation_steps: int = setting(1, "training", "micro-batches an update", minimum=1)
+    train_batch_size: int = setting(18, "training", "sequences per rank and micro-batch", minimum=1)
+    gradient_accumulation_steps: int = setting(1, "training", "micro-batches per update", minimum=1)
     check_replicas_every: int = setting(
         0,
         "training",
-        "updates between checks that all ranks hold the same weights; 0 for only at the start",
+        "updates between checks that all ranks hold the same weights; 0 to check only at the start",
         minimum=0,
         changes_numbers=False,
     )
     objective: str = setting(
         "mlm_nsp",
         "training",
-        "losses to train with: masked words (mlm) and next sentences (nsp), or masked words alone, "
-        "for which a start checkpoint needs no next-sentence head",
+        "losses to train with; mlm_nsp: masked tokens and next sentences; mlm: masked tokens "
+        "only, so that the start checkpoint needs no next-sentence head",
         choices=("mlm_nsp", "mlm"),
     )
-    max_steps: int = setting(1536, "training", "updates after which to stop", minimum=1)
+    max_steps: int = setting(1536, "training", "updates after which the run stops", minimum=1)
     max_samples_termination: int = setting(
-        14_000_000, "training", "sequences after which to stop", minimum=1, changes_numbers=False
+        14_000_000,
+        "training",
+        "sequences after which the run stops",
+        minimum=1,
+        changes_numbers=False,
     )
     precision: str | None = setting(
-        None, "training", "weights and activations", choices=("fp32", "bf16", "fp16")
+        None,
+        "training",
+        "dtype of weights and activations; by default fp32, or fp16 with --fp16",
+        choices=("fp32", "bf16", "fp16"),
     )
     fp16: bool = setting(False, "training", "the same as --precision fp16; fp32 on a CPU")
     loss_scale: float = setting(
@@ -146,12 +161,14 @@ class Config(UpstreamSwitches):
         maximum=2.0**24,
     )
     checkpoint_activations: bool = setting(
-        False, "training", "keep only each layer's input for the backward pass; less memory"
+        False,
+        "training",
+        "save only each layer's input for the backward pass and recompute the rest",
     )
     mlm_loss_normalization: str = setting(
         "rank",
         "training",
-        "'rank': each micro-batch's own mean, then the mean over ranks (upstream's way); "
+        "'rank': the mean of each micro-batch, then the mean over ranks, as upstream does; "
         "'global': the mean over all masked tokens of the update",
         choices=("rank", "global"),
     )
@@ -159,19 +176,21 @@ class Config(UpstreamSwitches):
     optimizer: str = setting(
         "auto",
         "optimizer",
-        "adamw, or LAMB: auto for its fastest implementation here, or that implementation's name",
+        "adamw, or LAMB: auto for its fastest implementation on this device, or the name of an "
+        "implementation",
         choices=("auto", "reference", "foreach", "flat", "triton", "apex", "adamw"),
     )
     distributed_lamb: bool = setting(
         False,
         "optimizer",
-        "share gradients, moments and master weights between ranks; the same updates with less "
-        "memory a rank",
+        "shard gradients, moments and master weights over ranks: the same updates with less "
+        "memory per rank",
     )
     clip_gradients: str = setting(
         "after_reduction",
         "optimizer",
-        "clip the mean of the ranks' gradients, or, before the reduction, each rank's own",
+        "after_reduction: clip the mean of the ranks' gradients; before_reduction: each rank "
+        "clips its own gradient first",
         choices=("after_reduction", "before_reduction"),
     )
     learning_rate: float = setting(4e-5, "optimizer", "peak learning rate", minimum=0.0)
@@ -184,24 +203,24 @@ class Config(UpstreamSwitches):
     )
     opt_lamb_epsilon: float = setting(1e-6, "optimizer", "epsilon of LAMB and AdamW", minimum=1e-12)
     max_gradient_norm: float = setting(
-        1.0, "optimizer", "gradients of a greater norm are scaled down to it", minimum=1e-12
+        1.0, "optimizer", "gradients with a larger norm are scaled down to this norm", minimum=1e-12
     )
     warmup_steps: int = setting(0, "optimizer", "updates of linear warm-up", minimum=0)
     warmup_proportion: float = setting(
         0.0,
         "optimizer",
-        "warm-up as a share of max_steps, where warmup_steps is 0",
+        "warm-up as a fraction of max_steps, if warmup_steps is 0",
         minimum=0.0,
         maximum=1.0,
     )
     start_warmup_step: int = setting(
-        0, "optimizer", "update at which the warm-up starts; may be negative"
+        0, "optimizer", "update at which the warm-up starts; it may be negative"
     )
 
     target_mlm_accuracy: float = setting(
         0.72,
         "evaluation",
-        "masked-token accuracy on the evaluation set that ends the run",
+        "accuracy on the masked tokens of the evaluation set at which the run ends",
         minimum=0.0,
         maximum=1.0,
         changes_numbers=False,
@@ -221,44 +240,49 @@ class Config(UpstreamSwitches):
         changes_numbers=False,
     )
     eval_batch_size: int = setting(
-        128, "evaluation", "sequences a batch", minimum=1, changes_numbers=False
+        128, "evaluation", "sequences per evaluation batch", minimum=1, changes_numbers=False
     )
     num_eval_examples: int = setting(
-        10_000, "evaluation", "sequences to evaluate", minimum=1, changes_numbers=False
+        10_000, "evaluation", "number of sequences to evaluate", minimum=1, changes_numbers=False
     )
 
     log_freq: int = setting(
         1,
         "logging",
-        "updates between STEP_END lines; 0 for evaluated steps only",
+        "updates between STEP_END lines; 0 to log only steps with an evaluation",
         minimum=0,
         changes_numbers=False,
     )
     save_checkpoint: bool = setting(
         False,
         "logging",
-        "write model.ckpt-<step>.pt: on the way, and at the end",
+        "write checkpoints model.ckpt-<step>.pt during the run and at its end",
         changes_numbers=False,
     )
     num_samples_per_checkpoint: int = setting(
         500_000,
         "logging",
-        "sequences between checkpoints; 0 for one at the end only",
+        "sequences between checkpoints; 0 to write only one at the end",
         minimum=0,
         changes_numbers=False,
     )
     min_samples_to_start_checkpoints: int = setting(
-        3_000_000, "logging", "sequences before the first of them", minimum=0, changes_numbers=False
+        3_000_000,
+        "logging",
+        "sequences before the first checkpoint",
+        minimum=0,
+        changes_numbers=False,
     )
     keep_n_most_recent_checkpoints: int = setting(
-        20, "logging", "checkpoints of a run to keep; 0 for all", minimum=0, changes_numbers=False
+        20, "logging", "latest checkpoints to keep; 0 for all", minimum=0, changes_numbers=False
     )
     resume: str | None = setting(
         None,
         "logging",
-        "go on from the latest whole checkpoint in output_dir where there is one (auto), or else "
-        "refuse (required); by default only from an --init_checkpoint that is a training "
-        "checkpoint, and with never not even then",
+        "auto: resume from the latest complete checkpoint in output_dir, if there is one, else "
+        "from --init_checkpoint, if that is a training checkpoint; required: the same, but stop "
+        "with an error if there is neither; never: do not resume; by default resume only from "
+        "such an --init_checkpoint",
         choices=("auto", "never", "required"),
         changes_numbers=False,
     )
@@ -266,13 +290,13 @@ class Config(UpstreamSwitches):
     report: bool = setting(
         False,
         "logging",
-        "draw the run into its folder at the end, as 'report' does",
+        "at the end, write the run's report into its folder, as the command 'report' does",
         changes_numbers=False,
     )
     tensorboard_dir: str | None = setting(
         None,
         "logging",
-        "also write the figures of steps and evaluations for TensorBoard, here",
+        "folder in which to write the values of steps and evaluations for TensorBoard, too",
         changes_numbers=False,
     )
 
@@ -299,17 +323,17 @@ class Config(UpstreamSwitches):
 
     @property
     def resolved_precision(self) -> str:
-        """`precision`, or what `fp16` stands for."""
+        """`precision`, or what `fp16` means if that is not set."""
         return self.precision or ("fp16" if self.fp16 else "fp32")
 
     @property
     def resolved_batching(self) -> str:
-        """`batching`, or what `exchange_padding` stands for."""
+        """`batching`, or what `exchange_padding` means if that is not set."""
         return self.batching or ("balanced" if self.exchange_padding else "random")
 
     @property
     def kernels_by_operator(self) -> dict[str, str]:
-        """Operator -> provider, where one is named for it alone."""
+        """Operator -> provider, for the operators whose own setting is set."""
         start = "kernels_"
         named = {
             name.removeprefix(start): getattr(self, name)
@@ -320,7 +344,7 @@ class Config(UpstreamSwitches):
 
     @property
     def optimizer_algorithm(self) -> str:
-        """What `optimizer` computes: "adamw", or "lamb" for each implementation of LAMB."""
+        """The algorithm of `optimizer`: "adamw", or "lamb" for each implementation of LAMB."""
         return "adamw" if self.optimizer == "adamw" else "lamb"
 
     @property
@@ -334,7 +358,7 @@ class Config(UpstreamSwitches):
 
     @property
     def world_size(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.nnodes * self.nproc_per_node
 
     @property
@@ -348,5 +372,5 @@ _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def base_type(field: Field) -> type:
-    """The type of a field's values where they are set: int for `int | None`."""
+    """The type of a field's values other than None: int for `int | None`."""
     return _TYPES[str(field.type).split(" | ")[0]]

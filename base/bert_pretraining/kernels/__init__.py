@@ -1,4 +1,4 @@
-"""The operators a training step is made of, each with interchangeable providers."""
+"""The model's fused operators, and the providers that implement them."""
 
 from bert_pretraining.kernels.provider import OPERATORS, Target
 from bert_pretraining.kernels.table import DTYPES, PROVIDERS, Kernels, select, unavailable

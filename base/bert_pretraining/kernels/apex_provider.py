@@ -1,8 +1,8 @@
-"""The operators that an installed NVIDIA apex has kernels for. Shapes: see `reference.py`.
+"""The operators for which NVIDIA apex has kernels. Shapes: see `reference.py`.
 
-Each function needs a symbol of apex, see NEEDS; `missing` names the one that is absent. apex has
-no kernel for attention (its multi-head attention was removed) and none for GELU alone: another
-provider runs these.
+Each operator needs one symbol of the installed apex, listed in NEEDS; `missing` says if it is
+absent. apex has no attention kernel (its multi-head attention was removed) and no kernel for GELU
+alone, so another provider runs these two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEEDS = {
 
 
 def installation_fault() -> Unavailable | None:
-    """Why the installed apex, if there is one, is of no use on any device; None if it is."""
+    """Why apex cannot be used on any device (absent, or another package), or None."""
     try:
         apex = importlib.import_module("apex")
     except ImportError:
@@ -69,7 +69,7 @@ def _is_nvidias(apex: ModuleType) -> bool:
 
 
 def missing(operator: str) -> Unavailable | None:
-    """Which symbol of an operator in NEEDS the installed apex lacks, or None."""
+    """Why the installed apex lacks the symbol for an operator in NEEDS, or None if it has it."""
     module, symbol = NEEDS[operator]
     try:
         if hasattr(importlib.import_module(module), symbol):
@@ -80,7 +80,7 @@ def missing(operator: str) -> Unavailable | None:
 
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
-    """The operator, if the installed apex has what it needs. See `Provider`."""
+    """The operator's implementation, if the installed apex has its symbol. See `Provider`."""
     problem = unavailable(target) or missing(operator)
     return problem or Implementation(globals()[operator], NAME)
 
@@ -122,8 +122,9 @@ def embedding_layer_norm_dropout(
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    # Arguments: smoothing, a label that does not count, whether 16-bit logits give float32
-    # losses. The kernel reads the label's logit even where the label does not count.
+    # The last arguments: label smoothing, the label to ignore, whether 16-bit logits give float32
+    # losses. The kernel reads the label's logit in ignored rows too, so the label must be a valid
+    # index.
     to_float32 = logits.dtype != torch.float32
     losses = _symbol(_CROSS_ENTROPY).apply(logits, labels.clamp(min=0), 0.0, IGNORED, to_float32)
     losses = torch.where(labels == IGNORED, 0.0, losses)

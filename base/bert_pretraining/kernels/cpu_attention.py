@@ -1,4 +1,4 @@
-"""Attention over packed sequences on a CPU, which has no kernel for it."""
+"""Attention over packed sequences on a CPU, for which PyTorch has no such kernel."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch.autograd.function import FunctionCtx
 
 from bert_pretraining.kernels.dropout import keep_mask, keep_scale
 
-# All sequences at once, padded, while the longest one's queries are no more than this many
-# numbers (tokens x hidden size); else one by one. Small ones are bound by the number of
-# calls, large ones by the arithmetic. Measured: docs/LOG.md, 2026-11-23.
+# A limit on tokens x hidden size of the longest sequence. Up to it, all sequences are padded and
+# computed in one call, because short sequences are bound by the number of calls. Above it, each
+# sequence is computed separately, because long ones are bound by arithmetic. Measured: docs/LOG.md,
+# 2026-11-23.
 PADDED_ATTENTION_LIMIT = 8192
 
 
 def cpu_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
-    """No work between sequences, and few calls for short ones."""
+    """Attention inside each sequence: padded for short sequences, one by one for long ones."""
     if max_seqlen * qkv.shape[2] * qkv.shape[3] > PADDED_ATTENTION_LIMIT:
         return looped_attention(qkv, cu_seqlens, max_seqlen, dropout)
     return padded_attention(qkv, cu_seqlens, max_seqlen, dropout)
 
 
 def looped_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
-    """One sequence after the other; tokens beyond the last one give zeros."""
+    """Compute one sequence after the other. Tokens after the last sequence give zeros."""
     runs = itertools.pairwise(cu_seqlens.tolist())
     return _LoopedAttention.apply(qkv, [slice(*run) for run in runs if run[0] < run[1]], dropout)
 
 
 def padded_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
-    """One scaled-dot-product call on (B, heads, max_seqlen, D), padding masked away."""
+    """One scaled_dot_product_attention call on (B, heads, max_seqlen, D), padding masked."""
     num_sequences = cu_seqlens.shape[0] - 1
     lengths = cu_seqlens.diff().long()
     inside = torch.arange(max_seqlen, device=qkv.device) < lengths[:, None]
@@ -50,17 +51,17 @@ def padded_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: 
 
 
 class _LoopedAttention(torch.autograd.Function):
-    """Forward and backward by hand: the weights are kept once, and dropped in place.
+    """Hand-written forward and backward, which save the attention weights only once.
 
     With P = softmax(Q K' / sqrt(D)), M the dropout mask (0 or 1) and s its scale:
-    O = s (P M) V, and with dO given:
+    O = s (P M) V, and for a given dO:
     dV = s (P M)' dO; dP = s M (dO V'); dS = P (dP - rowsum(dP P)); dQ = dS K / sqrt(D);
     dK = dS' Q / sqrt(D).
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, runs: list[slice], dropout: float) -> Tensor:
-        # (3, heads, T, D): each sequence's part is a batch of plain matrices.
+        # (3, heads, T, D), so that each sequence is a batch of plain matrices, one per head.
         by_head = qkv.permute(1, 2, 0, 3).contiguous()
         query, key, value = by_head.unbind()
         context = torch.zeros_like(query)
@@ -89,7 +90,7 @@ class _LoopedAttention(torch.autograd.Function):
         query_gradient, key_gradient, value_gradient = gradients.unbind()
         scaled = gradient.transpose(0, 1).contiguous()
         if ctx.dropout:
-            scaled = scaled * keep_scale(ctx.dropout)  # not in place: it may be the caller's
+            scaled = scaled * keep_scale(ctx.dropout)  # not in place: the caller may still use it
         remaining = iter(saved)
         for here in ctx.runs:
             mask = next(remaining) if ctx.dropout else None

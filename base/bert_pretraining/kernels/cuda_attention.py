@@ -1,8 +1,8 @@
 """Attention over packed sequences through PyTorch's CUDA kernels.
 
-PyTorch has both with `cu_seqlens` and dropout, but as internal operators whose shape
-functions are not all sound; wrapped as operators of our own they also go through
-torch.compile and into CUDA graphs. Shapes: see `reference.py`.
+PyTorch has FlashAttention-2 and memory-efficient attention with `cu_seqlens` and dropout, but only
+as internal operators, and some of their shape functions are wrong. This module wraps both as custom
+operators, so that they work under torch.compile and in CUDA graphs. Shapes: see `reference.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 aten = torch.ops.aten
-# They draw dropout masks themselves: whoever computes a layer anew must set the generator back.
+# These operators draw dropout masks. The tag tells torch.compile that it must restore the
+# generator's state before it recomputes a layer.
 RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 def flash_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
     """FlashAttention-2 (CUDA sm80 and newer, fp16 or bf16).
 
-    The rows of tokens beyond the last sequence are not defined.
+    Rows of tokens after the last sequence are undefined.
     """
     return _flash(qkv, cu_seqlens, max_seqlen, dropout)[0]
 
@@ -34,7 +35,8 @@ def _flash(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value = qkv.unbind(dim=1)
-    # Positional up to return_debug_mask: the keywords after it differ between versions.
+    # Arguments up to return_debug_mask are positional, because the keywords after it differ between
+    # versions of PyTorch.
     context, log_sum_exp, seed, offset, _ = aten._flash_attention_forward(
         query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
     )
@@ -77,14 +79,15 @@ def _efficient(
     context, log_sum_exp, seed, offset, _, _ = aten._efficient_attention_forward(
         query, key, value, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, 0, True
     )
-    # The kernel gives one leading batch of all tokens; an operator must not return views.
+    # The kernel returns a leading dimension of 1. The result is cloned, because a custom operator
+    # must not return a view.
     return context[0].clone(), log_sum_exp, seed, offset
 
 
 @_efficient.register_fake
 def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> tuple[Tensor, ...]:
     tokens, _, heads, size = qkv.shape
-    # The kernel rounds a row of log-sum-exps up to a multiple of 32.
+    # The kernel pads each row of log-sum-exps to a multiple of 32.
     rows = (cu_seqlens.shape[0] - 1, heads, -(-max_seqlen // 32) * 32)
     return (
         qkv.new_empty(tokens, heads, size),

@@ -1,8 +1,8 @@
 """Dropout on a CPU, where drawing the random numbers is most of the work.
 
-PyTorch's own draws a 64-bit number an element; here one gives four elements' masks of 16
-bits each (measured: docs/LOG.md, 2026-11-23). The numbers come from PyTorch's generator,
-so that `torch.manual_seed` and a saved generator state decide them.
+PyTorch's own dropout draws a 64-bit random number per element. Here one such number serves four
+elements, 16 bits each (measured: docs/LOG.md, 2026-11-23). The numbers come from PyTorch's
+generator, so that `torch.manual_seed` or a restored generator state reproduces them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-GRAIN = 65536  # 16 bits an element: probabilities are rounded to 1 / GRAIN
+GRAIN = 65536  # 16 bits per element: probabilities are rounded to multiples of 1 / GRAIN
 
 
 def keep_mask(shape: tuple[int, ...], probability: float) -> Tensor:
-    """Booleans that are False with `probability`, which is below 1."""
+    """A random mask of booleans, each False with `probability`, which must be below 1."""
     count = torch.Size(shape).numel()
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[:count].view(shape)
@@ -24,12 +24,12 @@ def keep_mask(shape: tuple[int, ...], probability: float) -> Tensor:
 
 
 def keep_scale(probability: float) -> float:
-    """1 / the probability with which `keep_mask` keeps."""
+    """1 / (the probability that `keep_mask` keeps an element)."""
     return GRAIN / (GRAIN - round(probability * GRAIN))
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
-    """Zeroes an element with `probability`; the others are scaled to keep the mean."""
+    """Zero each element with `probability`, and scale the others to preserve the mean."""
     if probability == 0.0 or x.device.type != "cpu":
         return F.dropout(x, probability, training=probability > 0)
     return _Dropout.apply(x, keep_mask(tuple(x.shape), probability), keep_scale(probability))

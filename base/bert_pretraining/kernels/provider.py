@@ -30,7 +30,7 @@ class Target:
 
 
 class Implementation(NamedTuple):
-    """An operator that runs on a target. description: the provider's name, and a reason if any."""
+    """An operator's function for a target. description: the provider's name, and why if known."""
 
     function: Callable
     description: str
@@ -49,20 +49,20 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class NotInstalled(Unavailable):
-    """The package that the provider is made of is not there."""
+    """The provider's package is not installed."""
 
 
 @dataclass(frozen=True)
 class Provider:
     """One implementation of some or all operators.
 
-    name: what `--kernels` calls it.
-    operators: those of OPERATORS that it has kernels for, on any device.
-    find: operator, target -> its implementation, or why it cannot run there. Called with
-        declared operators only. The function has the signature of its namesake in
-        `reference.py`.
-    unavailable: target -> why none of its operators can run there, or None. Imports nothing
-        that may be missing.
+    name: its value for `--kernels`.
+    operators: those of OPERATORS for which it has kernels, on any device.
+    find: (operator, target) -> the implementation, or why it cannot run there. It is called with
+        declared operators only. The implementation's function has the signature of the function of
+        the same name in `reference.py`.
+    unavailable: target -> why none of its operators can run there, or None. It must not import
+        packages that may be missing.
     """
 
     name: str
@@ -72,5 +72,5 @@ class Provider:
 
 
 def find_in(name: str, functions: dict[str, Callable]) -> Callable[[str, Target], Implementation]:
-    """A `Provider.find` for functions that run on every target; functions: a module's globals."""
+    """A `Provider.find` for functions that run on every target. functions: a module's globals."""
     return lambda operator, _: Implementation(functions[operator], name)

@@ -1,6 +1,6 @@
-"""The plain meaning of every operator: readable PyTorch in any dtype, float64 included.
+"""The definition of every operator in readable PyTorch, for any dtype, float64 included.
 
-Every other provider is tested against these.
+The tests compare every other provider with these functions.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bert_pretraining.kernels.provider import OPERATORS, Provider, find_in
 
-IGNORED = -1  # the label of a row that is no masked token: padding of a fixed number of rows
+IGNORED = -1  # the label of rows that only pad a batch to a fixed size; the loss skips them
 
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
     """Multi-head self-attention inside each sequence: softmax(Q K' / sqrt(D)) V.
 
-    qkv: (T, 3, heads, D); cu_seqlens: (B + 1,) int32; dropout: the probability with which
-    an attention weight is zeroed (the others are scaled by 1 / (1 - dropout)).
-    Returns (T, heads, D); zeros for tokens beyond the last sequence.
+    qkv: (T, 3, heads, D); cu_seqlens: (B + 1,) int32; dropout: the probability of zeroing an
+    attention weight (the others are scaled by 1 / (1 - dropout)).
+    Returns (T, heads, D); tokens after the last sequence give zeros.
     """
     contexts = []
     bounds = cu_seqlens.tolist()
@@ -41,7 +41,7 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias) in its tanh form, (Hendrycks and Gimpel 2016, section 2).
+    """GELU(x + bias) in its tanh approximation (Hendrycks and Gimpel 2016, section 2).
 
     x: (..., C); bias: (C,).
     """
@@ -101,10 +101,10 @@ def embedding_layer_norm_dropout(
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(logits)[label], and how many labels have the highest logit.
+    """Sum of -log softmax(logits)[label], and the number of labels that have the highest logit.
 
-    logits: (M, V); labels: (M,) int64, IGNORED where the row does not count. Returns two
-    scalars, at least float32 and int64; both 0 for M = 0.
+    logits: (M, V); labels: (M,) int64, IGNORED for rows to skip. Returns two scalars, the first
+    at least float32, the second int64; both are 0 for M = 0.
     """
     counts = labels != IGNORED
     wide = logits[counts].to(_at_least_float32(logits))

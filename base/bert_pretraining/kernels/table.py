@@ -1,7 +1,7 @@
-"""One table, operator -> provider, and the choice for a device.
+"""The kernel providers, and the choice of a provider for each operator on a device.
 
-Every provider of an operator has the signature of its namesake in `reference.py`, where
-shapes and formulas are written down.
+A provider's function has the signature of the function of the same name in `reference.py`, which
+documents shapes and formulas.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PROVIDERS: dict[str, Provider] = {
         apex_provider.PROVIDER,
     )
 }
-FALLBACK = "torch"  # has every operator, on every device
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+FALLBACK = "torch"  # it has every operator on every device
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operators in use, and for each the provider and why it was chosen."""
+    """The operators in use. choice: for each operator, its provider and why it was chosen."""
 
     attention: Callable
     bias_gelu: Callable
@@ -62,11 +62,11 @@ def select(
     head_size: int = 64,
     per_operator: Mapping[str, str] | None = None,
 ) -> Kernels:
-    """The operators for a device, the dtype of activations and the attention's head size.
+    """Choose the operators for a device, the dtype of activations and the attention's head size.
 
-    provider: "auto" or one of PROVIDERS, for all operators. An operator that it has no
-    kernel for is taken from `torch`, and `choice` says so. per_operator: operator ->
-    provider, in place of `provider`; here a provider without the operator is an error.
+    provider: "auto" or one of PROVIDERS, for all operators. If it has no kernel for an operator,
+    `torch` runs that operator, and `choice` says so. per_operator: operator -> provider, which
+    overrides `provider`; here a provider that lacks the operator is an error.
 
     Raises UserError for a provider that does not exist or cannot run on the device.
     """
@@ -119,7 +119,8 @@ def _automatic(operator: str, target: Target) -> Implementation:
     if target.device.type == "cpu":
         return _fallback(operator, target)
     if operator == "attention":
-        # PyTorch's hand-tuned attention comes before our own, where it takes device and dtype.
+        # PyTorch's hand-tuned attention is preferred to our own kernel where it supports the device
+        # and the dtype.
         found = PROVIDERS[FALLBACK].find(operator, target)
         if found.function is not torch_provider.padded_attention:
             return found

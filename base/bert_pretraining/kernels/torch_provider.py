@@ -20,10 +20,10 @@ NAME = "torch"
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Callable, str]:
-    """The attention for a device, dtype and head size, and the reason for it.
+    """The attention function for a device, dtype and head size, and why it was chosen.
 
-    On a CUDA-like device each is tried on two small sequences, forward and backward: what
-    a device can do depends on its build of PyTorch as much as on its capability.
+    On a GPU each candidate is run on two small sequences, forward and backward, because what works
+    depends on the build of PyTorch as much as on the GPU's compute capability.
     """
     if device.type == "cpu":
         return cpu_attention, "padded for small sequences, else one by one"
@@ -45,7 +45,7 @@ def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> t
 def try_attention(
     attention: Callable, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> None:
-    """Run two small sequences forward and backward; raises what the operator raises."""
+    """Run attention forward and backward on two small sequences; its errors pass through."""
     cu_seqlens = torch.tensor([0, 5, 16], dtype=torch.int32, device=device)
     qkv = torch.ones(16, 3, 2, head_size, device=device, dtype=dtype, requires_grad=True)
     attention(qkv, cu_seqlens, 11, 0.1).sum().backward()
@@ -65,7 +65,7 @@ def bias_dropout_residual_layer_norm(
     dropout: float,
 ) -> Tensor:
     summed = dropout_add(x, bias, residual, dropout)
-    # F.layer_norm computes 16-bit input in float32 inside.
+    # For 16-bit input, F.layer_norm computes in float32 internally.
     return F.layer_norm(summed, weight.shape, weight, norm_bias, epsilon)
 
 
@@ -93,7 +93,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def find(operator: str, target: Target) -> Implementation:
-    """The operator; of attention, the variant that runs on the target. See `Provider`."""
+    """The operator; for attention, the first variant that runs on the target. See `Provider`."""
     if operator != "attention":
         return Implementation(globals()[operator], NAME)
     function, why = attention_for(target.device, target.dtype, target.head_size)

@@ -1,4 +1,4 @@
-"""Packed self-attention: the operator over `triton_attention_kernels`, and its gradient."""
+"""Packed self-attention as an operator with a gradient, over `triton_attention_kernels`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bert_pretraining.kernels.triton_common import (
 
 
 class Tiling(NamedTuple):
-    """Sizes of a kernel's blocks, and how it is compiled."""
+    """Block sizes of a kernel, and its compile options."""
 
     block_queries: int
     block_keys: int
@@ -30,17 +30,17 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# 16-bit numbers: nothing spills on sm80 or sm90, and with heads of 64 two to four programs fit a
-# multiprocessor. Larger blocks would waste more on short sequences.
+# For 16-bit dtypes: no registers spill on sm80 or sm90, and with head size 64 two to four programs
+# run on one multiprocessor at a time. Larger blocks would waste more work on short sequences.
 _SMALL_HEAD_TILING = Tiling(64, 64, num_warps=4, num_stages=2)
 _LARGE_HEAD_TILING = Tiling(64, 64, num_warps=8, num_stages=2)
-# float32 products run without tensor cores, and their operands are twice as large.
+# For float32: products do not use tensor cores, and their operands are twice as large.
 _FLOAT32_TILING = Tiling(32, 32, num_warps=8, num_stages=1)
 _LARGEST_HEAD = 128
 
 
 def tiling(head_size: int, dtype: torch.dtype) -> Tiling:
-    """The blocks for a head size and a dtype."""
+    """The block sizes for a head size and a dtype."""
     if dtype == torch.float32:
         return _FLOAT32_TILING
     return _SMALL_HEAD_TILING if head_size <= 64 else _LARGE_HEAD_TILING
@@ -55,7 +55,7 @@ def _launch(
     max_seqlen: int,
     dropout: float,
 ) -> None:
-    """Run a kernel with a program for each block of `programs_over` ("queries" or "keys")."""
+    """Run a kernel with one program per block of `programs_over` ("queries" or "keys")."""
     num_tokens, _, num_heads, head_size = qkv.shape
     num_sequences = cu_seqlens.shape[0] - 1
     sizes = tiling(head_size, qkv.dtype)
@@ -86,7 +86,7 @@ def _launch(
 
 
 def _readable(qkv: Tensor) -> Tensor:
-    """The kernels take any strides but for a head's numbers, which must be neighbours."""
+    """qkv with stride 1 in the last dimension; the kernels accept any other strides."""
     return qkv if qkv.stride(3) == 1 else qkv.contiguous()
 
 
@@ -94,12 +94,12 @@ def _readable(qkv: Tensor) -> Tensor:
 def packed_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K' / sqrt(D)) V inside each sequence, weights dropped with the seed's mask.
+    """softmax(Q K' / sqrt(D)) V inside each sequence, with dropout of the attention weights.
 
-    qkv: (T, 3, heads, D), D up to 128; cu_seqlens: (B + 1,) int32 from 0, lengths of 0 allowed;
-    max_seqlen: at least the longest length; seed: (2,) int32, or None without dropout.
-    Returns (T, heads, D), zeros from cu_seqlens[-1] on, and log2 sum 2^(scores * log2 e),
-    (heads, T) float32, undefined from there on.
+    qkv: (T, 3, heads, D), D up to 128; cu_seqlens: (B + 1,) int32, the first is 0, sequences may be
+    empty; max_seqlen: at least the longest length; seed: (2,) int32, or None without dropout.
+    Returns the context (T, heads, D), 0 from row cu_seqlens[-1] on, and the log-sum-exp to base 2,
+    log2 sum 2^(scores * log2 e), (heads, T) float32, undefined from that row on.
     """
     if qkv.shape[3] > _LARGEST_HEAD:
         raise ValueError(f"head size {qkv.shape[3]} is larger than {_LARGEST_HEAD}")
@@ -134,13 +134,13 @@ def packed_attention_backward(
     context: Tensor,
     log_sum_exp: Tensor,
 ) -> Tensor:
-    """The gradient of `packed_attention`'s first result: (T, 3, heads, D), zeros after the end."""
+    """The gradient with respect to qkv, (T, 3, heads, D), 0 after the last sequence."""
     gradient, qkv, cu_seqlens = gradient.contiguous(), _readable(qkv), cu_seqlens.contiguous()
     qkv_gradient = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(log_sum_exp)
     inputs = (gradient, qkv, cu_seqlens, seed)
     sizes = (qkv, cu_seqlens, max_seqlen, dropout)
-    # In this order: the second kernel reads the delta that the first writes.
+    # The order matters: the second kernel reads the delta that the first one writes.
     _launch(
         query_gradient_kernel,
         "queries",

@@ -1,18 +1,21 @@
 """Self-attention inside each sequence of a packed batch, as Triton kernels.
 
-The algorithm is FlashAttention-2 (Dao 2023, algorithms 1 and 2): softmax over blocks of keys with
-a running maximum and sum; saved is one log sum exp a query. Backward, with P the weights, M the
-dropout mask (0 or 1 / (1 - dropout)), dO the output's gradient and delta = rowsum(dO * O):
+The algorithm is FlashAttention-2 (Dao 2023, algorithms 1 and 2). It computes the softmax over
+blocks of keys with a running maximum and sum, and saves one log-sum-exp per query. In the backward
+pass, P are the weights, M is the dropout mask (0 or 1 / (1 - dropout)), dO the output's gradient
+and delta = rowsum(dO * O):
 
     dV = (P M)' dO,   dS = P (M (dO V') - delta),   dQ = dS K / sqrt(D),   dK = dS' Q / sqrt(D)
 
-One kernel goes through the keys for a block of queries and writes dQ and delta, another through
-the queries for a block of keys and writes dK and dV: each number has one writer, no atomics.
+One kernel loops over the keys for a block of queries and writes dQ and delta. Another loops over
+the queries for a block of keys and writes dK and dV. So one program writes each element, without
+atomics.
 
-A program is one block of one head of one sequence; the grid is as large as `max_seqlen` allows, and
-programs beyond their sequence's end return at once: its size depends on no data. After the last
-sequence comes a pretended one, the rows that belong to none: its programs only write zeros.
-Nothing reads a row outside its sequence, whatever such rows hold.
+A program computes one block of one head of one sequence. The grid has as many blocks per sequence
+as `max_seqlen` needs, so that its size does not depend on data; a program beyond the end of its
+sequence returns at once. The rows after the last sequence are handled as one extra sequence, whose
+programs only write zeros. No program reads a row outside its own sequence, so such rows may hold
+anything.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ import triton.language as tl
 from bert_pretraining.kernels.triton_common import kept, stream_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# These change from batch to batch: no variants are compiled for special values of them.
+# These arguments change with every batch, so Triton must not compile variants for special values.
 COUNTS = ("num_tokens", "num_sequences", "num_blocks")
 
 
 @triton.jit
 def _place(cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS: tl.constexpr):
-    """This program's block, head, first token, length, and whether it is a real sequence."""
+    """This program's block, head, first token, length, and whether its sequence is a real one."""
     program = tl.program_id(0)
     block = program % num_blocks
     head = (program // num_blocks) % NUM_HEADS
@@ -42,7 +45,7 @@ def _place(cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS: tl.
 
 @triton.jit
 def _inside(rows, length, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Which elements of a (rows, BLOCK_SIZE) tile exist."""
+    """Mask of the elements of a (rows, BLOCK_SIZE) tile that are inside sequence and head."""
     inside = (rows < length)[:, None]
     if HEAD_SIZE < BLOCK_SIZE:
         inside = inside & (tl.arange(0, BLOCK_SIZE) < HEAD_SIZE)[None, :]
@@ -53,7 +56,7 @@ def _inside(rows, length, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 def _load_tile(
     pointer, rows, row_stride, length, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """The (rows, BLOCK_SIZE) tile at a sequence's first row, zeros outside."""
+    """Load a (rows, BLOCK_SIZE) tile of the sequence at `pointer`; 0 outside of it."""
     offsets = rows[:, None] * row_stride + tl.arange(0, BLOCK_SIZE)[None, :]
     return tl.load(pointer + offsets, mask=_inside(rows, length, HEAD_SIZE, BLOCK_SIZE), other=0.0)
 
@@ -77,7 +80,7 @@ def _store_zeros(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Zero this program's share of `length` rows, which may be more than the blocks' rows."""
+    """Zero this program's part of `length` rows, which may exceed num_blocks * BLOCK_ROWS."""
     for first in range(block * BLOCK_ROWS, length, num_blocks * BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
         zeros = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), tl.float32)
@@ -92,7 +95,7 @@ def forward_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
     KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes output, (T, heads, D), and log_sum_exp, (heads, T), to base 2."""
+    """Write output, (T, heads, D), and log_sum_exp to base 2, (heads, T)."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
     )
@@ -122,7 +125,7 @@ def forward_kernel(
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         scores = scores * (softmax_scale * _LOG2_E)
         scores = tl.where((keys < length)[None, :], scores, float("-inf"))
-        # Every block has a key inside the sequence, so that the maximum is finite.
+        # Every block holds at least one key of the sequence, so the maximum is finite.
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_largest[:, None])
         rescale = tl.exp2(largest - new_largest)
@@ -155,7 +158,7 @@ def query_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
     KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dQ and delta, (heads, T). qkv_gradient: (T, 3, heads, D)."""
+    """Write dQ into qkv_gradient, (T, 3, heads, D), and delta, (heads, T)."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
     )
@@ -224,7 +227,7 @@ def key_value_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
     KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dK and dV, with delta from `query_gradient_kernel`."""
+    """Write dK and dV into qkv_gradient. Reads the delta of `query_gradient_kernel`."""
     block, head, start, length, real = _place(
         cu_seqlens_ptr, num_tokens, num_sequences, num_blocks, NUM_HEADS
     )
@@ -252,9 +255,9 @@ def key_value_gradient_kernel(
     if THRESHOLD > 0:
         first_key, second_key = stream_keys(seed_ptr, head)
 
-    # Scores are transposed, (keys, queries), so that they are the left factor of both products.
-    # Where a query or a key is outside the sequence, its row of the other factor is zero, or the
-    # result's row is not stored: no mask is needed.
+    # Scores are transposed, (keys, queries), so that they are the left factor in both products.
+    # They need no mask: a query outside the sequence has a row of zeros in the right factor, and
+    # the result's row for a key outside the sequence is not stored.
     key_gradient = tl.zeros((BLOCK_KEYS, BLOCK_SIZE), tl.float32)
     value_gradient = tl.zeros((BLOCK_KEYS, BLOCK_SIZE), tl.float32)
     for first in range(0, length, BLOCK_QUERIES):

@@ -1,9 +1,10 @@
-"""GELU(x + bias), tanh form, as one Triton kernel forward and one backward.
+"""GELU(x + bias) in its tanh approximation, as one Triton kernel forward and one backward.
 
 Hendrycks and Gimpel 2016, section 2: 0.5 z (1 + tanh(u)), u = sqrt(2 / pi) (z + 0.044715 z^3).
 Since 0.5 (1 + tanh(u)) = sigmoid(2u) = s, this is z s, and its derivative is
-s + z s (1 - s) 2u'. Only x and the bias are saved. The bias gradient is summed in float32 over
-groups of rows in a fixed order, and the groups by torch.sum: no atomics.
+s + z s (1 - s) 2u'. The forward pass saves only x and the bias. The bias gradient is summed in
+float32 in a fixed order without atomics: each program sums a group of rows, then torch.sum adds the
+groups.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_le
 
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
-# Beyond this, sigmoid(2u) is 1 in float32, or below 1.2e-38; up to this, exp does not overflow.
+# A bound for |z|. Beyond it sigmoid(2u) is 1 in float32, or below 1.2e-38; within it exp does not
+# overflow.
 _SATURATED = tl.constexpr(10.0)
 
 FORWARD_BLOCK = (4, 1024)
 BACKWARD_BLOCK = (16, 256)
-# Rows a backward program sums the bias gradient over.
+# Rows over which one backward program sums the bias gradient.
 _PROGRAM_ROWS = 128
 
 
@@ -90,7 +92,7 @@ def backward_kernel(
 
 
 def block_shape(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
-    """Rows and columns a block has: as many numbers for few columns as for many."""
+    """(rows, columns) of a block. If there are few columns, it has more rows instead."""
     columns = min(block[1], power_of_two_at_least(num_columns, 16))
     return min(block[0] * block[1] // columns, 64), columns
 

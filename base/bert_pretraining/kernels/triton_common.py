@@ -1,11 +1,11 @@
-"""What the Triton kernels share: dropout masks from a seed, dtypes, sizes of blocks.
+"""Code that the Triton kernels share: dropout masks from a seed, dtypes, block sizes.
 
-A dropout mask is never stored. Element (row, column) of stream s keeps its value when a
-hash of (seed, s, row, column) is at or above dropout * 2^32, so that any kernel can make any
-part of the mask again, in any tiling and either orientation. The hash is "lowbias32" (Wellons,
-Hash Prospector, 2018: two rounds of shift, exclusive or, multiply) of a counter, with a
-second seed word added between the rounds. About nine integer instructions an element; Philox,
-at about a hundred for four, would take longer than the memory traffic of these kernels.
+A dropout mask is never stored. Element (row, column) of stream s keeps its value if a hash of
+(seed, s, row, column) is at least dropout * 2^32. So any kernel can recompute any part of the mask,
+in any tiling and in either orientation. The hash is "lowbias32" (Wellons, Hash Prospector, 2018:
+two rounds of shift, exclusive or, multiply) of a counter, with a second seed word added between the
+rounds. It takes about nine integer instructions per element. Philox takes about a hundred for four
+elements, which would be longer than the memory traffic of these kernels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 2^32 / golden ratio. Multiples of it modulo 2^32 keep so far apart that (row, column)
-# pairs have distinct counters while rows * columns < 2^32 / sqrt(5).
+# 2^32 / golden ratio. Its multiples modulo 2^32 are so far apart that (row, column) pairs have
+# distinct counters while rows * columns < 2^32 / sqrt(5).
 _ROW_STEP = tl.constexpr(0x9E3779B1)
 _FIRST_MULTIPLIER = tl.constexpr(0x7FEB352D)
 _SECOND_MULTIPLIER = tl.constexpr(0x846CA68B)
@@ -25,10 +25,10 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def draw_seed(device: torch.device, dropout: float) -> Tensor | None:
-    """Two random int32 words on the device, (2,), or None if nothing is dropped.
+    """A seed of two random int32 words on the device, (2,), or None if nothing is dropped.
 
-    They come from the device's default generator by an ordinary operator: no value passes
-    through the host, and a captured CUDA graph draws new ones on every replay.
+    An ordinary operator draws them from the device's default generator. So no value passes through
+    the host, and a captured CUDA graph draws new words on every replay.
 
     Raises ValueError unless 0 <= dropout < 1.
     """
@@ -40,20 +40,20 @@ def draw_seed(device: torch.device, dropout: float) -> Tensor | None:
 
 
 def drop_threshold(dropout: float) -> int:
-    """The hash values below this are dropped; 0 drops nothing."""
+    """Elements with a hash below this are dropped; 0 drops nothing."""
     return min(round(dropout * 2**32), 2**32 - 1)
 
 
 def keep_scale(dropout: float) -> float:
-    """What the kept values are multiplied with, so that the mean stays."""
+    """The factor for kept values, which preserves the mean."""
     return 1.0 / (1.0 - dropout)
 
 
 def require_supported(*tensors: Tensor) -> None:
-    """Raises TypeError for a dtype that the kernels would compute with too few digits."""
+    """Raise TypeError for other dtypes, such as float64: the kernels compute in float32."""
     for tensor in tensors:
         if tensor.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"the Triton kernels take float32, float16, bfloat16: {tensor.dtype}")
+            raise TypeError(f"no Triton kernel takes {tensor.dtype}, only 16- and 32-bit floats")
 
 
 def power_of_two_at_least(count: int, least: int = 1) -> int:
@@ -62,7 +62,7 @@ def power_of_two_at_least(count: int, least: int = 1) -> int:
 
 
 def divide_up(count: int, size: int) -> int:
-    """How many blocks of `size` hold `count` things."""
+    """count / size, rounded up."""
     return (count + size - 1) // size
 
 
@@ -77,7 +77,7 @@ def _mix(x):
 
 @triton.jit
 def stream_keys(seed_ptr, stream):
-    """Two uint32 keys of one stream (an attention head, say) of the seed."""
+    """Two uint32 keys for one stream of the seed, for example for one attention head."""
     first = tl.load(seed_ptr).to(tl.uint32)
     second = tl.load(seed_ptr + 1).to(tl.uint32)
     first_key = _mix(first + stream.to(tl.uint32) * _ROW_STEP)
@@ -86,10 +86,10 @@ def stream_keys(seed_ptr, stream):
 
 @triton.jit
 def kept(first_key, second_key, rows, columns, THRESHOLD: tl.constexpr):
-    """Which elements stay: bool of the shape that rows and columns broadcast to."""
+    """The mask of elements to keep: bool, of the shape to which rows and columns broadcast."""
     x = rows.to(tl.uint32) * _ROW_STEP + first_key + columns.to(tl.uint32)
     x = x ^ (x >> 16)
     x = x * _FIRST_MULTIPLIER + second_key
     x = x ^ (x >> 15)
-    # The last shift of the hash would change low bits only, and the comparison is with high ones.
+    # The hash's last shift is left out: it changes only low bits, which hardly matter here.
     return x * _SECOND_MULTIPLIER >= THRESHOLD

@@ -1,11 +1,12 @@
 """Cross-entropy of logits over a large vocabulary: one Triton kernel forward, one backward.
 
-A program takes one row in one pass: the largest logit so far and the sum of exponentials
-relative to it (Milakov and Gimelshein 2018, algorithm 3). Saved is log sum exp, a float32 a row;
-the backward pass is (softmax - one-hot) times the loss's gradient. A row counts as correct when
-no other logit is larger than the label's, nor an earlier one equal to it: what argmax does.
+A program processes one row in one pass. It keeps the largest logit so far and the sum of
+exponentials relative to it (Milakov and Gimelshein 2018, algorithm 3). The forward pass saves the
+log-sum-exp, one float32 per row; the backward pass computes (softmax - one-hot) times the loss's
+gradient. As with argmax, a row is correct if no other logit is larger than the label's and no
+earlier one is equal.
 
-The gradient has memory of its own. Written over the logits it would save that memory, but change
+The gradient is written to new memory. Writing it over the logits would save that memory, but change
 a tensor that the caller can see.
 """
 
@@ -37,9 +38,9 @@ def forward_kernel(
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * row_stride
     label = tl.load(labels_ptr + row).to(tl.int32)
-    # An ignored row is never read, for it may hold anything: its logits are taken as 0.
+    # The logits of an ignored row may hold anything. They are not read, and count as 0.
     counted = label >= 0
-    # A label beyond the vocabulary gives an infinite loss, not memory that belongs to others.
+    # A label beyond the vocabulary gives an infinite loss instead of a read outside the row.
     chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
     chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
     readable = tl.where(counted, COLUMNS, 0)
@@ -52,11 +53,11 @@ def forward_kernel(
         logits = tl.load(logits_ptr + columns, mask=columns < readable, other=float("-inf"))
         logits = tl.where(counted, logits.to(tl.float32), 0.0)
         new_largest = tl.maximum(largest, tl.max(logits, axis=0))
-        # While every logit is -inf, the difference of two infinities would be NaN.
+        # If all logits so far are -inf, the difference of two infinities would be NaN.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), axis=0)
         largest = new_largest
-        # Negated, so that a NaN beats the label: such a row is not correct.
+        # The comparisons are negated so that a NaN counts as larger: such a row is not correct.
         earlier = (columns < label) & ~(logits < chosen)
         later = (columns > label) & ~(logits <= chosen)
         beaten += tl.sum(((earlier | later) & inside).to(tl.int32), axis=0)
@@ -94,7 +95,7 @@ def backward_kernel(
 
 
 def block_and_warps(num_columns: int) -> tuple[int, int]:
-    """Columns a block has, and its warps: 16 numbers a thread for a large vocabulary."""
+    """Columns and warps of a block: 16 numbers per thread for a large vocabulary."""
     block = min(power_of_two_at_least(num_columns, 16), _LARGEST_BLOCK)
     return block, 8 if block == _LARGEST_BLOCK else 4
 
@@ -105,10 +106,10 @@ def _rows(logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("bert_pretraining::cross_entropy", mutates_args=())
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of -log softmax(logits)[label], how many labels lead, and each row's log sum exp.
+    """Sum of -log softmax(logits)[label], number of correct rows, and each row's log-sum-exp.
 
-    logits: (M, V); labels: (M,) integers, negative ones ignored. Returns scalars float32 and
-    int64, and (M,) float32.
+    logits: (M, V); labels: (M,) integers; rows with a negative label are ignored. Returns a float32
+    scalar, an int64 scalar, and (M,) float32.
     """
     num_rows, num_columns = logits.shape
     logits, labels = _rows(logits), labels.contiguous()

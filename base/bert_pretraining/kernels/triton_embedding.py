@@ -1,8 +1,9 @@
 """dropout(LayerNorm(sum of three embeddings)) as one Triton kernel forward and one backward.
 
-The sum is not kept: the backward kernel gathers it again, for that reads as much. It gives the
-gradient of every token's sum; PyTorch's embedding gradient adds these up into the three tables,
-each entry in a fixed order. Sums over rows as in `triton_layer_norm`.
+The sum is not saved: the backward kernel gathers the embeddings again, which reads as much memory
+as a saved sum. It returns the gradient of each token's sum; PyTorch's embedding gradient adds these
+into the three tables, in a fixed order for each entry. Parameter gradients are summed over rows as
+in `triton_layer_norm`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bert_pretraining.kernels.triton_layer_norm import (
 
 @triton.jit
 def _gather(table_ptr, ids_ptr, rows, num_rows, columns, COLUMNS: tl.constexpr):
-    """Each row's entry of a table, float32, zeros outside."""
+    """Each row's entry of a table, as float32; 0 outside."""
     row_inside = rows < num_rows
     ids = tl.load(ids_ptr + rows, mask=row_inside, other=0).to(tl.int64)
     inside = row_inside[:, None] & (columns < COLUMNS)[None, :]
@@ -157,7 +158,7 @@ def embedding_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dropout(LayerNorm(word + position + segment embedding)), and each row's statistics.
 
-    ids: (T,), of existing entries; tables: (entries, C); weight, norm_bias: (C,); seed: (2,)
+    ids: (T,), valid for their tables; tables: (entries, C); weight, norm_bias: (C,); seed: (2,)
     int32, or None without dropout. Returns (T, C), of the word table's dtype, and each row's
     mean and 1 / standard deviation, (T,) float32.
     """
@@ -214,7 +215,7 @@ def embedding_layer_norm_backward(
     inverse_deviation: Tensor,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the embeddings' sum (T, C), and of weight and norm_bias, (2, C) float32."""
+    """Gradients of the sum of embeddings, (T, C), and of weight and norm_bias, (2, C) float32."""
     gradient = gradient.contiguous()
     ids = [each.contiguous() for each in (word_ids, position_ids, segment_ids)]
     tables = [each.contiguous() for each in (word_table, position_table, segment_table)]

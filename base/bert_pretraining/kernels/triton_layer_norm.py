@@ -4,9 +4,9 @@ LayerNorm: Ba, Kiros and Hinton 2016, equation 4. With y = xhat * w + b, g = dy 
 a row, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(variance + epsilon).
 
 The forward pass saves residual + dropout(x + bias), its mean and 1 / standard deviation; the
-backward pass makes the dropout mask again from the seed. Parameter gradients are summed in float32
-over groups of rows in a fixed order, and the groups by torch.sum: no atomics, so that the same
-input always gives the same bits.
+backward pass recomputes the dropout mask from the seed. Parameter gradients are summed in float32
+in a fixed order: each program sums a group of rows, then torch.sum adds the groups. Without
+atomics, the same input always gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from bert_pretraining.kernels.triton_common import (
     stream_keys,
 )
 
-# The backward pass aims at this many programs: a few for each multiprocessor of a large GPU,
-# and few enough that their partial sums are small beside the activations.
+# The backward pass aims at this many programs: a few for each multiprocessor of a large GPU, but
+# few enough that their partial sums are small compared with the activations.
 BACKWARD_PROGRAMS = 512
 
 
@@ -152,14 +152,14 @@ def backward_kernel(
 
 
 def row_blocks(num_columns: int) -> tuple[int, int, int]:
-    """Rows and columns a block of whole rows has, and its warps: about 32 numbers a thread."""
+    """(rows, columns, warps) of a block of whole rows: about 32 numbers per thread."""
     columns = power_of_two_at_least(num_columns, 16)
     rows = min(max(4096 // columns, 1), 16)
     return rows, columns, 8 if columns > 4096 else 4
 
 
 def program_rows(num_rows: int, block_rows: int) -> int:
-    """Rows a backward program sums over: a power of two, so that few variants are compiled."""
+    """Rows that a backward program sums: a power of two, so that few variants are compiled."""
     return power_of_two_at_least(divide_up(num_rows, BACKWARD_PROGRAMS), block_rows)
 
 
@@ -235,8 +235,9 @@ def residual_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `residual_layer_norm`.
 
-    Returns that of x (T, C), empty (0, C) without dropout, where it equals the residual's;
-    that of the residual (T, C); and those of bias, weight and norm_bias, (3, C) float32.
+    Returns the gradient of x, (T, C), or empty, (0, C), without dropout, where it equals the
+    residual's; the gradient of the residual, (T, C); and the gradients of bias, weight and
+    norm_bias, (3, C) float32.
     """
     gradient = gradient.contiguous()
     num_rows, num_columns = gradient.shape

@@ -1,11 +1,11 @@
 """The operators through this project's own Triton kernels. Shapes: see `reference.py`.
 
-float32, float16 and bfloat16; arithmetic inside is float32. Nothing waits for the device and
-every size follows from shapes and `max_seqlen`, so that the operators can be captured in a CUDA
-graph and compiled by torch.compile without a break. Gradients are deterministic.
+They take float32, float16 and bfloat16, and compute in float32. Nothing waits for the device, and
+every size follows from shapes and `max_seqlen`. So the operators can be captured in a CUDA graph,
+and torch.compile compiles them without a graph break. Gradients are deterministic.
 
-Beyond what the reference does, for buffers of a fixed size: attention takes tokens after
-cu_seqlens[-1], and gives them zeros; masked_cross_entropy ignores rows whose label is negative.
+For buffers of a fixed size, attention never reads tokens after cu_seqlens[-1] and returns zeros for
+them, and masked_cross_entropy ignores every row with a negative label, not only with IGNORED.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bert_pretraining.kernels.triton_common import draw_seed, require_supported
 
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
-    """Heads of at most 128. Rows from cu_seqlens[-1] on are never read; their results are 0."""
+    """Head size at most 128. Rows from cu_seqlens[-1] on are not read; their results are 0."""
     require_supported(qkv)
     seed = draw_seed(qkv.device, dropout)
     return triton_attention.packed_attention(qkv, cu_seqlens, max_seqlen, seed, dropout)[0]
@@ -62,7 +62,7 @@ def embedding_layer_norm_dropout(
     epsilon: float,
     dropout: float,
 ) -> Tensor:
-    """Ids must be of existing entries: the kernel does not check them."""
+    """Ids must be valid for their tables: the kernel does not check them."""
     tables = (word_table, position_table, segment_table)
     require_supported(*tables, weight, norm_bias)
     seed = draw_seed(word_table.device, dropout)
@@ -72,7 +72,7 @@ def embedding_layer_norm_dropout(
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose label is negative count for nothing, whatever their logits."""
+    """Rows with a negative label are ignored, whatever their logits are."""
     require_supported(logits)
     loss_sum, correct, _ = triton_cross_entropy.cross_entropy(logits, labels)
     return loss_sum, correct

@@ -31,7 +31,7 @@ def unavailable(target: Target) -> Unavailable | None:
 
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
-    """The operator's kernels; Triton is imported here, where they were chosen."""
+    """The operator's kernels. Triton is imported only here, after they were chosen."""
     problem = unavailable(target)
     if problem is not None:
         return problem

@@ -1,4 +1,4 @@
-"""The model's input, the one representation of a batch: real tokens only, end to end."""
+"""The model's input and only representation of a batch: packed sequences, without padding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences of T real tokens in all, of which M are masked.
+    """B sequences with T tokens in total, of which M are masked.
 
     input_ids, segment_ids, position_ids: (T,) int32.
-    cu_seqlens: (B + 1,) int32, where each sequence starts; the last entry is T.
+    cu_seqlens: (B + 1,) int32, the start of each sequence; the last entry is T.
     max_seqlen: the longest sequence's length.
     masked_positions: (M,) int32 indices into T; masked_labels: (M,) int64.
-    next_sentence_labels: (B,) int64, 1 where the second segment is a random one.
+    next_sentence_labels: (B,) int64, 1 if the second segment is a random one.
     """
 
     input_ids: Tensor
@@ -41,7 +41,7 @@ class PackedBatch:
         return self.input_ids.shape[0]
 
     def num_predictions(self, loss: str) -> int:
-        """How many predictions the loss of that name ("mlm", "nsp") is a sum over."""
+        """The number of predictions that the loss of this name ("mlm", "nsp") sums over."""
         return {"mlm": self.num_masked, "nsp": self.num_sequences}[loss]
 
     def tensors(self) -> dict[str, Tensor]:

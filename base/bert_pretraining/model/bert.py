@@ -1,6 +1,6 @@
 """BERT over packed tokens: embeddings, encoder, pooler.
 
-Module names follow the published checkpoints, so that `state_dict()` is the apex layout:
+Modules have the names of the published checkpoints, so that `state_dict()` is in the apex format:
 `bert.embeddings...`, `bert.encoder.layer.N.attention.self.query...`, `cls....`.
 """
 
@@ -70,7 +70,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (T, hidden)."""
-        # Three parameters, because LAMB's trust ratio is one per published tensor.
+        # Query, key and value are separate parameters, because LAMB has one trust ratio per
+        # published tensor.
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
         qkv = F.linear(hidden, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
@@ -114,7 +115,7 @@ class Attention(nn.Module):
 
 
 class DenseGelu(nn.Module):
-    """Projection and GELU; the layout calls its matrix `dense`."""
+    """Projection and GELU. Checkpoints call the projection `dense`."""
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All layers; with `checkpoint_activations`, the backward pass computes each anew."""
+    """All layers. With `checkpoint_activations`, the backward pass recomputes each layer."""
 
     def __init__(self, config: BertConfig, kernels: Kernels, checkpoint_activations: bool) -> None:
         super().__init__()
@@ -166,15 +167,17 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (B, hidden)."""
-        # An empty sequence at the very end, which only fills up a batch, has no first token.
+        # An empty sequence at the end, which only pads a batch, has no first token. It gets the
+        # last token, to stay within bounds.
         first_tokens = batch.cu_seqlens[:-1].long().clamp(max=hidden.shape[0] - 1)
         return torch.tanh(self.dense(hidden[first_tokens]))
 
 
 class Bert(nn.Module):
-    """Embeddings and encoder, and a pooler where a head needs it.
+    """Embeddings and encoder, and a pooler if a head needs it.
 
-    forward gives every token's hidden state; `pooler` makes every sequence's of them.
+    forward returns the hidden state of every token; `pooler` computes one vector per sequence from
+    these.
     """
 
     def __init__(

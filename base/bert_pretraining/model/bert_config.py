@@ -10,8 +10,8 @@ from pathlib import Path
 from bert_pretraining.errors import UserError
 
 FIX = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
-GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # Hugging Face's for the tanh form
-VOCAB_MULTIPLE = 8  # the decoder's matrix product wants rows in multiples of 8
+GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # all mean the tanh approximation
+VOCAB_MULTIPLE = 8  # matrix products are faster with rows in multiples of 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BertConfig:
 
     @classmethod
     def load(cls, path: Path) -> BertConfig:
-        """Read and check the file; UserError names the key at fault."""
+        """Read and check the file. A UserError names the wrong key."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -55,38 +55,38 @@ class BertConfig:
             raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}", FIX)
         if "layer_norm_eps" in values:  # Hugging Face's config.json
             values.setdefault("layer_norm_epsilon", values["layer_norm_eps"])
-        # Other tools keep further keys in this file; they do not change the model.
+        # The file may have keys of other tools, which do not change the model.
         kept = {}
         for field in fields(cls):
             if field.name in values:
                 kept[field.name] = _checked(field.name, str(field.type), values[field.name], path)
             elif field.default is MISSING:
                 raise UserError(
-                    f"{path}: no key '{field.name}', which the model cannot be built without",
+                    f"{path}: no key '{field.name}', which the model needs",
                     f"add it, or {FIX}",
                 )
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
-                f"{path}: hidden_size {config.hidden_size} does not divide by "
+                f"{path}: hidden_size {config.hidden_size} is not divisible by "
                 f"num_attention_heads {config.num_attention_heads}",
                 f"correct one of them, or {FIX}",
             )
         if config.hidden_act not in GELU_NAMES:
             raise UserError(
                 f"{path}: hidden_act '{config.hidden_act}' is not supported, only 'gelu' is",
-                "pass the --bert_config_path of a model with it",
+                "pass the --bert_config_path of a model that uses it",
             )
         return config
 
 
 def padded_rows(vocab_size: int) -> int:
-    """The least multiple of 8 that is not below `vocab_size`."""
+    """`vocab_size`, rounded up to a multiple of 8."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def _checked(name: str, kind: str, value: object, path: Path) -> object:
-    """A value of the right type and range; 64.0 passes for the integer 64."""
+    """The value, if its type and range are right; an integer may be written as 64.0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "str":
         good = isinstance(value, str)

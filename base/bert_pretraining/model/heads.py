@@ -1,4 +1,4 @@
-"""The MLM and NSP heads, the loss and the accuracy."""
+"""The MLM and NSP heads, and BERT with its heads, which computes the losses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Transform(DenseGelu):
 
 
 class Decoder(nn.Module):
-    """Holds the word embedding a second time, as the checkpoints name it."""
+    """The word embedding under the second name that it has in checkpoints."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
 
 
 class MaskedLanguageModelHead(nn.Module):
-    """Vocabulary logits of the masked tokens; the decoder is the word embedding."""
+    """Vocabulary logits of the masked tokens; the decoder's weight is the word embedding."""
 
     def __init__(self, config: BertConfig, kernels: Kernels, word_embedding: nn.Parameter) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """`predictions` (MLM) and, where it is trained, `seq_relationship` (NSP)."""
+    """`predictions` (MLM) and, if that loss is trained, `seq_relationship` (NSP)."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class BertForPreTraining(nn.Module):
         kernels: the operators to run.
         seed: of the random initial weights, N(0, initializer_range); biases are 0.
         checkpoint_activations: keep only each layer's input for the backward pass.
-        losses: the losses to train with, in their order: "mlm", and "nsp" or not. Without "nsp"
+        losses: names of the losses to train with: "mlm", with or without "nsp". Without "nsp"
             the model has neither a pooler nor `cls.seq_relationship`.
     """
 
@@ -104,11 +104,11 @@ class BertForPreTraining(nn.Module):
                 module.weight.data.normal_(0.0, self.config.initializer_range, generator=generator)
             if isinstance(module, nn.Linear):
                 module.bias.data.zero_()
-        # Rows beyond the vocabulary belong to no token.
+        # Rows beyond the vocabulary are padding and belong to no token.
         self.bert.embeddings.word_embeddings.weight.data[self.config.vocab_size :] = 0.0
 
     def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
-        """The sums of the batch by the loss's name, in the order of `losses`."""
+        """Each loss by name, summed over the batch, in the order of `losses`."""
         hidden = self.bert(batch)
         pooled = self.bert.pooler(hidden, batch) if "nsp" in self.losses else None
         logits = self.cls.predictions(hidden[batch.masked_positions])

@@ -1,6 +1,6 @@
 """Losses by name, from the heads to the log: "mlm" (masked language model), "nsp" (next sentence).
 
-A batch gives sums, not means, so that any mean over batches and ranks can be formed from them.
+A batch gives sums, not means, so that means over any batches and ranks can be computed from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LossSum(NamedTuple):
     """One loss over a batch.
 
     loss: scalar, float32, the sum of the predictions' losses in nats.
-    correct: scalar, int64, how many predictions were right.
+    correct: scalar, int64, the number of correct predictions.
     """
 
     loss: Tensor
@@ -36,10 +36,10 @@ def mean_loss(sums: Mapping[str, LossSum], batch: PackedBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class LossMeans:
-    """What sums over batches and ranks come to.
+    """Mean losses over batches and ranks, by the loss's name.
 
-    mean, accuracy: by the loss's name; nats, and the share of right predictions.
-    counts: how many predictions they are means over.
+    mean: in nats. accuracy: the fraction of correct predictions.
+    counts: the number of predictions over which the means are taken.
     """
 
     mean: dict[str, float]
@@ -53,7 +53,7 @@ class LossMeans:
 
     @classmethod
     def of(cls, names: Sequence[str], sums: Sequence[float]) -> LossMeans:
-        """sums: (3 k,), what `LossTotals.flat` gave, added up over any number of ranks."""
+        """sums: (3 k,) for k losses, the results of `LossTotals.flat` summed over any ranks."""
         count = len(names)
         predictions = dict(zip(names, sums[_COLUMNS * count :], strict=True))
         divisors = {name: max(predictions[name], 1) for name in names}
@@ -65,9 +65,9 @@ class LossMeans:
 
 
 class LossTotals:
-    """Adds up one rank's batches on the device; nothing waits for it.
+    """Sums one rank's losses over batches on the device, without waiting for it.
 
-    names: of the losses, in the order of every tensor here.
+    names: the losses, in the order in which every tensor here holds them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LossTotals:
         self._counts = dict.fromkeys(names, 0)
 
     def add(self, sums: Mapping[str, LossSum], batch: PackedBatch) -> None:
-        """sums: what the model gave for `batch`, whose predictions are counted."""
+        """Add one batch. sums: what the model returned for it."""
         added = [part.to(self._sums.dtype) for name in self.names for part in sums[name]]
         self._sums += torch.stack(added).view_as(self._sums)
         for name in self.names:
@@ -86,18 +86,18 @@ class LossTotals:
 
     @staticmethod
     def columns(names: Sequence[str]) -> int:
-        """The length of what `flat` gives."""
+        """The length of the tensor that `flat` returns."""
         return (_COLUMNS + 1) * len(names)
 
     def write_to(self, row: Tensor) -> None:
-        """Fill (3 k,) for k losses: loss and correct predictions of each, then all counts."""
+        """Fill row, (3 k,) for k losses: loss and correct predictions of each, then all counts."""
         sums = self._sums.view(-1)
         row[: len(sums)] = sums
         for place, name in enumerate(self.names, len(sums)):
             row[place] = self._counts[name]
 
     def flat(self) -> Tensor:
-        """What `write_to` writes, to be added up over ranks."""
+        """A tensor with what `write_to` writes, to be summed over ranks."""
         row = self._sums.new_empty(self.columns(self.names))
         self.write_to(row)
         return row

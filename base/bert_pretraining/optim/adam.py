@@ -1,4 +1,4 @@
-"""Adam's moments over lists of tensors, which LAMB and AdamW both build on."""
+"""Adam's moments and update direction over lists of tensors, shared by LAMB and AdamW."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from bert_pretraining.optim.optimizer import Optimizer
 
-MOMENTS = ("first_moment", "second_moment")  # m and v of the formulas: the slots of Adam's kin
+MOMENTS = ("first_moment", "second_moment")  # m and v of the formulas
 
 
 def adam_directions(optimizer: Optimizer, gradients: list[Tensor], clip: Tensor) -> list[Tensor]:
-    """Advance both moments, and return m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon).
+    """Update both moments; return m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon).
 
     gradients: of the masters' dtype; they are divided by `clip` in place.
     """

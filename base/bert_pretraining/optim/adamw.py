@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, algorithm 2), with clipping as LAMB has it here.
+"""AdamW (Loshchilov and Hutter 2019, algorithm 2), with the same gradient clipping as LAMB.
 
 The update of a tensor p with gradient g at update t:
 
@@ -20,7 +20,7 @@ from bert_pretraining.optim.optimizer import TensorListOptimizer
 
 
 class AdamW(TensorListOptimizer):
-    """Over lists of tensors, on any device, in float32 or float64."""
+    """AdamW over lists of tensors, on any device, in float32 or float64."""
 
     SLOTS = MOMENTS
 

@@ -1,9 +1,9 @@
 """NVIDIA apex's fused LAMB behind the interface of `Optimizer`.
 
-apex comes and goes in parts, so each class is looked for by itself. Preferred is
-`FusedMixedPrecisionLamb`: it keeps float32 masters and never waits for the GPU. `FusedLAMB`
-does for float32 parameters where the other is missing; it cannot skip a step, so that its
-wrapper has to look at the norm of the gradients first, which waits.
+An installed apex may lack some classes, so each is looked up separately. `FusedMixedPrecisionLamb`
+is preferred: it keeps float32 masters and never waits for the GPU. `FusedLAMB` is used for float32
+parameters where the other is missing. It cannot skip a step, so its wrapper must first read the
+norm of the gradients, which waits for the GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
 
 
 def find_classes() -> dict[str, type]:
-    """Those of CLASSES that the installed apex has, by name.
+    """The classes of CLASSES that the installed apex has, by name.
 
-    ImportError, which says how to fix it, if there is none, if apex is not installed or if
-    what is installed is PyPI's web toolkit of that name.
+    Raises ImportError, with a fix, if it has none of them, if apex is not installed, or if the
+    installed `apex` is PyPI's web toolkit of that name.
     """
     build = "build https://github.com/NVIDIA/apex with its CUDA extensions"
     try:
@@ -56,7 +56,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class _Scaler:
-    """What FusedMixedPrecisionLamb asks of a GradScaler, answered from tensors at hand."""
+    """The methods of GradScaler that FusedMixedPrecisionLamb calls, computed from two tensors."""
 
     def __init__(self, finite: Tensor, inverse_scale: Tensor) -> None:
         self._found = (~finite).float().reshape(1)
@@ -70,10 +70,10 @@ class _Scaler:
 
 
 class ApexLamb(Optimizer):
-    """apex's LAMB: two parameter groups, with and without weight decay.
+    """apex's LAMB with two parameter groups, with and without weight decay.
 
-    As apex's kernels have it, the gradients hold other values after a step. apex keeps a
-    float32 master of each 16-bit parameter; `masters` are those very tensors.
+    apex's kernels overwrite the gradients during a step. apex keeps a float32 master of each 16-bit
+    parameter; `masters` are these same tensors.
     """
 
     SLOTS = MOMENTS
@@ -109,7 +109,8 @@ class ApexLamb(Optimizer):
             ([i for i in indices if self.decays[i]], settings.weight_decay),
             ([i for i in indices if not self.decays[i]], 0.0),
         ]
-        # Group by group, as the class lists its parameters.
+        # Without empty groups. Below, masters are listed in the order in which apex lists
+        # parameters.
         split = [(members, decay) for members, decay in split if members]
         arguments = {"reduced_precision_dtype": dtype} if dtype != torch.float32 else {}
         self.optimizer = classes["FusedMixedPrecisionLamb" if mixed else "FusedLAMB"](
@@ -131,7 +132,7 @@ class ApexLamb(Optimizer):
         ):
             self.optimizer.state[parameter].update(exp_avg=first, exp_avg_sq=second)
         if mixed:
-            # apex would fill this at its first step, from the rounded parameters.
+            # Otherwise apex would create this at its first step from the rounded parameters.
             self.optimizer.param_groups_full_precision = [
                 {"params": [self.masters[i] if arguments else None for i in members]}
                 for members, _ in split
@@ -140,7 +141,7 @@ class ApexLamb(Optimizer):
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
         for parameter in self.parameters:
-            if parameter.grad is None:  # apex would leave such a parameter as it is
+            if parameter.grad is None:  # apex would not update such a parameter
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters]
         norms = torch._foreach_norm(gradients, 2, torch.float32)

@@ -1,8 +1,8 @@
 """The passes of flat LAMB in PyTorch operators, for any device.
 
-Each pass goes over the memory in chunks that stay in a CPU's cache from one operator to the
-next. m, v and u of a chunk are made in one operator, PyTorch's fused Adam: with learning rate 1
-on a "parameter" that starts as -weight_decay p, what Adam leaves there is -u.
+Each pass processes the memory in chunks that stay in a CPU's cache from one operator to the next.
+One operator, PyTorch's fused Adam, computes m, v and u of a chunk: it runs with learning rate 1 on
+a "parameter" that starts as -weight_decay p, which then becomes -u.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bert_pretraining.optim.flat import BLOCK, Share, Step
+from bert_pretraining.optim.flat import BLOCK, Shard, Step
 
-# Elements of a chunk. On a CPU the figure hardly matters (docs/LOG.md, 2026-11-23); elsewhere
-# fewer and longer calls are better, and the memory for a chunk's gradient is the limit.
+# Elements per chunk. On a CPU the size hardly matters (docs/LOG.md, 2026-11-23). On a GPU fewer and
+# longer calls are faster, and the memory for a chunk's gradient is the limit.
 CPU_CHUNK = 2**19
 DEVICE_CHUNK = 2**25
 
 
 class TorchKernels:
-    """-u of each element is kept between the passes: over the gradient, or beside it."""
+    """Stores -u between the passes: over the gradient if dtypes match, else in new memory."""
 
     def __init__(self) -> None:
         self._update: Tensor | None = None
         self._scratch: Tensor | None = None
 
-    def _prepare(self, share: Share) -> tuple[Tensor, Tensor]:
-        """Memory for -u of the share, and for the gradient of one chunk."""
+    def _prepare(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """Memory for -u of the shard, and for the gradient of one chunk."""
         if self._update is None or self._scratch is None:
-            same = share.gradient.dtype == share.master.dtype
-            self._update = share.gradient if same else torch.empty_like(share.master)
-            length = min(_chunk(share), len(share.master))
-            self._scratch = share.master.new_empty(length)
+            same = shard.gradient.dtype == shard.master.dtype
+            self._update = shard.gradient if same else torch.empty_like(shard.master)
+            length = min(_chunk(shard), len(shard.master))
+            self._scratch = shard.master.new_empty(length)
         return self._update, self._scratch
 
-    def square_sums(self, share: Share, out: Tensor) -> None:
-        """The sums of the gradient's squares, block by block. See `FlatKernels`."""
-        scratch = self._prepare(share)[1]
-        for place, blocks in _chunks(share):
-            gradient = share.gradient[place]
+    def square_sums(self, shard: Shard, out: Tensor) -> None:
+        """The sum of squares of the gradient in each block. See `FlatKernels`."""
+        scratch = self._prepare(shard)[1]
+        for place, blocks in _chunks(shard):
+            gradient = shard.gradient[place]
             if gradient.dtype != scratch.dtype:
                 gradient = scratch[: len(gradient)].copy_(gradient)
             _norms(gradient, out[blocks])
         out.square_()
 
-    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
-        """m, v and -u. See `FlatKernels`."""
-        update, scratch = self._prepare(share)
+    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
+        """Compute m, v and -u. See `FlatKernels`."""
+        update, scratch = self._prepare(shard)
         settings, count, skip = step.settings, step.updates.float(), (~step.finite).float()
-        for place, blocks in _chunks(share):
-            weights, direction = share.master[place], update[place]
-            gradient = scratch[: len(weights)].copy_(share.gradient[place]).mul_(step.factor)
-            decay = -share.decay_of_block[blocks, None]
+        for place, blocks in _chunks(shard):
+            weights, direction = shard.master[place], update[place]
+            gradient = scratch[: len(weights)].copy_(shard.gradient[place]).mul_(step.factor)
+            decay = -shard.decay_of_block[blocks, None]
             torch.mul(weights.view(-1, BLOCK), decay, out=direction.view(-1, BLOCK))
             torch._fused_adam_(
                 [direction],
                 [gradient],
-                [share.first[place]],
-                [share.second[place]],
+                [shard.first[place]],
+                [shard.second[place]],
                 [],
                 [count],
                 lr=1.0,
@@ -75,31 +75,33 @@ class TorchKernels:
             _norms(direction, out[1, blocks])
         out.square_()
 
-    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
-        """p and its rounding. See `FlatKernels`."""
-        update = self._prepare(share)[0]
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
+        """Update p and round it. See `FlatKernels`."""
+        update = self._prepare(shard)[0]
         rates = rates * step.finite
-        for place, blocks in _chunks(share):
-            direction, weights = update[place], share.master[place]
-            # Two roundings, not one fused one, which the end of a thread's share may lack.
+        for place, blocks in _chunks(shard):
+            direction, weights = update[place], shard.master[place]
+            # Multiply, then add: two roundings. A fused multiply-add rounds once, but the last
+            # elements of a thread may be computed without it, and the bits would depend on the
+            # number of threads.
             direction.view(-1, BLOCK).mul_(rates[blocks, None])
             weights.add_(direction)
-            if share.rounded is not None:
-                share.rounded[place].copy_(weights)
+            if shard.rounded is not None:
+                shard.rounded[place].copy_(weights)
 
 
-def _chunk(share: Share) -> int:
-    return CPU_CHUNK if share.master.device.type == "cpu" else DEVICE_CHUNK
+def _chunk(shard: Shard) -> int:
+    return CPU_CHUNK if shard.master.device.type == "cpu" else DEVICE_CHUNK
 
 
-def _chunks(share: Share) -> Iterator[tuple[slice, slice]]:
-    """Elements and blocks of each chunk."""
-    length, size = len(share.master), _chunk(share)
+def _chunks(shard: Shard) -> Iterator[tuple[slice, slice]]:
+    """The slices of elements and of blocks for each chunk."""
+    length, size = len(shard.master), _chunk(shard)
     for start in range(0, length, size):
         end = min(start + size, length)
         yield slice(start, end), slice(start // BLOCK, end // BLOCK)
 
 
 def _norms(values: Tensor, out: Tensor) -> None:
-    """The norm of each block of (k x BLOCK,) values, into (k,) `out`."""
+    """Write the norm of each block of `values`, (k x BLOCK,), to `out`, (k,)."""
     torch.linalg.vector_norm(values.view(-1, BLOCK), dim=1, out=out)

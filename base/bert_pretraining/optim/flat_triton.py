@@ -1,12 +1,12 @@
-"""The passes of flat LAMB in Triton, one program a block; nothing waits for the GPU.
+"""The passes of flat LAMB in Triton, one program per block; nothing waits for the GPU.
 
-u is not kept between the passes but made again from m, v and p, which moves as many bytes as to
-keep it would. Where the norm of the gradients is not finite, no store of m, v, p is made.
+u is not stored between the passes but recomputed from m, v and p, which moves as many bytes as
+storing it. If the norm of the gradients is not finite, m, v and p are not written.
 
-Bytes moved a parameter: gradient 2 x 2, first stage 12 read and 8 written, second stage 12 read
+Bytes moved per parameter: gradient 2 x 2, first stage 12 read and 8 written, second stage 12 read
 and 4 written, rounding 2: 42 with 16-bit gradients, 44 in float32.
 
-Import this module lazily: importing it imports Triton, where that is installed.
+Import this module lazily, because it imports Triton if that is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.optim import flat
-from bert_pretraining.optim.flat import Share, Step
+from bert_pretraining.optim.flat import Shard, Step
 
 try:
     import triton
@@ -37,7 +37,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _kernel(function: Callable) -> Callable:
-    """`triton.jit`, where there is Triton."""
+    """`triton.jit` if Triton is installed, else the function as it is."""
     return function if triton is None else triton.jit(function)
 
 
@@ -61,12 +61,12 @@ def first_stage(
     gradient, master, first, second, decay_of_block, scalars, finite, sums, blocks,
     beta_1, gain_1, beta_2, gain_2, epsilon, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m and v in place; sums[b] = sum of p^2, sums[blocks + b] = sum of u^2 over block b."""
+    """Update m and v; sums[b] = sum of p^2, sums[blocks + b] = sum of u^2 over block b."""
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(scalars)
     first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
-    # A comparison, for Triton 3.9's interpreter takes no other mask.
+    # The mask is a comparison, because Triton 3.9's interpreter accepts no other mask.
     keep = tl.arange(0, BLOCK) < tl.where(tl.load(finite) != 0, BLOCK, 0)
     g = tl.load(gradient + places).to(tl.float32) * factor
     p = tl.load(master + places)
@@ -84,11 +84,11 @@ def second_stage(
     master, rounded, first, second, rates, decay_of_block, scalars, finite, epsilon,
     ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p <- p - rate * u, and its rounding."""
+    """p <- p - rate * u, also rounded to the parameters' dtype."""
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first_factor, second_factor = tl.load(scalars + 1), tl.load(scalars + 2)
-    # A comparison, for Triton 3.9's interpreter takes no other mask.
+    # The mask is a comparison, because Triton 3.9's interpreter accepts no other mask.
     keep = tl.arange(0, BLOCK) < tl.where(tl.load(finite) != 0, BLOCK, 0)
     p = tl.load(master + places)
     m, v = tl.load(first + places), tl.load(second + places)
@@ -100,35 +100,35 @@ def second_stage(
 
 
 class TritonKernels:
-    """float32 masters of float32, bfloat16 or float16 parameters. See `FlatKernels`."""
+    """For float32, bfloat16 or float16 parameters, with float32 masters. See `FlatKernels`."""
 
-    def square_sums(self, share: Share, out: Tensor) -> None:
-        """The sums of the gradient's squares, block by block. See `FlatKernels`."""
-        square_sums[(len(share.decay_of_block),)](share.gradient, out, BLOCK=flat.BLOCK)
+    def square_sums(self, shard: Shard, out: Tensor) -> None:
+        """The sum of squares of the gradient in each block. See `FlatKernels`."""
+        square_sums[(len(shard.decay_of_block),)](shard.gradient, out, BLOCK=flat.BLOCK)
 
-    def first_stage(self, share: Share, step: Step, out: Tensor) -> None:
-        """m and v. See `FlatKernels`."""
-        blocks, settings = len(share.decay_of_block), step.settings
+    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
+        """Update m and v. See `FlatKernels`."""
+        blocks, settings = len(shard.decay_of_block), step.settings
         first_stage[(blocks,)](
-            share.gradient, share.master, share.first, share.second, share.decay_of_block,
+            shard.gradient, shard.master, shard.first, shard.second, shard.decay_of_block,
             _scalars(step), step.finite.to(torch.int32), out, blocks,
             settings.beta_1, 1.0 - settings.beta_1, settings.beta_2, 1.0 - settings.beta_2,
             settings.epsilon, BLOCK=flat.BLOCK,
         )  # fmt: skip
 
-    def second_stage(self, share: Share, step: Step, rates: Tensor) -> None:
-        """p and its rounding. See `FlatKernels`."""
-        rounded = share.master if share.rounded is None else share.rounded
-        second_stage[(len(share.decay_of_block),)](
-            share.master, rounded, share.first, share.second, rates, share.decay_of_block,
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
+        """Update p and round it. See `FlatKernels`."""
+        rounded = shard.master if shard.rounded is None else shard.rounded
+        second_stage[(len(shard.decay_of_block),)](
+            shard.master, rounded, shard.first, shard.second, rates, shard.decay_of_block,
             _scalars(step), step.finite.to(torch.int32), step.settings.epsilon,
-            ROUND=share.rounded is not None, BLOCK=flat.BLOCK,
+            ROUND=shard.rounded is not None, BLOCK=flat.BLOCK,
         )  # fmt: skip
 
 
 def _scalars(step: Step) -> Tensor:
-    """(3,) float32 of what kernels read: gradient factor, both bias corrections' inverses."""
-    # In float64 first: in float32, 1 - 0.999 has lost five digits.
+    """(3,) float32, read by the kernels: gradient factor, both inverse bias corrections."""
+    # Computed in float64: in float32, 1 - 0.999 has only five correct digits.
     settings, count = step.settings, step.updates.double()
     first, second = 1.0 - settings.beta_1**count, 1.0 - settings.beta_2**count
     return torch.stack([step.factor.double(), 1.0 / first, 1.0 / second]).float()

@@ -22,7 +22,7 @@ from bert_pretraining.optim.optimizer import TensorListOptimizer
 
 
 class ReferenceLamb(TensorListOptimizer):
-    """One tensor at a time, as the formulas stand above; float64 works too."""
+    """The formulas above, one tensor at a time, in float32 or float64."""
 
     SLOTS = MOMENTS
 
@@ -53,7 +53,7 @@ class ReferenceLamb(TensorListOptimizer):
 
 
 class ForeachLamb(TensorListOptimizer):
-    """The same update over lists of tensors: a few calls instead of a few a tensor."""
+    """The same update over lists of tensors: a few calls in all instead of a few per tensor."""
 
     SLOTS = MOMENTS
 

@@ -1,4 +1,4 @@
-"""Loss scaling for fp16, kept on the device: no step waits to learn whether it overflowed."""
+"""Loss scaling for fp16. Its state is on the device, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ INITIAL_SCALE = 2.0**20
 MINIMUM_SCALE = 1.0
 MAXIMUM_INITIAL_SCALE = 2.0**24
 GROWTH_INTERVAL = 2000
-MAX_SKIPPED_IN_A_ROW = 30  # at most 24 halvings lead to the least scale
+MAX_SKIPPED_IN_A_ROW = 30  # at most 24 halvings reach MINIMUM_SCALE
 
 _STATE = ("scale", "good_steps", "skipped_in_a_row")
 
 
 class LossScale:
-    """Dynamic loss scale: halved after an overflow, doubled after enough good steps.
+    """Dynamic loss scale: halved after an overflow, doubled after enough finite steps in a row.
 
-    A scale that is not dynamic becomes NaN after a step that was not finite, so that every later
-    step is not finite either: the weights stay as that step found them until somebody looks.
+    A fixed scale becomes NaN after a step whose gradients were not finite. Then every later step is
+    not finite either, so that the weights do not change until the host reads the result.
 
     Attributes:
         initial: the scale at the start.
@@ -37,7 +37,7 @@ class LossScale:
         growth_interval: int = GROWTH_INTERVAL,
         device: torch.device | None = None,
     ) -> None:
-        """growth_interval: good steps in a row before the scale doubles."""
+        """growth_interval: finite steps in a row before the scale doubles."""
         self.initial, self.dynamic = initial, dynamic
         self.growth_interval = growth_interval
         self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
@@ -48,10 +48,10 @@ class LossScale:
     def for_precision(
         cls, precision: str, fixed: float, device: torch.device | None = None
     ) -> LossScale:
-        """The scale for a run: none but for fp16; `fixed` if that is not 0, else dynamic.
+        """The scale for a run: 1 unless precision is fp16; `fixed` if that is not 0, else dynamic.
 
-        The environment's INIT_LOSS_SCALE takes the place of 2^20. UserError if it is no
-        number from 1 to 2^24.
+        The environment variable INIT_LOSS_SCALE replaces the initial scale 2^20. Raises UserError
+        if it is not a number from 1 to 2^24.
         """
         if precision != "fp16":
             return cls(1.0, dynamic=False, device=device)
@@ -70,7 +70,7 @@ class LossScale:
         return cls(initial, dynamic=True, device=device)
 
     def update(self, finite: Tensor) -> None:
-        """Account for a step whose gradients were finite, or not: a 0-d bool on the device."""
+        """Adapt the scale after a step. finite: 0-d bool on the device, of its gradients."""
         self.skipped_in_a_row = torch.where(finite, 0, self.skipped_in_a_row + 1)
         if not self.dynamic:
             self.scale = torch.where(finite, self.scale, torch.nan)
@@ -83,10 +83,10 @@ class LossScale:
         self.good_steps = torch.where(grows, 0, self.good_steps)
 
     def state_dict(self) -> dict[str, float]:
-        """The scale and both counts, as numbers: waits for the device."""
+        """The scale and both counts as numbers. Waits for the device."""
         return {name: getattr(self, name).item() for name in _STATE}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take over what `state_dict` returned. A scale that is not dynamic stays its own."""
+        """Restore what `state_dict` returned. A fixed scale keeps its value."""
         for name in _STATE if self.dynamic else ():
             getattr(self, name).fill_(state[name])

@@ -9,8 +9,8 @@ from torch import Tensor
 def norm_of(tensor: Tensor) -> Tensor:
     """The Euclidean norm, 0-d float64.
 
-    By rows first: over a long tensor, a CPU adds up in the tensor's own precision, and of 100
-    million squares in float32 a hundredth is lost.
+    The norm of each row is computed first. A CPU sums a long tensor in the tensor's own precision:
+    in float32, the sum of 100 million squares is too small by a hundredth.
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     rows = tensor.unsqueeze(0) if tensor.dim() < 2 else tensor.flatten(0, -2)
@@ -18,9 +18,9 @@ def norm_of(tensor: Tensor) -> Tensor:
 
 
 def scale_down(gradients: list[Tensor], limit: Tensor) -> None:
-    """Scale gradients, in place, so that their common norm is at most `limit` (0-d).
+    """Scale gradients in place so that their common norm is at most `limit` (0-d).
 
-    They become NaN where their norm is not finite, so that the step is skipped.
+    If their norm is not finite, they become NaN, so that the step is skipped.
     """
     norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
     factor = torch.where(torch.isfinite(norm), torch.clamp(limit / norm, max=1.0), torch.nan)

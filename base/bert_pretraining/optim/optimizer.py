@@ -1,4 +1,4 @@
-"""What every optimizer shares: parameters, float32 master weights, named state, its file form.
+"""The base class of optimizers: parameters, float32 master weights, named state, saved format.
 
 A new optimizer derives from `Optimizer`, or from `TensorListOptimizer` if it updates separate
 tensors; see docs/extending.md.
@@ -19,7 +19,7 @@ from bert_pretraining.optim.norms import norm_of
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """beta_1, beta_2, epsilon, weight decay, and the gradient norm above which it is clipped."""
+    """Settings of LAMB and AdamW. Gradients are clipped to the norm max_gradient_norm."""
 
     beta_1: float = 0.9
     beta_2: float = 0.999
@@ -36,24 +36,25 @@ def has_weight_decay(name: str) -> bool:
 class Optimizer:
     """The base of all optimizers.
 
-    A 16-bit parameter has a float32 master copy here, which the update works on; the
-    parameter is its rounding. A float32 or float64 parameter is its own master.
+    A 16-bit parameter has a float32 master copy: an update changes the master, and the parameter is
+    the rounded master. A float32 or float64 parameter is its own master.
 
     Class attributes:
-        SLOTS: the names of the state that each parameter has beside its master weight. They are
-            keys of checkpoints.
-        reduces_gradients: whether the optimizer itself averages gradients over the ranks. Then
-            it has `overlap` and `finish_reduction`, and DistributedDataParallel is not used.
+        SLOTS: names of the state that each parameter has besides its master weight. They are keys
+            of checkpoints.
+        reduces_gradients: whether the optimizer itself averages gradients over the ranks. If so,
+            it implements `overlap` and `finish_reduction`, and DistributedDataParallel is not used.
 
     Attributes:
-        names, parameters, decays: in the order given, one entry a parameter.
+        names, parameters, decays: one entry per parameter, in the order given.
         masters: tensors of the parameters' shapes, in the same order; float32, or float64 for
             float64 parameters.
         slots: name in SLOTS -> a list of tensors like `masters`.
-        gradient_norm: 0-d tensor; of the latest step, after `inverse_scale`, before clipping.
+        gradient_norm: 0-d tensor, the norm in the latest step, after `inverse_scale`, before
+            clipping.
         num_updates: 0-d int64 tensor on the parameters' device. Skipped steps do not count.
-        may_read: whether reading a value costs no waiting, as on a CPU.
-        choice: the provider's name and why it was taken, for the log.
+        may_read: whether the host may read values without waiting for the device, as on a CPU.
+        choice: the provider's name and why it was chosen, for the log.
     """
 
     SLOTS: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Optimizer:
         settings: OptimizerSettings,
         masters: dict[str, Tensor] | None = None,
     ) -> None:
-        """masters: float32 weights that 16-bit parameters were rounded from, by name."""
+        """masters: by name, the float32 weights of which 16-bit parameters are the rounding."""
         named = list(named_parameters)
         self.settings = settings
         self.names = [name for name, _ in named]
@@ -92,11 +93,11 @@ class Optimizer:
 
     @property
     def updates(self) -> int:
-        """`num_updates` as a number: waits for a GPU to finish what it was given."""
+        """`num_updates` as an int. On a GPU, this waits for all queued work."""
         return int(self.num_updates)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, or with set_to_none=False zero them where they lie."""
+        """Set the gradients to None, or with set_to_none=False to zeros in place."""
         for parameter in self.parameters:
             if set_to_none:
                 parameter.grad = None
@@ -104,7 +105,7 @@ class Optimizer:
                 parameter.grad.zero_()
 
     def gradients(self) -> list[Tensor]:
-        """All gradients, where they lie; zeros in place of None."""
+        """All gradients, not copied; a gradient of None becomes zeros."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -114,53 +115,54 @@ class Optimizer:
         """One update with the gradients in the parameters' `grad`; None counts as zeros.
 
         learning_rate, inverse_scale: numbers, or 0-d tensors on the parameters' device.
-        inverse_scale multiplies the gradients first: 1 / loss scale.
+        inverse_scale (1 / loss scale) multiplies the gradients first.
 
-        Returns `finite`, a 0-d bool tensor on the parameters' device. Where a gradient is
-        not finite it is False, and masters, slots, parameters and `updates` are what they
-        were. Nothing here waits for a GPU; whoever reads `finite` does. The gradients may be
-        overwritten.
+        Returns `finite`, a 0-d bool tensor on the parameters' device. It is False if a gradient is
+        not finite; masters, slots, parameters and `updates` are then unchanged. This method does
+        not wait for a GPU, but reading `finite` does. The gradients may be overwritten.
         """
         raise NotImplementedError
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """With `reduces_gradients`: stands around forward and backward of a micro-batch.
+        """With `reduces_gradients`: a context for forward and backward of one micro-batch.
 
-        last: of the update; the optimizer may then reduce gradients while backward goes on.
+        last: whether it is the update's last micro-batch. If so, the optimizer may reduce gradients
+        while backward is still running.
         """
         raise NotImplementedError
 
     def finish_reduction(self, limit: Tensor | None) -> None:
-        """With `reduces_gradients`: after the last backward pass, reduce what is left.
+        """With `reduces_gradients`: reduce the remaining gradients after the last backward pass.
 
-        limit: 0-d; this rank's own gradient is first scaled down to that norm. None: no limit;
-        only then may `overlap` have been told that a micro-batch is the last.
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None: no limit. With
+        a limit, every `overlap` of the update must have had last=False, so that nothing was reduced
+        yet.
         """
         raise NotImplementedError
 
     def bias_corrections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """1 - beta_1^t and 1 - beta_2^t for t = `num_updates`; 0-d, on its device."""
-        # In float64 first: in float32, 1 - 0.999 has lost five digits.
+        # Computed in float64: in float32, 1 - 0.999 has only five correct digits.
         updates = self.num_updates.double()
         settings = self.settings
         first, second = 1.0 - settings.beta_1**updates, 1.0 - settings.beta_2**updates
         return first.to(dtype), second.to(dtype)
 
     def _round_masters(self) -> None:
-        """Make 16-bit parameters the rounding of their masters."""
+        """Set 16-bit parameters to their rounded masters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.dtype != master.dtype:
                 parameter.data.copy_(master)
 
     def _state(self) -> dict[str, list[Tensor]]:
-        """What is saved for each parameter: the masters and every slot."""
+        """The state to save for each parameter: the masters and every slot."""
         return {"master": self.masters, **self.slots}
 
     def state_dict(self) -> dict:
-        """Plain tensors and numbers: masters and slots by parameter name.
+        """The number of updates, and masters and slots as tensors by parameter name.
 
-        The tensors are those in use, not copies: the next step changes them. The form is the
-        same for every provider.
+        The tensors are not copies: the next step changes them. The format is the same for every
+        provider.
         """
         named = {
             key: dict(zip(self.names, tensors, strict=True))
@@ -170,10 +172,10 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take over what any provider's `state_dict` returned, bit for bit.
+        """Restore, bit for bit, what the `state_dict` of any provider returned.
 
-        The parameters become the loaded masters, or their rounding. UserError, with nothing
-        changed, if the names or shapes are not those of this optimizer's parameters.
+        The parameters become the loaded masters, rounded if they are 16-bit. Raises UserError, and
+        changes nothing, if names or shapes differ from those of this optimizer's parameters.
         """
         if not isinstance(state.get("updates"), int):
             raise UserError(
@@ -208,7 +210,7 @@ class Optimizer:
 
 
 class TensorListOptimizer(Optimizer):
-    """A step over separate tensors: clipping and skipping are here, the formula in `_update`."""
+    """A step over separate tensors: it clips and skips, and `_update` has the formula."""
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
@@ -224,8 +226,8 @@ class TensorListOptimizer(Optimizer):
         if self.may_read and not finite:
             return finite
         state = [tensor for tensors in self._state().values() for tensor in tensors]
-        # On a GPU the host does not know here whether the gradients are finite: it updates, and
-        # takes the update back if they were not. That costs a copy of the state.
+        # On a GPU the host does not know yet whether the gradients are finite. It updates in any
+        # case, and restores a copy of the state if they were not.
         before = [] if self.may_read else [tensor.clone() for tensor in state]
         self.num_updates += finite
         clip = torch.clamp(norm / self.settings.max_gradient_norm, min=1.0)
@@ -237,9 +239,9 @@ class TensorListOptimizer(Optimizer):
         return finite
 
     def _update(self, gradients: list[Tensor], clip: Tensor, learning_rate: float | Tensor) -> None:
-        """Change `masters` and `slots`.
+        """Update `masters` and `slots`.
 
-        gradients: one a parameter, of the masters' dtype, not clipped; may be overwritten.
-        clip: 0-d; what to divide them by. `num_updates` counts this update already.
+        gradients: one per parameter, of the masters' dtype, not clipped; may be overwritten.
+        clip: 0-d; divide the gradients by it. `num_updates` already counts this update.
         """
         raise NotImplementedError

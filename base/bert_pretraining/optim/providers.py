@@ -18,20 +18,20 @@ from bert_pretraining.optim.lamb import ForeachLamb, ReferenceLamb
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 from bert_pretraining.optim.sharded_lamb import ShardedLamb
 
-# How the ranks hold gradients and optimizer state:
-#   alone       the optimizer holds this rank's gradients, in a flat tensor where it has one
+# Where gradients and optimizer state are held:
+#   alone       the optimizer holds this rank's gradients, in its flat tensor if it has one
 #   replicated  DistributedDataParallel holds them, and every rank has the whole state
-#   sharded     the optimizer holds and reduces them, and every rank has a share of the state
+#   sharded     the optimizer holds and reduces them, and every rank has a shard of the state
 Sharing = Literal["alone", "replicated", "sharded"]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One entry of the table.
+    """One entry of OPTIMIZERS.
 
     make: (parameters by name, settings, masters, sharing) -> the optimizer.
     unavailable: device -> why it cannot run there, or None.
-    shards: whether it can share its state between ranks.
+    shards: whether it can shard its state over the ranks.
     """
 
     make: Callable[..., Optimizer]
@@ -40,7 +40,7 @@ class Provider:
 
 
 def _unsharded(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """Makes an optimizer that does not care who holds the gradients."""
+    """A `Provider.make` for an optimizer that is the same wherever gradients are held."""
     return lambda named, settings, masters, sharing: optimizer(named, settings, masters)
 
 
@@ -62,7 +62,7 @@ def _triton(named: list[tuple[str, nn.Parameter]], *arguments: object) -> Optimi
     from bert_pretraining.optim.flat_triton import TritonKernels
 
     if named[0][1].dtype == torch.float64:
-        raise UserError("--optimizer triton has no float64", "use another optimizer, which has")
+        raise UserError("--optimizer triton does not support float64", "use another optimizer")
     return _flat(named, *arguments, kernels=TritonKernels())
 
 
@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, Provider] = {
 
 
 class Choice(NamedTuple):
-    """A provider and why it was taken."""
+    """A provider and why it was chosen."""
 
     name: str
     reason: str
@@ -113,8 +113,8 @@ class Choice(NamedTuple):
 def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
     """The provider called `name` for parameters on `device`; "auto" is the fastest LAMB.
 
-    Raises UserError for an unknown name, and for a provider that cannot run here: the message
-    says what is missing.
+    Raises UserError for an unknown name, or if the provider cannot run here; the message says what
+    is missing.
     """
     if name == "auto":
         return _fastest(device)
@@ -125,7 +125,7 @@ def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
     if sharded and not OPTIMIZERS[name].shards:
         able = " or ".join(one for one, provider in OPTIMIZERS.items() if provider.shards)
         raise UserError(
-            f"--optimizer {name} cannot share its state between ranks, as distributed_lamb asks",
+            f"--optimizer {name} cannot shard its state over ranks, which distributed_lamb needs",
             f"pass --optimizer auto, {able}; or pass --distributed_lamb false",
         )
     problem = OPTIMIZERS[name].unavailable(device)
@@ -150,11 +150,11 @@ def create_optimizer(
     masters: dict[str, Tensor] | None = None,
     sharing: Sharing = "alone",
 ) -> Optimizer:
-    """The optimizer called `name`, or with "auto" the fastest LAMB for the parameters' device.
+    """Create the optimizer called `name`; "auto" is the fastest LAMB on the parameters' device.
 
-    masters: the float32 weights that 16-bit parameters were rounded from, by name.
-    The result's `choice` says which provider it is, and why. UserError as `choose`, and for
-    parameters of a dtype that the provider does not take.
+    masters: by name, the float32 weights of which 16-bit parameters are the rounding.
+    The result's `choice` says which provider it is, and why. Raises UserError as `choose` does, and
+    if the provider does not support the parameters' dtype.
     """
     named = list(named_parameters)
     choice = choose(name, named[0][1].device, sharing == "sharded")

@@ -12,10 +12,10 @@ from torch import Tensor
 class Schedule:
     """Linear warm-up, then linear decay to 0 at `max_steps`.
 
-    As MLPerf's TensorFlow reference has it: with s updates done, the rate is
+    As in MLPerf's TensorFlow reference: after s updates, the rate is
     `learning_rate * (s - start_warmup_step) / warmup_steps` while that quotient is below 1
-    (and 0 before the start), else `learning_rate * (1 - s / max_steps)`. The decay's clock
-    starts at 0, not at the end of the warm-up.
+    (and 0 where it is negative), else `learning_rate * (1 - s / max_steps)`. The decay is counted
+    from update 0, not from the end of the warm-up.
     """
 
     learning_rate: float
@@ -24,14 +24,14 @@ class Schedule:
     start_warmup_step: int = 0
 
     def __call__(self, updates: int) -> float:
-        """The rate of the update that follows after `updates` of them."""
+        """The learning rate of the next update, once `updates` of them are done."""
         since_start = updates - self.start_warmup_step
         if self.warmup_steps and since_start < self.warmup_steps:
             return self.learning_rate * max(since_start, 0) / self.warmup_steps
         return self.learning_rate * (1.0 - min(updates / self.max_steps, 1.0))
 
     def at(self, updates: Tensor) -> Tensor:
-        """The same, bit for bit, where the number of updates is a 0-d tensor: 0-d float64."""
+        """The same rate, bit for bit, for a number of updates as a 0-d tensor: 0-d float64."""
         since_start = updates.double() - self.start_warmup_step
         rate = self.learning_rate * (1.0 - torch.clamp(updates.double() / self.max_steps, max=1.0))
         if not self.warmup_steps:

@@ -1,16 +1,16 @@
-"""LAMB whose gradients and state are shared between ranks (ZeRO stage 1, Rajbhandari et al. 2020).
+"""LAMB whose state is sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2020).
 
-The flat tensors are cut into buckets of equal length, and each bucket into one piece a rank. A
-rank's share is its piece of every bucket: it holds masters and moments of these elements only.
+The flat tensors are split into buckets of equal length, and each bucket into one piece per rank. A
+rank's shard is its piece of every bucket: it holds masters and moments of these elements only.
 
-    backward       as soon as a bucket's gradients are complete: reduce-scatter, while backward
-                   goes on; each rank gets the mean of its piece
-    step           the passes of flat LAMB over the share; one all-gather of the blocks' sums
-                   gives every rank every parameter's norms
-    after it       all-gather of the updated pieces: every rank has all parameters
+    backward       as soon as a bucket's gradients are complete, it is reduce-scattered while
+                   backward is still running; each rank gets the mean of its piece
+    step           runs the passes of flat LAMB over the shard; one all-gather of the blocks' sums
+                   gives every rank the norms of all parameters
+    end of step    an all-gather of the updated pieces gives every rank all parameters
 
-Sums of blocks are added in the order that `flat_lamb.py` describes, which does not know of ranks.
-So the update has the bits of the unsharded one wherever the reduced gradients have.
+Sums of blocks are added in the order that `flat_lamb.py` describes, which does not depend on ranks.
+So the update has the same bits as the unsharded one if the reduced gradients have the same bits.
 """
 
 from __future__ import annotations
@@ -29,39 +29,40 @@ from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import OptimizerSettings
 from bert_pretraining.runtime.process_group import all_gather, reduce_scatter
 
-BUCKET = 2**23  # elements; 16 or 32 MiB to send at a time
-AT_A_TIME = 3  # buckets that gloo may hold copies of
+BUCKET = 2**23  # elements; 16 or 32 MiB per collective
+AT_A_TIME = 3  # collectives that gloo may have pending, because it copies what it sends
 
 
-class _UnderWay:
-    """Collectives that were begun. gloo copies what it sends: of its, only a few at a time."""
+class _PendingCollectives:
+    """Collectives in progress, at most `limit` at a time: gloo keeps a copy of what each sends."""
 
     def __init__(self, limit: int | None) -> None:
-        self.begun = 0
-        self._waiting: deque[dist.Work] = deque()
+        self.started = 0
+        self._works: deque[dist.Work] = deque()
         self._limit = limit
 
     def add(self, work: dist.Work) -> None:
-        self.begun += 1
-        self._waiting.append(work)
-        if self._limit is not None and len(self._waiting) > self._limit:
-            self._waiting.popleft().wait()
+        self.started += 1
+        self._works.append(work)
+        if self._limit is not None and len(self._works) > self._limit:
+            self._works.popleft().wait()
 
     def wait(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().wait()
-        self.begun = 0
+        while self._works:
+            self._works.popleft().wait()
+        self.started = 0
 
 
 class ShardedLamb(FlatLamb):
-    """`FlatLamb` over the default process group; all ranks must make every call.
+    """`FlatLamb` sharded over the default process group; all ranks must make every call.
 
-    It reduces the gradients itself: the caller puts `overlap` around each micro-batch and calls
-    `finish_reduction` after the last one. It has no `masters` and `slots`, but a share of them.
-    `state_dict` gives rank 0 the whole state; `load_state_dict` wants the whole state on each rank.
+    It reduces the gradients itself: the caller wraps each micro-batch in `overlap` and calls
+    `finish_reduction` after the last one. It has no `masters` and `slots`, only this rank's shard
+    of them. `state_dict` returns the whole state on rank 0; `load_state_dict` needs the whole state
+    on every rank.
 
     Args:
-        bucket: elements of a bucket, at most; more only where a rank's piece needs them.
+        bucket: elements of a bucket at most, before rounding up to a multiple of ranks x BLOCK.
     """
 
     reduces_gradients = True
@@ -92,7 +93,7 @@ class ShardedLamb(FlatLamb):
         self._full_gradient = self._gradient.view(self._buckets, self._world_size, -1)
         master = self._own_pieces(full)
         indices = torch.arange(self.layout.length // BLOCK)
-        self.share = self._share_of(
+        self.shard = self._shard_of(
             torch.zeros_like(self._own_pieces(values)),
             master,
             None if values.dtype == master.dtype else master.to(values.dtype),
@@ -102,12 +103,12 @@ class ShardedLamb(FlatLamb):
         self._prepare_hooks()
 
     def _own_pieces(self, flat: Tensor) -> Tensor:
-        """(n,) this rank's part of what has an entry for each element, or each block."""
+        """(n,) this rank's pieces of a flat tensor with one entry per element, or per block."""
         pieces = flat.view(self._buckets, self._world_size, -1)
         return pieces[:, self._rank].reshape(-1)
 
     def _prepare_hooks(self) -> None:
-        """Count for each bucket the parameters whose gradients it waits for."""
+        """Count the gradients that each bucket waits for, and register hooks that report them."""
         length = self.layout.length // self._buckets
         self._waits_for = [0] * self._buckets
         for offset, parameter, view in zip(
@@ -120,7 +121,7 @@ class ShardedLamb(FlatLamb):
 
             def arrived(one: Tensor, buckets: range = buckets, view: Tensor = view) -> None:
                 if one.grad.data_ptr() != view.data_ptr():
-                    # Somebody has dropped the gradients since `zero_grad`.
+                    # The gradient was set to None after `zero_grad`, and backward made a new one.
                     one.grad = view.copy_(one.grad)
                 if self._overlapping:
                     for bucket in buckets:
@@ -130,11 +131,11 @@ class ShardedLamb(FlatLamb):
             parameter.register_post_accumulate_grad_hook(arrived)
         self._overlapping = False
         self._missing: list[int] = []
-        self._under_way = _UnderWay(AT_A_TIME if dist.get_backend() == "gloo" else None)
+        self._pending = _PendingCollectives(AT_A_TIME if dist.get_backend() == "gloo" else None)
 
     @contextlib.contextmanager
     def overlap(self, last: bool) -> Iterator[None]:
-        """Around the backward of a micro-batch; in the last one, gradients are sent."""
+        """A context for one micro-batch. In the last one, backward sends complete buckets."""
         self._missing = list(self._waits_for)
         self._overlapping = last
         try:
@@ -143,31 +144,31 @@ class ShardedLamb(FlatLamb):
             self._overlapping = False
 
     def _reduce_complete_buckets(self) -> None:
-        # In the same order on every rank, whatever order gradients arrive in.
-        while self._under_way.begun < self._buckets and not self._missing[self._under_way.begun]:
-            self._reduce(self._under_way.begun)
+        # Every rank sends buckets in the same order, whatever the order of its gradients.
+        while self._pending.started < self._buckets and not self._missing[self._pending.started]:
+            self._reduce(self._pending.started)
 
     def _reduce(self, bucket: int) -> None:
         gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
-        share = self.share.gradient.view(self._buckets, -1)[bucket]
-        self._under_way.add(reduce_scatter(share, gradient.view(-1), async_op=True))
+        shard = self.shard.gradient.view(self._buckets, -1)[bucket]
+        self._pending.add(reduce_scatter(shard, gradient.view(-1), async_op=True))
 
     def finish_reduction(self, limit: Tensor | None = None) -> None:
-        """After the last backward: send what was not sent, and wait for all.
+        """After the last backward pass, send the remaining buckets and wait for all.
 
-        limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no
-        limit; only then may `overlap` have sent anything.
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no limit.
+        With a limit, `overlap` must not have sent anything.
         """
-        # A parameter that got no gradient has left its buckets to this.
+        # Buckets with a parameter without a gradient were not sent yet; this sets it to zeros.
         super()._collect_gradient()
         if limit is not None:
             scale_down([self._gradient.view(-1, BLOCK)], limit)
-        while self._under_way.begun < self._buckets:
-            self._reduce(self._under_way.begun)
-        self._under_way.wait()
+        while self._pending.started < self._buckets:
+            self._reduce(self._pending.started)
+        self._pending.wait()
 
     def _collect_gradient(self) -> None:
-        """`finish_reduction` has done it."""
+        """Nothing to do: `finish_reduction` has collected and reduced the gradient."""
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
         rows = sums.new_empty(self._world_size, *sums.shape)
@@ -177,32 +178,32 @@ class ShardedLamb(FlatLamb):
         return rows.reshape(len(sums), -1)
 
     def _publish(self) -> None:
-        share = self.share.master if self.share.rounded is None else self.share.rounded
-        for values, piece in zip(self._values, share.view(self._buckets, -1), strict=True):
-            self._under_way.add(all_gather(values.view(-1), piece, async_op=True))
-        self._under_way.wait()
+        shard = self.shard.master if self.shard.rounded is None else self.shard.rounded
+        for values, piece in zip(self._values, shard.view(self._buckets, -1), strict=True):
+            self._pending.add(all_gather(values.view(-1), piece, async_op=True))
+        self._pending.wait()
 
     def state_dict(self) -> dict:
-        """As `Optimizer.state_dict`, on rank 0 and on the CPU; the other ranks get an empty one."""
+        """As `Optimizer.state_dict`, on the CPU of rank 0; an empty one on the other ranks."""
         state: dict[str, object] = {"updates": self.updates}
-        for key, share in self._state_shares().items():
-            flat = self._gather(share)
+        for key, shard in self._state_shards().items():
+            flat = self._gather(shard)
             if flat is not None:
                 state[key] = dict(zip(self.names, self.layout.views(flat), strict=True))
         return state if self._rank == 0 else {}
 
-    def _state_shares(self) -> dict[str, Tensor]:
-        share = self.share
+    def _state_shards(self) -> dict[str, Tensor]:
+        shard = self.shard
         return {
-            "master": share.master,
-            "first_moment": share.first,
-            "second_moment": share.second,
+            "master": shard.master,
+            "first_moment": shard.first,
+            "second_moment": shard.second,
         }
 
-    def _gather(self, share: Tensor) -> Tensor | None:
-        """The whole flat tensor on rank 0's CPU; bucket by bucket, to need little memory."""
-        flat = torch.empty(self.layout.length, dtype=share.dtype) if self._rank == 0 else None
-        for bucket, piece in enumerate(share.view(self._buckets, -1)):
+    def _gather(self, shard: Tensor) -> Tensor | None:
+        """The whole flat tensor on rank 0's CPU, gathered bucket by bucket to save memory."""
+        flat = torch.empty(self.layout.length, dtype=shard.dtype) if self._rank == 0 else None
+        for bucket, piece in enumerate(shard.view(self._buckets, -1)):
             pieces = [torch.empty_like(piece) for _ in range(self._world_size)]
             dist.gather(piece, pieces if self._rank == 0 else None)
             if flat is not None:
@@ -210,13 +211,13 @@ class ShardedLamb(FlatLamb):
         return flat
 
     def _copy_state(self, state: dict) -> None:
-        for key, share in self._state_shares().items():
+        for key, shard in self._state_shards().items():
             tensors = [state[key][name] for name in self.names]
-            share.copy_(self._own_pieces(self.layout.filled(tensors)))
+            shard.copy_(self._own_pieces(self.layout.filled(tensors)))
 
 
 def _bucket_length(length: int, wanted: int, world_size: int) -> int:
-    """At most `wanted` where that is possible, and hardly more than what equal buckets need."""
+    """Length of equal buckets: at most `wanted`, then up to a multiple of ranks x BLOCK."""
     equal = -(-length // -(-length // wanted))
     smallest = world_size * BLOCK
     return -(-equal // smallest) * smallest

@@ -1,9 +1,8 @@
 """Batches of constant shape, for compiled code and CUDA graphs.
 
-Buffers of a fixed size take one packed batch after the other. What lies behind a batch's
-last token stays there from the batches before it: valid, but meaningless numbers. It is
-cut into dummy sequences of its own, whose labels do not count, so that nothing of it
-reaches a loss or a gradient.
+Buffers of a fixed size receive one packed batch after the other. After the last token of a batch,
+they still hold tokens of earlier batches: valid, but meaningless. These form dummy sequences, whose
+labels are ignored, so that they do not affect the losses or the gradients.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ import torch
 
 from bert_pretraining.model.batch import PackedBatch
 
-# Of the MLPerf training set (Wikipedia), the mean of tokens and of masked tokens a sequence,
-# and how much more than the mean a balanced batch may need.
+# Mean tokens and masked tokens per sequence in the MLPerf training set (Wikipedia), and the factor
+# above the mean that a balanced batch may need.
 MEAN_TOKENS, MEAN_MASKED, MARGIN = 255.8, 38.2, 1.02
-MULTIPLE = 64  # token and row counts that suit matrix kernels
+MULTIPLE = 64  # of token and row counts, for the speed of matrix kernels
 
 
 @dataclass(frozen=True)
 class Budget:
     """The constant sizes of a batch.
 
-    tokens, sequences, masked: at most so many. dummies: sequences of at most max_seqlen
-    tokens each that fill up `tokens`; a batch of fewer tokens than they can fill does not
-    fit either.
+    tokens, masked: the largest numbers that fit. sequences: the exact number. dummies: sequences of
+    at most max_seqlen tokens each, which fill the rest of `tokens`; a batch that leaves more tokens
+    than they can hold does not fit.
     """
 
     tokens: int
@@ -46,12 +45,12 @@ class Budget:
 
 
 def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[Budget, Budget]:
-    """Sizes for the usual balanced batch, and for any batch whatever.
+    """The sizes for the usual balanced batch, and for any possible batch.
 
-    batch_size: sequences. max_seqlen: tokens of one. static_tokens: tokens of the usual
-    batch; 0 for those of the MLPerf training set.
+    batch_size: sequences per batch. max_seqlen: the most tokens per sequence. static_tokens: tokens
+    of the usual batch; 0 computes them from the means of the MLPerf training set.
     """
-    # No procedure masks more than 15%, but for rounding: 76 of 512 in the published set.
+    # Data preparation masks at most 15%, up to rounding: 76 of 512 in the published data set.
     max_masked = math.ceil(0.15 * max_seqlen) + 1
     most = batch_size * max_seqlen
     tokens = static_tokens or _rounded(batch_size * MEAN_TOKENS * MARGIN)
@@ -61,7 +60,7 @@ def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[B
         batch_size,
         min(masked, batch_size * max_masked),
         max_seqlen,
-        # Tokens that are short of the budget by a tenth still fit.
+        # A batch with a tenth fewer tokens than the budget still fits.
         math.ceil(0.1 * tokens / max_seqlen) + 1,
     )
     return usual, Budget(most, batch_size, batch_size * max_masked, max_seqlen, batch_size)
@@ -74,7 +73,7 @@ def _rounded(count: float) -> int:
 class StaticBatch:
     """Buffers of one budget's sizes on one device.
 
-    ignored: the label that does not count. `batch` holds the buffers, always the same ones.
+    ignored: the label that the loss ignores. `batch` is always the same buffers; `load` fills them.
     """
 
     def __init__(self, budget: Budget, device: torch.device, ignored: int) -> None:
@@ -101,7 +100,7 @@ class StaticBatch:
         )
 
     def load(self, batch: PackedBatch) -> PackedBatch:
-        """Copy a batch that fits the budget into the buffers; returns them.
+        """Copy a batch that fits the budget into the buffers, and return them.
 
         Nothing waits for the device.
         """
