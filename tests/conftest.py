@@ -32,11 +32,10 @@ for number in (signal.SIGINT, signal.SIGHUP):
 import pytest  # noqa: E402
 
 from bert_pretraining.preparation.mini import MiniSettings, make_mini  # noqa: E402
+from helpers import MakeOnce  # noqa: E402
 
 RUN_SLOW = "bash run_tests.sh -m slow"
 not_run_key = pytest.StashKey[int]()
-
-MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +27,9 @@ from bert_pretraining.model.heads import BertForPreTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+
+# The fixture `make_once` of conftest.py.
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"reference data absent: {REFERENCE}"

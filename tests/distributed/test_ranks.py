@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import MakeOnce
-from helpers import ROOT, command, error_lines, in_process, perf_events
+from helpers import ROOT, MakeOnce, command, error_lines, in_process, perf_events
 
 STEPS = 6
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import MakeOnce
-from helpers import ROOT, command, error_lines, in_process, perf_events
+from helpers import ROOT, MakeOnce, command, error_lines, in_process, perf_events
 
 STEPS, HALF = 6, 3
 FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
