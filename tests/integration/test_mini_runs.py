@@ -245,7 +245,7 @@ def test_a_group_of_commands_lists_them(which: str, first: str, last: str, tmp_p
     assert (bare.returncode, bare.stdout) == (2, "")
     (line,) = bare.stderr.splitlines()
     assert line.startswith(f"Error: '{which}' needs one of: {first}, ")
-    assert f"{last} (see {which} --help)" in line
+    assert f"{last}; see {which} --help" in line
     asked = in_process(which, "--help", cwd=tmp_path)
     assert asked.returncode == 0
     assert f"  {which} {first} " in asked.stdout

@@ -351,7 +351,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         choice, reason = choose("auto", gpu)
         assert choice == "flat"
-        assert reason == "triton cannot be had: the package 'triton' is not installed"
+        assert reason == "triton is not available: the package 'triton' is not installed"
         with pytest.raises(UserError, match="triton: the package 'triton' is not installed; use"):
             choose("triton", gpu)
     finally:

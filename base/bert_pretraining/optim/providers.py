@@ -140,7 +140,7 @@ def _fastest(device: torch.device) -> Choice:
     problem = OPTIMIZERS["triton"].unavailable(device)
     if problem is None:
         return Choice("triton", "the fewest bytes moved on a GPU")
-    return Choice("flat", f"triton cannot be had: {problem}")
+    return Choice("flat", f"triton is not available: {problem}")
 
 
 def create_optimizer(
