@@ -21,14 +21,16 @@ class UserError(Exception):
 
     Args:
         problem: what is wrong, and where.
-        fix: what the user can do, as an order: "pass --data_dir DIR". Empty where `problem`
-            is a whole message that another rank or a library has made.
+        fix: what the user can do, as an order: "pass --data_dir DIR".
     """
 
-    def __init__(self, problem: str, fix: str = "") -> None:
-        super().__init__(f"{problem}; {fix}" if fix else problem)
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)  # both, so that another process can unpickle it
         self.problem = problem
         self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}"
 
 
 class TrainingError(Exception):

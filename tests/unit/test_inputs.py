@@ -143,7 +143,7 @@ def test_faults_are_all_there(data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "2048_shards_uncompressed" / "part_0.hdf5").unlink()
     found = faults(settings(data_dir, eval_dir=tmp_path / "absent"))
     words = ["no checkpoint at", "cannot read", "no shards in", "no such data directory"]
-    assert [word in fault for word, fault in zip(words, found, strict=True)] == [True] * 4
+    assert [word in fault.problem for word, fault in zip(words, found, strict=True)] == [True] * 4
     assert len(faults(settings(None))) == 1
 
 

@@ -107,11 +107,11 @@ def test_without_mlperf_logging_runs_are_drawn_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(batch_size: int, ruleset: str) -> None:
-        raise UserError("python lacks the package mlperf_logging")
+        raise UserError("python lacks the package mlperf_logging", "install it")
 
     monkeypatch.setattr(compare, "convergence_point", none)
     view = view_of(write_run(tmp_path / "run", 1))
-    assert view.references[0].reason == "python lacks the package mlperf_logging"
+    assert view.references[0].reason == "python lacks the package mlperf_logging; install it"
     assert [each.name for each in figures.pictures(view)] == ["accuracy", "loss", "training"]
 
 

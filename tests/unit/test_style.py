@@ -105,3 +105,20 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 def test_no_function_is_long(path: Path) -> None:
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions_of(path)}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@each_module
+def test_every_user_error_has_a_fix(path: Path) -> None:
+    """A message that says what is wrong, and not what to do, helps nobody."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
+    ]
+    without = [
+        node.lineno
+        for node in calls
+        if len(node.args) + len(node.keywords) != 2
+        or any(isinstance(part, ast.Constant) and not part.value for part in node.args)
+    ]
+    assert without == []

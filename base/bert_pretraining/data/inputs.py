@@ -51,18 +51,18 @@ def data_paths(config: Config) -> DataPaths:
     return paths
 
 
-def faults(config: Config) -> list[str]:
-    """The messages of all faults for which `data_paths` would raise UserError."""
+def faults(config: Config) -> list[UserError]:
+    """All faults for which `data_paths` would raise."""
     try:
         paths = _choose(config)
     except UserError as error:
-        return [str(error)]
+        return [error]
     found = []
     for check in _checks(config, paths):
         try:
             check()
         except UserError as error:
-            found.append(str(error))
+            found.append(error)
     return found
 
 

@@ -88,8 +88,7 @@ def data(settings: Config) -> Iterator[CheckResult]:
     """Data directory, shards, model configuration and start checkpoint."""
     faults = inputs.faults(settings)
     for fault in faults:
-        text, _, fix = fault.partition("; ")
-        yield CheckResult("data", PROBLEM, text, fix)
+        yield CheckResult("data", PROBLEM, fault.problem, fault.fix)
     if not faults:
         paths = inputs.data_paths(settings)
         training, evaluation = (

@@ -241,8 +241,7 @@ def from_main(make: Callable[[], Made]) -> Made:
         try:
             box[0] = make()
         except Exception as error:
-            kind = UserError if isinstance(error, UserError) else RuntimeError
-            box[1] = kind(str(error))
+            box[1] = error if type(error) is UserError else RuntimeError(str(error))
             dist.broadcast_object_list(box, src=0)
             raise
     dist.broadcast_object_list(box, src=0)

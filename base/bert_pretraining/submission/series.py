@@ -215,7 +215,10 @@ def _one_run(
     if exit_code == EXIT_USAGE and (figures is None or figures.evaluations == 0):
         # Nothing was trained, so it does not count as a run.
         _save(directory, before)
-        raise UserError(_last_error(folder) or "the run refused its input; its error stands above")
+        said = _last_error(folder) or "its error stands above"
+        raise UserError(
+            f"run {number + 1} refused its input: {said}", "correct its flags, after --"
+        )
     run = dataclasses.replace(run, exit_code=exit_code, seconds=time.monotonic() - clock)
     series = dataclasses.replace(series, runs=(*series.runs[:-1], run))
     _save(directory, series)
