@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ class TwoRecorders(RunLog):
 
     told: list[tuple]
 
-    def make_sinks(self, facts: RunFacts, folder: Path) -> list[Sink]:
+    def make_sinks(self, facts: RunFacts, folder: Path, closing: ExitStack) -> list[Sink]:
         self.told = []
         return [recorder(self.told, "one"), recorder(self.told, "two")]
 

@@ -50,37 +50,42 @@ class RunLog:
         self._window_samples = 0
         self._resumption: Resumption | None = None
         self._triggers: StepTriggers | None = None
-        self._closing = contextlib.ExitStack()
         self._sinks: list[Sink] = []
         self.folder: Path | None = None
-        if rank == 0:
-            output_dir = Path(self.config.resolved_output_dir)
-            lock = FolderLock(output_dir)
-            self._closing.callback(lock.release)
-            self.folder = make_run_folder(output_dir, self.config)
-        facts = RunFacts(
-            self.config,
-            resolved.path,
-            self._started,
-            # `submission run` drops the page caches where it may, and says whether it did.
-            os.environ.get("BERT_PRETRAINING_CACHES_DROPPED") == "1",
-            device_name,
-            world_size,
-            self.folder,
-        )
-        if rank == 0:
-            self._sinks = self.make_sinks(facts, self.folder)
+        with contextlib.ExitStack() as closing:  # what was opened is closed if the rest fails
+            if rank == 0:
+                output_dir = Path(self.config.resolved_output_dir)
+                closing.callback(FolderLock(output_dir).release)
+                self.folder = make_run_folder(output_dir, self.config)
+            facts = RunFacts(
+                self.config,
+                resolved.path,
+                self._started,
+                # `submission run` drops the page caches where it may, and says whether it did.
+                os.environ.get("BERT_PRETRAINING_CACHES_DROPPED") == "1",
+                device_name,
+                world_size,
+                self.folder,
+            )
+            if self.folder is not None:
+                self._sinks = self.make_sinks(facts, self.folder, closing)
+            self._closing = closing.pop_all()
         self._tell(Sink.launched, facts)
         self._init_started = time.time()
         self._tell(Sink.init_started)
 
-    def make_sinks(self, facts: RunFacts, folder: Path) -> list[Sink]:
-        """Every output of this run; a new kind of output is added here."""
+    def make_sinks(
+        self, facts: RunFacts, folder: Path, closing: contextlib.ExitStack
+    ) -> list[Sink]:
+        """Every output of this run; a new kind of output is added here.
+
+        closing: closes files that several sinks or none would close, after the last event.
+        """
         config = facts.config
         terminal = Terminal(config.max_steps)
         files = [LineFile(folder / name) for name in ("perflog.txt", "mllog.txt")]
         for file in files:
-            self._closing.callback(file.close)
+            closing.callback(file.close)
         perflog, mllog = ([file.line, terminal.line] for file in files)
         sinks = [PerfLog(perflog, rank=0), MlperfLog(mllog), Console(terminal, facts)]
         if config.tensorboard_dir:
