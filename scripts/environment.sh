@@ -55,7 +55,7 @@ prepare_python() {
     # mpirun and srun start run_training.sh once a rank, at the same time: one process installs,
     # the others wait for it. The lock ends with the subshell.
     (
-        ! command -v flock >/dev/null || flock 9
+        ! command -v flock >/dev/null || flock 9 || true
         base=$PYTHON
         PYTHON=$root/.venv/bin/python
         if [ ! -x "$PYTHON" ] || ! is_prepared "$@"; then

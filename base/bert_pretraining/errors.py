@@ -1,9 +1,13 @@
-"""Exit codes and the two kinds of failure a run can end with.
+"""Exit codes, the two kinds of failure that a run can end with, and why something is unavailable.
 
 `UserError` is for everything that a user can fix: it is shown as one line, without a
 traceback. Any other exception is a defect of the program or the machine and keeps
 its traceback.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 EXIT_CONVERGED = 0
 EXIT_CRASH = 1
@@ -34,12 +38,31 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on (a loss that is not finite, say): exit code 1.
+    """Training cannot continue, for example after a loss that is not finite: exit code 1.
 
-    The message is one line; the place in the code would not help the user. `detail`: what
-    stands above it, in a library's words.
+    The message is one line; the place in the code would not help the user. `detail`: text that is
+    printed above the message, such as a library's own error.
     """
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
         self.detail = detail
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """Why a provider of kernels or of an optimizer cannot run on a device.
+
+    fix: what the user can do, if anything.
+    """
+
+    reason: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.fix}" if self.fix else self.reason
+
+
+@dataclass(frozen=True)
+class NotInstalled(Unavailable):
+    """The provider's package is not installed."""

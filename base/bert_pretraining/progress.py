@@ -95,7 +95,7 @@ class StepTriggers:
     def evaluation_due(self, step: int, samples: int) -> bool:
         """Every `eval_steps` steps if that is positive, else at MLPerf's samples.
 
-        That is at the first step by which another multiple of the interval has been trained:
+        That is the first step at which the trained samples reach another multiple of the interval:
         with equal steps, step ceil(k * interval / samples_per_step).
         """
         if self.eval_steps > 0:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bert_pretraining.checkpoint import load_weights, write_weights
+from bert_pretraining.config import FIELDS
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.model.losses import LossMeans, LossTotals, mean_loss
+from bert_pretraining.model.losses import OBJECTIVES, LossMeans, LossTotals, mean_loss
 from bert_pretraining.training.micro_step import forward_backward
 from helpers import distinct_weights, packed, padded_arrays, tiny_config
 
@@ -87,3 +88,7 @@ def test_no_prediction_makes_a_mean_of_zero() -> None:
     totals = LossTotals(("mlm",), CPU)
     totals.add(sums, batch)
     assert LossMeans.of(totals.names, totals.flat().tolist()).mean == {"mlm": 0.0}
+
+
+def test_every_objective_is_a_choice() -> None:
+    assert FIELDS["objective"].metadata["choices"] == tuple(OBJECTIVES)

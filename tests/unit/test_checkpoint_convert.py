@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_pretraining.checkpoint import read_weights, save_checkpoint
+from bert_pretraining.checkpoint import read_weights, save_checkpoint, write_weights
 from helpers import REFERENCE, assert_same_tensors, needs_reference
 
 CHECKPOINT = REFERENCE / "checkpoint"
@@ -201,3 +201,24 @@ def test_a_source_may_be_its_own_destination(
     code, _, _ = run_checkpoint("convert", source, source, "--to", "apex", "--overwrite")
     assert code == 0
     assert_same_tensors(read_weights(source), weights)
+
+
+@pytest.mark.parametrize("target", ["apex", "hf", "resume"])
+def test_a_checkpoint_without_next_sentence_head(
+    run_checkpoint: object, tmp_path: Path, weights: dict, source: Path, target: str
+) -> None:
+    """As --objective mlm trains it: it stays such a checkpoint in every layout."""
+    head = ("bert.pooler.", "cls.seq_relationship.")
+    kept = {name: value for name, value in weights.items() if not name.startswith(head)}
+    write_weights(tmp_path / "mlm.pt", kept)
+    code, out, error = run_checkpoint(
+        "convert", tmp_path / "mlm.pt", tmp_path / "made", "--to", target
+    )
+    assert (code, error) == (0, "")
+    assert "No next-sentence head in the source: a checkpoint for --objective mlm" in out
+    if target == "hf":
+        del kept["cls.predictions.decoder.weight"]  # Hugging Face ties it by itself
+    assert_same_tensors(read_weights(tmp_path / "made"), kept)
+    if target == "hf":
+        config = json.loads((tmp_path / "made/config.json").read_text())
+        assert config["architectures"] == ["BertForMaskedLM"]

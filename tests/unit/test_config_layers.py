@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.config import FIELDS, Config, resolve
+from bert_pretraining.config import FIELDS, Config, resolve, without_switches
 from bert_pretraining.errors import UserError
 
 
@@ -33,7 +33,7 @@ def resolved(tmp_path: Path, base: str, file: str, **flags: object) -> Config:
 def test_precision(tmp_path: Path, base: str, file: str, flags: dict, expected: str) -> None:
     config = resolved(tmp_path, base, file, **flags)
     assert config.resolved_precision == expected
-    assert config.fp16 == (expected == "fp16") or config.precision is None
+    assert not config.fp16 or expected == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,25 @@ def test_one_source_that_contradicts_itself_is_refused(tmp_path: Path, switch: s
         resolve({"fp16": on, "precision": precision})
     with pytest.raises(UserError, match=rf"own\.toml: {said}"):
         resolved(tmp_path, "", f'fp16 = {str(on).lower()}\nprecision = "{precision}"')
+
+
+def test_a_switch_and_its_setting_mean_the_same() -> None:
+    """Where settings are compared: a run that resumes with the other spelling is the same run."""
+    spelled = [{"fp16": True}, {"precision": "fp16"}, {"precision": "fp16", "fp16": True}]
+    meanings = [without_switches(vars(resolve(flags).config)) for flags in spelled]
+    assert meanings[0] == meanings[1] == meanings[2]
+    assert meanings[0]["precision"] == "fp16"
+    assert "fp16" not in meanings[0]
+    assert without_switches(vars(resolve({}).config))["batching"] == "random"
+
+
+def test_a_setting_does_not_turn_its_switch_on() -> None:
+    shipped = resolve({"name": "nvidia", "config": "H200x1x8"})
+    assert shipped.config.resolved_batching == "balanced"
+    assert (shipped.config.exchange_padding, shipped.sources["exchange_padding"]) == (
+        False,
+        "default",
+    )
 
 
 def test_every_setting_says_whether_numbers_follow_from_it() -> None:

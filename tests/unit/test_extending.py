@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from bert_pretraining.data.flat_shard import flatten
+from bert_pretraining.errors import Unavailable
 from bert_pretraining.kernels import Target, reference
-from bert_pretraining.kernels.provider import Implementation, Unavailable
+from bert_pretraining.kernels.provider import Implementation
 from bert_pretraining.logs.sinks import EvaluationFigures
 from bert_pretraining.optim import OptimizerSettings
 from helpers import ROOT, padded_arrays
@@ -34,7 +35,7 @@ def test_a_kernel_provider() -> None:
     assert isinstance(found, Implementation)
     x, bias = torch.randn(3, 5), torch.randn(5)
     torch.testing.assert_close(found.function(x, bias), reference.bias_gelu(x, bias))
-    refused = provider.find("bias_gelu", Target(CPU, torch.float64, 64))
+    refused = provider.unavailable(Target(CPU, torch.float64, 64))
     assert refused == Unavailable("acme has no float64")
 
 

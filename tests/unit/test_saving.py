@@ -157,3 +157,26 @@ def test_a_second_signal_ends_the_process() -> None:
     )  # fmt: skip
     assert done.returncode == -signal.SIGINT
     assert done.stdout == ""
+
+
+def test_a_run_that_has_ended_ignores_signals_where_others_wait_for_it() -> None:
+    """A rank that ended by an error does not: the launcher may end it."""
+    program = (
+        "import os, signal\n"
+        "from bert_pretraining.runtime.signals import ASKING, StopRequest\n"
+        "try:\n"
+        "    with StopRequest().listening(ignore_afterwards=True):\n"
+        "        raise ValueError\n"
+        "except ValueError:\n"
+        "    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "with StopRequest().listening(ignore_afterwards=True):\n"
+        "    pass\n"
+        "for number in ASKING:\n"
+        "    os.kill(os.getpid(), number)\n"
+        "print('still here')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT / "base")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")

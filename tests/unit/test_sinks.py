@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,10 @@ class TwoRecorders(RunLog):
 
     told: list[tuple]
 
-    def make_sinks(self, facts: RunFacts, folder: Path, closing: ExitStack) -> list[Sink]:
+    def make_sinks(self, facts: RunFacts, folder: Path) -> Iterator[Sink]:
         self.told = []
-        return [recorder(self.told, "one"), recorder(self.told, "two")]
+        yield recorder(self.told, "one")
+        yield recorder(self.told, "two")
 
 
 @pytest.fixture
@@ -51,9 +52,9 @@ def test_every_sink_gets_every_event(run: Recording) -> None:
     run.log.say("hello")
     run.finish()
     told = run.log.told
-    assert [row[1:] for row in told[0::2]] == [row[1:] for row in told[1::2]]
-    assert {row[0] for row in told[0::2]} == {"one"}
-    events = [row[1] for row in told[0::2]]
+    by_sink = {which: [row[1:] for row in told if row[0] == which] for which in ("one", "two")}
+    assert by_sink["one"] == by_sink["two"]
+    events = [event for event, _ in by_sink["one"]]
     assert events[:3] == ["launched", "init_started", "hyperparameters"]
     assert events[-4:] == ["said", "training_ended", "finished", "close"]
     assert events.index("clock_started") < events.index("evaluation_started")
@@ -78,7 +79,7 @@ def test_every_event_of_the_interface_is_told_somewhere() -> None:
         for node in ast.walk(source)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "Sink"
     }
-    assert told == set(EVENTS)
+    assert told == set(EVENTS) - {"close"}, "each sink is closed on its own"
 
 
 def test_the_place_of_an_event_is_the_first_frame_outside_the_logs() -> None:

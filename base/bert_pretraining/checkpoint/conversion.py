@@ -14,7 +14,7 @@ from bert_pretraining.checkpoint import hugging_face
 from bert_pretraining.checkpoint.formats import Checkpoint
 from bert_pretraining.checkpoint.names import DECODER, OUTPUT_BIAS, WORD_EMBEDDING
 from bert_pretraining.checkpoint.save import save_checkpoint, write_weights
-from bert_pretraining.checkpoint.structure import Sizes, expected_shapes, fit
+from bert_pretraining.checkpoint.structure import NEXT_SENTENCE_HEAD, Sizes, expected_shapes, fit
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import padded_rows
 
@@ -49,8 +49,11 @@ def convert(
     """
     weights = _complete(checkpoint, model.sizes)
     notes = [_vocabulary_note(checkpoint, model.sizes)]
+    without_head = lacks_next_sentence_head(checkpoint)
     if target == "hf":
         config = _hugging_face_config(model, weights)
+        if without_head:
+            config["architectures"] = ["BertForMaskedLM"]
         if trim_vocabulary:
             notes = _trim(weights, config, model.sizes.vocab_size)
         write = partial(hugging_face.write_directory, destination, weights, config)
@@ -68,6 +71,8 @@ def convert(
             f"cannot write {destination} ({reason}), and nothing was left there",
             "free disk space, or name another DST",
         ) from error
+    if without_head:
+        notes.append("No next-sentence head in the source: a checkpoint for --objective mlm")
     notes += [
         f"Left out: {what}, {len(names)} entries of the source"
         for what, names in checkpoint.left_out.items()
@@ -75,10 +80,17 @@ def convert(
     return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *notes]
 
 
+def lacks_next_sentence_head(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of a model that was trained with --objective mlm."""
+    return not any(name.startswith(NEXT_SENTENCE_HEAD) for name in checkpoint.weights)
+
+
 def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
     """Every tensor of the trainer's model, padded; none is a view of a larger one."""
     rows = padded_rows(sizes.vocab_size)
     shapes = expected_shapes(replace(sizes, vocab_size=rows))
+    if lacks_next_sentence_head(checkpoint):
+        shapes = {name: shapes[name] for name in shapes if not name.startswith(NEXT_SENTENCE_HEAD)}
     fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size)
     weights = {}
     for name, value in fitting.items():

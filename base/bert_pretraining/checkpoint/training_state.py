@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
-from bert_pretraining.config import FIELDS, Config
+from bert_pretraining.config import FIELDS, Config, without_switches
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import LossScale, Optimizer
 from bert_pretraining.progress import RunState
@@ -47,13 +47,13 @@ class DataOrder:
 
 
 def settings_of(config: Config) -> dict[str, object]:
-    """The settings that a run's numbers follow from."""
+    """The settings that affect losses and weights."""
     named = {
         setting.name: getattr(config, setting.name)
         for setting in FIELDS.values()
         if setting.metadata["changes_numbers"]
     }
-    # How the ranks lie on machines does not change the numbers, how many they are does.
+    # The number of ranks affects the numbers; their distribution over machines does not.
     return {**named, "nnodes": 1, "nproc_per_node": config.world_size}
 
 
@@ -171,12 +171,13 @@ class Saved:
             torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
 
     def differences(self, settings: dict[str, object], order: DataOrder) -> list[str]:
-        """What of this run is not as it was when the file was written; empty: bit-identical."""
+        """What differs from the saved run; empty if this run continues it bit for bit."""
         # A setting that is newer than the file had its default's effect.
-        saved = {name: FIELDS[name].default for name in settings} | self.state["config"]
+        defaults = {name: FIELDS[name].default for name in settings}
+        saved = without_switches(defaults | self.state["config"])
         found = [
             f"{name} {saved[name]} -> {value}"
-            for name, value in settings.items()
+            for name, value in without_switches(settings).items()
             if saved[name] != value
         ]
         if self.seed != order.seed:
@@ -226,7 +227,7 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
 
 
 def job() -> str | None:
-    """What names the launch that this process belongs to, its restarts included."""
+    """An identifier of the launch, the same after its restarts."""
     return os.environ.get("BERT_PRETRAINING_STARTED")
 
 

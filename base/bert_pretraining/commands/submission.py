@@ -218,7 +218,7 @@ def _before(settings: config.Config, ruleset: str) -> list[str]:
     """What the rules say of the configuration, printed before the first run."""
     from bert_pretraining.submission.rcp import convergence_point
 
-    size = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    size = settings.global_batch_size
     point = convergence_point(size, ruleset)
     lines = [f"Ruleset {ruleset}, global batch size {size:,}: {point.describe()}"]
     if point.mean_samples is not None:

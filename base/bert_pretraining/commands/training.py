@@ -23,14 +23,14 @@ def launch(arguments: list[str]) -> int:
     launching.add_launch_flags(parser)
     config.add_config_flags(parser)
     flags, values = launching.split_flags(vars(parser.parse(arguments)))
+    is_embedded_default = not values  # launch flags choose no other configuration
     if "name" not in values and "config" not in values:
         values = {**values, "name": "mini", "config": _default_config(values.get("device"))}
     resolved = config.resolve(values)
     external = launching.external_rank(os.environ)
     if external:
         flags = launching.join(flags, resolved, external)
-    without_flags = {argument.replace("-", "_") for argument in arguments} <= {"__dry_run"}
-    lacks_mini_data = without_flags and not Path(MINI_DATA_DIR).exists()
+    lacks_mini_data = is_embedded_default and not Path(MINI_DATA_DIR).exists()
     if lacks_mini_data and not flags.dry_run:
         make_mini_once()
     plan = launching.make_plan(resolved, flags, _trainer_flags(values))

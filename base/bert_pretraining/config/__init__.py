@@ -10,6 +10,7 @@ from bert_pretraining.config.resolution import (
     resolve,
     show,
     tomllib,
+    without_switches,
 )
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 
@@ -29,4 +30,5 @@ __all__ = [
     "resolve",
     "show",
     "tomllib",
+    "without_switches",
 ]

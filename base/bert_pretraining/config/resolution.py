@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def resolve(flags: dict[str, object]) -> Resolved:
 
 # Upstream's switches whose meaning is one value of a setting: switch -> (setting, that value).
 SWITCHES = {"fp16": ("precision", "fp16"), "exchange_padding": ("batching", "balanced")}
+_WITHOUT_SWITCH = {"precision": "fp32", "batching": "random"}
+
+
+def without_switches(settings: Mapping[str, object]) -> dict[str, object]:
+    """The same settings with each switch replaced by the value that it stands for."""
+    found = dict(settings)
+    for switch, (setting, meaning) in SWITCHES.items():
+        otherwise = meaning if found.pop(switch) else _WITHOUT_SWITCH[setting]
+        found[setting] = found[setting] or otherwise
+    return found
 
 
 def _settle_switches(
@@ -95,8 +106,8 @@ def _settle_switches(
                     f"{where}: {switch} = {str(is_on).lower()} contradicts {setting} = {value!r}",
                     f"remove {switch}: {setting} is enough",
                 )
-        elif setting in layer and values[switch] != (value == meaning):
-            values[switch], sources[switch] = value == meaning, source
+        elif setting in layer and values[switch] and value != meaning:
+            values[switch], sources[switch] = False, source
         elif switch in layer and (is_on or values[setting] == meaning):
             # A setting of None means what the switch says.
             values[setting], sources[setting] = None, source

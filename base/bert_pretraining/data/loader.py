@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -176,21 +177,24 @@ class TrainingLoader:
         return balance(lengths, config.batch_size, np.random.RandomState(seed))
 
 
-def load_evaluation_batches(
-    directory: Path,
-    num_examples: int,
-    batch_size: int,
-    vocab_size: int,
-    max_seq_length: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[int, list[tuple[int, PackedBatch]]]:
+class EvaluationSet(NamedTuple):
+    """One rank's part of the evaluation set.
+
+    num_batches: of all ranks. batches: of this rank, each with its number in
+    [0, num_batches).
+    """
+
+    num_batches: int
+    batches: list[tuple[int, PackedBatch]]
+
+
+def load_evaluation_set(directory: Path, num_examples: int, config: LoaderConfig) -> EvaluationSet:
     """The first `num_examples` sequences of the evaluation set in fixed batches.
 
     The batches are numbered over the whole set, and rank r of W takes the numbers n with
     n % W == r. So every number of ranks evaluates exactly the same batches.
 
-    Returns the number of batches of all ranks, and the (number, batch) pairs of this rank.
+    config: batch_size, rank, world_size and the model's limits are used.
     """
     count = 0
     mine: list[tuple[int, PackedBatch]] = []
@@ -198,13 +202,13 @@ def load_evaluation_batches(
     for info in list_shards(directory):
         if remaining == 0:
             break
-        shard = read_shard(info.path, vocab_size, max_seq_length)
+        shard = read_shard(info.path, config.vocab_size, config.max_seq_length)
         rows = np.arange(min(remaining, shard.num_sequences))
         remaining -= len(rows)
-        for start in range(0, len(rows), batch_size):
-            if count % world_size == rank:
-                mine.append((count, pack_rows(shard, rows[start : start + batch_size])))
+        for start in range(0, len(rows), config.batch_size):
+            if count % config.world_size == config.rank:
+                mine.append((count, pack_rows(shard, rows[start : start + config.batch_size])))
             count += 1
     if count == 0:
         raise UserError(f"no evaluation sequences in {directory}", "make the data set again")
-    return count, mine
+    return EvaluationSet(count, mine)

@@ -94,12 +94,11 @@ def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[Chec
     """For each precision, whether it trains here and with which kernels."""
     import torch
 
-    from bert_pretraining.kernels import select
+    from bert_pretraining.kernels import DTYPES, select
 
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    for precision, dtype in dtypes.items():
+    for precision, dtype in DTYPES.items():
         what = f"kernels {precision}"
         status, text = OK, ""
         if precision == "fp16" and not on_gpu:

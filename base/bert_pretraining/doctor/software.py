@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
+from bert_pretraining.errors import NotInstalled
 
 # What training imports, and the oldest version that pyproject.toml allows (a test compares).
 REQUIRED = {
@@ -67,7 +68,6 @@ def _apex() -> CheckResult:
     """NVIDIA's apex is optional, but another project named apex breaks its import."""
     try:
         from bert_pretraining.kernels import apex_provider
-        from bert_pretraining.kernels.provider import NotInstalled
     except ImportError as error:
         return CheckResult("apex", NOTE, f"could not be checked ({error})")
     fault = apex_provider.installation_fault()

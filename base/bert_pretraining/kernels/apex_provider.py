@@ -14,15 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.kernels.dropout import dropout as apply_dropout
 from bert_pretraining.kernels.dropout import dropout_add
-from bert_pretraining.kernels.provider import (
-    Implementation,
-    NotInstalled,
-    Provider,
-    Target,
-    Unavailable,
-)
+from bert_pretraining.kernels.provider import Implementation, Provider, Target
 from bert_pretraining.kernels.reference import IGNORED
 
 NAME = "apex"
@@ -81,8 +76,7 @@ def missing(operator: str) -> Unavailable | None:
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
     """The operator's implementation, if the installed apex has its symbol. See `Provider`."""
-    problem = unavailable(target) or missing(operator)
-    return problem or Implementation(globals()[operator], NAME)
+    return missing(operator) or Implementation(globals()[operator], NAME)
 
 
 def _symbol(name: tuple[str, str]) -> Callable:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from bert_pretraining.errors import Unavailable
+
 OPERATORS = (
     "attention",
     "bias_gelu",
@@ -37,30 +39,14 @@ class Implementation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unavailable:
-    """The provider cannot run on a target. reason: why. fix: what the user can do, if anything."""
-
-    reason: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason}; {self.fix}" if self.fix else self.reason
-
-
-@dataclass(frozen=True)
-class NotInstalled(Unavailable):
-    """The provider's package is not installed."""
-
-
-@dataclass(frozen=True)
 class Provider:
     """One implementation of some or all operators.
 
     name: its value for `--kernels`.
     operators: those of OPERATORS for which it has kernels, on any device.
     find: (operator, target) -> the implementation, or why it cannot run there. It is called with
-        declared operators only. The implementation's function has the signature of the function of
-        the same name in `reference.py`.
+        declared operators only, and only where `unavailable` has returned None. The function has
+        the signature of the function of the same name in `reference.py`.
     unavailable: target -> why none of its operators can run there, or None. It must not import
         packages that may be missing.
     """

@@ -11,20 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bert_pretraining.errors import UserError
+from bert_pretraining.errors import Unavailable, UserError
 from bert_pretraining.kernels import (
     apex_provider,
     reference,
     torch_provider,
     triton_provider,
 )
-from bert_pretraining.kernels.provider import (
-    OPERATORS,
-    Implementation,
-    Provider,
-    Target,
-    Unavailable,
-)
+from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -110,7 +104,9 @@ def _choose(operator: str, named: str | None, general: str, target: Target) -> I
     declared = operator in PROVIDERS[wanted].operators
     if named or declared or PROVIDERS[wanted].unavailable(target):
         others = ", ".join(other for other in PROVIDERS if other != wanted)
-        raise UserError(f"{flag} {wanted}: {found}", f"choose another of auto, {others}")
+        choose = f"choose another of auto, {others}"
+        fix = f"{found.fix}, or {choose}" if found.fix else choose
+        raise UserError(f"{flag} {wanted}: {found.reason}", fix)
     return _fallback(operator, target, f"{wanted} {found}")
 
 

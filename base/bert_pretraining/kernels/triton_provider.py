@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from bert_pretraining.kernels.provider import (
-    OPERATORS,
-    Implementation,
-    NotInstalled,
-    Provider,
-    Target,
-    Unavailable,
-)
+from bert_pretraining.errors import NotInstalled, Unavailable
+from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 
 NAME = "triton"
 
@@ -32,9 +26,6 @@ def unavailable(target: Target) -> Unavailable | None:
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
     """The operator's kernels. Triton is imported only here, after they were chosen."""
-    problem = unavailable(target)
-    if problem is not None:
-        return problem
     from bert_pretraining.kernels import triton_operators
 
     return Implementation(getattr(triton_operators, operator), NAME)

@@ -1,4 +1,4 @@
-"""Where another launcher has started the ranks already: bind this rank, and train."""
+"""Bind and train one rank that another launcher has started."""
 
 from __future__ import annotations
 

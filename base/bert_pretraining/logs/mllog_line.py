@@ -17,8 +17,8 @@ from pathlib import Path
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 START, END, POINT = "INTERVAL_START", "INTERVAL_END", "POINT_IN_TIME"
 
-# (kind of event, key, value, metadata, Unix time in ms or None for now, how many callers up the
-# place to name in the metadata is) -> the line, without its end
+# (kind of event, key, value, metadata, Unix time in ms or None for now, how many calls above the
+# caller the code is that the metadata names) -> the line, without its end
 LineMaker = Callable[[str, str, object, "dict | None", "int | None", int], str]
 
 

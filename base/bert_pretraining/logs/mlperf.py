@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 
+from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.mllog_line import END, POINT, START, line_maker
 from bert_pretraining.logs.sinks import Hyperparameters, Resumption, RunFacts, Sink
 from bert_pretraining.logs.source import calling_frame
@@ -18,10 +19,14 @@ class MlperfLog(Sink):
 
     Args:
         writers: called with each line.
+        file: gets each line first, and is closed with this sink.
     """
 
-    def __init__(self, writers: Sequence[Callable[[str], None]]) -> None:
-        self._writers = writers
+    def __init__(
+        self, writers: Sequence[Callable[[str], None]], file: LineFile | None = None
+    ) -> None:
+        self._writers = [file.line, *writers] if file else writers
+        self._file = file
         self._line = line_maker()
         self._clock_runs = False
         self._evaluating: int | None = None  # the epoch_num of an eval_start without its end
@@ -77,6 +82,10 @@ class MlperfLog(Sink):
     def aborted(self, samples: int, eval_samples: int) -> None:
         self._run_stop(run_status(False), samples, eval_samples)
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def _run_stop(self, status: str, train_samples: int, eval_samples: int) -> None:
         """The clock stops; nothing, if it does not run. eval_samples: of one evaluation."""
         if not self._clock_runs:
@@ -104,5 +113,5 @@ class MlperfLog(Sink):
 
 
 def run_status(converged: bool) -> str:
-    """The status of `run_stop`: to reach the target and to end well is the only success."""
+    """The status of `run_stop`: success only if the target was reached."""
     return "success" if converged else "aborted"

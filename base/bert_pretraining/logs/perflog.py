@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.sinks import (
     EvaluationFigures,
     Resumption,
@@ -27,10 +28,14 @@ class PerfLog(Sink):
     Args:
         writers: called with each line.
         rank: for the metadata.
+        file: gets each line first, and is closed with this sink.
     """
 
-    def __init__(self, writers: Sequence[Callable[[str], None]], rank: int) -> None:
-        self._writers = writers
+    def __init__(
+        self, writers: Sequence[Callable[[str], None]], rank: int, file: LineFile | None = None
+    ) -> None:
+        self._writers = [file.line, *writers] if file else writers
+        self._file = file
         self._rank = rank
 
     def log(self, event: str, value: dict | None = None) -> None:
@@ -116,6 +121,10 @@ class PerfLog(Sink):
         if result.resumed_from is not None:
             finished["resumed_from_step"] = result.resumed_from
         self.log("FINISHED", finished)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _evaluation(evaluation: EvaluationFigures) -> dict[str, object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from bert_pretraining import __version__
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.files import UNFINISHED
+from bert_pretraining.runtime.files import write_whole
 
 PACKAGES = ("torch", "numpy", "h5py", "mlperf-logging", "tokenizers", "tqdm")
 
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def _new_folder(output_dir: Path) -> Path:
-    """Never one that was there."""
+    """Create and return a folder that did not exist before."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     output_dir.mkdir(parents=True, exist_ok=True)
     for attempt in range(1000):
@@ -66,9 +66,4 @@ def _new_folder(output_dir: Path) -> Path:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + UNFINISHED)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

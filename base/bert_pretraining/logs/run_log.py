@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bert_pretraining.config import Config, Resolved
@@ -68,30 +68,24 @@ class RunLog:
                 self.folder,
             )
             if self.folder is not None:
-                self._sinks = self.make_sinks(facts, self.folder, closing)
+                for sink in self.make_sinks(facts, self.folder):
+                    closing.callback(sink.close)
+                    self._sinks.append(sink)
             self._closing = closing.pop_all()
         self._tell(Sink.launched, facts)
         self._init_started = time.time()
         self._tell(Sink.init_started)
 
-    def make_sinks(
-        self, facts: RunFacts, folder: Path, closing: contextlib.ExitStack
-    ) -> list[Sink]:
-        """Every output of this run; a new kind of output is added here.
-
-        closing: closes files that several sinks or none would close, after the last event.
-        """
+    def make_sinks(self, facts: RunFacts, folder: Path) -> Iterator[Sink]:
+        """Every output of this run, one after the other; a new kind of output is added here."""
         config = facts.config
         terminal = Terminal(config.max_steps)
-        files = [LineFile(folder / name) for name in ("perflog.txt", "mllog.txt")]
-        for file in files:
-            closing.callback(file.close)
-        perflog, mllog = ([file.line, terminal.line] for file in files)
-        sinks = [PerfLog(perflog, rank=0), MlperfLog(mllog), Console(terminal, facts)]
+        yield PerfLog([terminal.line], rank=0, file=LineFile(folder / "perflog.txt"))
+        yield MlperfLog([terminal.line], file=LineFile(folder / "mllog.txt"))
+        yield Console(terminal, facts)
         if config.tensorboard_dir:
             run = Path(config.resolved_output_dir).name
-            sinks.append(TensorBoard(Path(config.tensorboard_dir) / run / folder.name))
-        return sinks
+            yield TensorBoard(Path(config.tensorboard_dir) / run / folder.name)
 
     def _tell(self, event: Callable, *details: object) -> None:
         """Call the method of `Sink` that `event` is on every sink."""
@@ -136,7 +130,7 @@ class RunLog:
     def start_evaluated(self, state: RunState, seconds: float) -> None:
         """The start weights' figures; training begins after this."""
         wanted, there = self.config.num_eval_examples, state.eval_sequences
-        # The default is MLPerf's number; who asks for one of their own hears that it was not met.
+        # The default is MLPerf's number. Who has set a number learns that the set is smaller.
         if there < wanted and self._sources["num_eval_examples"] != "default":
             self.say(
                 f"Notice: num_eval_examples {wanted:,}, but the evaluation set holds "
@@ -148,7 +142,8 @@ class RunLog:
     def resumed(self, path: Path, state: RunState, differences: list[str]) -> None:
         """The run goes on from a checkpoint; training begins after this.
 
-        differences: what is not as it was; with none, the run goes on bit for bit.
+        differences: settings and data that have changed since the checkpoint; if empty, the run
+        continues bit for bit.
 
         Time and throughput are of the part that is trained here, and the MLPerf log says that
         it is only a part.
@@ -247,9 +242,8 @@ class RunLog:
         self._tell(Sink.aborted, state.num_trained_samples, state.eval_sequences)
 
     def close(self) -> None:
-        """Close every output, and let the next run into the folder."""
-        with self._closing:
-            self._tell(Sink.close)
+        """Close every output, and let the next run use the folder."""
+        self._closing.close()
 
 
 def _evaluation(state: RunState, seconds: float) -> EvaluationFigures:

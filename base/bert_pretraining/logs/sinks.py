@@ -34,7 +34,8 @@ class RunFacts:
 class Resumption:
     """The run goes on from a checkpoint.
 
-    differences: what is not as it was; with none, the run goes on bit for bit.
+    differences: settings and data that have changed since the checkpoint; if empty, the run
+    continues bit for bit.
     """
 
     checkpoint: Path
@@ -152,7 +153,7 @@ class Sink:
         """The figures of a step."""
 
     def advanced(self, steps: int, seconds_to_evaluation: float | None) -> None:
-        """So many steps more were made, the logged one among them."""
+        """`steps` more updates were made, including the logged one."""
 
     def evaluated(self, evaluation: EvaluationFigures) -> None:
         """The figures of an evaluation."""

@@ -1,4 +1,4 @@
-"""Which place in the code told a log of an event."""
+"""Finds the line of code that reported an event."""
 
 from __future__ import annotations
 

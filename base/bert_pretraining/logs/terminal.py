@@ -18,7 +18,7 @@ class Terminal:
         total_steps: the bar's length.
 
     Attributes:
-        has_bar_alone: whether a bar shows what a line a step would repeat.
+        has_bar_alone: whether the bar shows the figures, so that step lines are not printed.
     """
 
     def __init__(self, total_steps: int) -> None:

@@ -13,46 +13,44 @@ import importlib
 import torch
 from torch import Tensor
 
-from bert_pretraining.errors import UserError
+from bert_pretraining.errors import NotInstalled, Unavailable, UserError
 from bert_pretraining.optim.adam import MOMENTS
 from bert_pretraining.optim.optimizer import Optimizer
 
 CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
 
 
-def find_classes() -> dict[str, type]:
-    """The classes of CLASSES that the installed apex has, by name.
+BUILD = "build https://github.com/NVIDIA/apex with its CUDA extensions"
 
-    Raises ImportError, with a fix, if it has none of them, if apex is not installed, or if the
-    installed `apex` is PyPI's web toolkit of that name.
-    """
-    build = "build https://github.com/NVIDIA/apex with its CUDA extensions"
+
+def find_classes() -> dict[str, type] | Unavailable:
+    """The classes of CLASSES that the installed apex has, by name; or why there are none."""
     try:
         importlib.import_module("apex")
     except ImportError as error:
-        raise ImportError(f"the package 'apex' is not installed ({error}); {build}") from error
+        return NotInstalled(f"the package 'apex' is not installed ({error})", BUILD)
     try:
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError as error:
         if getattr(error, "name", None) == "apex.optimizers":
-            raise ImportError(
-                "the installed 'apex' is not NVIDIA's (it has no apex.optimizers; PyPI's 'apex' "
-                f"is a web toolkit): uninstall it and {build}"
-            ) from error
-        raise ImportError(f"apex.optimizers cannot be imported ({error}); {build}") from error
+            return Unavailable(
+                "the installed 'apex' is not NVIDIA's: it has no apex.optimizers, and PyPI's "
+                "'apex' is a web toolkit",
+                f"uninstall it and {BUILD}",
+            )
+        return Unavailable(f"apex.optimizers cannot be imported ({error})", BUILD)
     found = {name: getattr(optimizers, name) for name in CLASSES if hasattr(optimizers, name)}
-    if not found:
-        raise ImportError(f"the installed apex has neither {' nor '.join(CLASSES)}; {build}")
-    return found
+    return found or Unavailable(f"the installed apex has neither {' nor '.join(CLASSES)}", BUILD)
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> Unavailable | None:
     """Why apex's LAMB cannot run on a device, or None if it can."""
-    try:
-        find_classes()
-    except ImportError as error:
-        return str(error)
-    return None if device.type == "cuda" else f"apex needs a GPU, not device {device.type}"
+    found = find_classes()
+    if isinstance(found, Unavailable):
+        return found
+    if device.type != "cuda":
+        return Unavailable(f"apex needs a GPU, not device {device.type}")
+    return None
 
 
 class _Scaler:
@@ -85,10 +83,9 @@ class ApexLamb(Optimizer):
                 "--optimizer apex: with --weight_decay_rate 0 apex leaves out the trust ratio",
                 "use another optimizer",
             )
-        try:
-            classes = find_classes()
-        except ImportError as error:
-            raise UserError(f"--optimizer apex: {error}", "or use another optimizer") from error
+        classes = find_classes()
+        if isinstance(classes, Unavailable):
+            raise UserError(f"--optimizer apex: {classes.reason}", classes.fix)
         dtypes = {parameter.dtype for parameter in self.parameters}
         dtype = dtypes.pop()
         if dtypes or dtype == torch.float64:

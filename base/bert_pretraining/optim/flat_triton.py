@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.optim import flat
 from bert_pretraining.optim.flat import Shard, Step
 
@@ -27,12 +28,12 @@ except ImportError:
     triton = None
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> Unavailable | None:
     """Why these kernels cannot run on a device, or None if they can."""
     if triton is None:
-        return "the package 'triton' is not installed"
+        return NotInstalled("the package 'triton' is not installed", "pip install triton")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton's kernels need a GPU, not device {device.type}"
+        return Unavailable(f"Triton's kernels need a GPU, not device {device.type}")
     return None
 
 

@@ -184,7 +184,13 @@ class Optimizer:
             )
         other = "pass the checkpoint, the bert_config.json and the --objective of one run"
         for key in ("master", *self.SLOTS):
-            saved = state.get(key, {})
+            if key not in state:
+                raise UserError(
+                    f"the checkpoint is of another optimizer: its state has no '{key}'",
+                    "pass the --optimizer that wrote it, or start from its weights with "
+                    "checkpoint convert --to apex",
+                )
+            saved = state[key]
             if set(saved) != set(self.names):
                 first = sorted(set(saved) ^ set(self.names))[0]
                 raise UserError(

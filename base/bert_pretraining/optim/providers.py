@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining.errors import UserError
+from bert_pretraining.errors import Unavailable, UserError
 from bert_pretraining.optim.adamw import AdamW
 from bert_pretraining.optim.flat import FlatKernels
 from bert_pretraining.optim.flat_lamb import FlatLamb
@@ -26,7 +26,7 @@ Sharing = Literal["alone", "replicated", "sharded"]
 
 
 @dataclass(frozen=True)
-class Provider:
+class OptimizerProvider:
     """One entry of OPTIMIZERS.
 
     make: (parameters by name, settings, masters, sharing) -> the optimizer.
@@ -35,7 +35,7 @@ class Provider:
     """
 
     make: Callable[..., Optimizer]
-    unavailable: Callable[[torch.device], str | None] = lambda _: None
+    unavailable: Callable[[torch.device], Unavailable | None] = lambda _: None
     shards: bool = False
 
 
@@ -66,7 +66,7 @@ def _triton(named: list[tuple[str, nn.Parameter]], *arguments: object) -> Optimi
     return _flat(named, *arguments, kernels=TritonKernels())
 
 
-def _no_triton(device: torch.device) -> str | None:
+def _no_triton(device: torch.device) -> Unavailable | None:
     from bert_pretraining.optim import flat_triton
 
     return flat_triton.unavailable(device)
@@ -83,19 +83,19 @@ def _apex(
     return ApexLamb(named, settings, masters)
 
 
-def _no_apex(device: torch.device) -> str | None:
+def _no_apex(device: torch.device) -> Unavailable | None:
     from bert_pretraining.optim import apex_lamb
 
     return apex_lamb.unavailable(device)
 
 
-OPTIMIZERS: dict[str, Provider] = {
-    "reference": Provider(_unsharded(ReferenceLamb)),
-    "foreach": Provider(_unsharded(ForeachLamb)),
-    "flat": Provider(_flat, shards=True),
-    "triton": Provider(_triton, _no_triton, shards=True),
-    "apex": Provider(_apex, _no_apex),
-    "adamw": Provider(_unsharded(AdamW)),
+OPTIMIZERS: dict[str, OptimizerProvider] = {
+    "reference": OptimizerProvider(_unsharded(ReferenceLamb)),
+    "foreach": OptimizerProvider(_unsharded(ForeachLamb)),
+    "flat": OptimizerProvider(_flat, shards=True),
+    "triton": OptimizerProvider(_triton, _no_triton, shards=True),
+    "apex": OptimizerProvider(_apex, _no_apex),
+    "adamw": OptimizerProvider(_unsharded(AdamW)),
 }
 
 
@@ -130,7 +130,9 @@ def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
         )
     problem = OPTIMIZERS[name].unavailable(device)
     if problem is not None:
-        raise UserError(f"--optimizer {name}: {problem}", "use auto, or flat, which runs anywhere")
+        other = "use auto, or flat, which runs anywhere"
+        fix = f"{problem.fix}, or {other}" if problem.fix else other
+        raise UserError(f"--optimizer {name}: {problem.reason}", fix)
     return Choice(name, "as asked")
 
 
@@ -140,7 +142,7 @@ def _fastest(device: torch.device) -> Choice:
     problem = OPTIMIZERS["triton"].unavailable(device)
     if problem is None:
         return Choice("triton", "the fewest bytes moved on a GPU")
-    return Choice("flat", f"triton is not available: {problem}")
+    return Choice("flat", f"triton is not available: {problem.reason}")
 
 
 def create_optimizer(

@@ -60,6 +60,11 @@ def show_stacks_on_request() -> None:
         faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
 
+def is_launched() -> bool:
+    """Whether this package's launcher has started this process."""
+    return FOLDER_VARIABLE in os.environ
+
+
 def heartbeat() -> None:
     """Report progress: to be called after every step and every evaluation batch.
 

@@ -31,13 +31,20 @@ class StopRequest:
         self._received_at = 0.0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside this context. Only for the main thread."""
+    def listening(self, ignore_afterwards: bool = False) -> Iterator[None]:
+        """Handle the signals inside this context. Only for the main thread.
+
+        ignore_afterwards: a run that ended without an error ignores them from then on. For a rank
+        that has nothing left to stop, but that other ranks still wait for.
+        """
         before = {number: signal.signal(number, self._handle) for number in ASKING}
+        after = before
         try:
             yield
+            if ignore_afterwards:
+                after = dict.fromkeys(ASKING, signal.SIG_IGN)
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler)
 
     @contextlib.contextmanager

@@ -33,7 +33,7 @@ from bert_pretraining.training.update import Update
 
 @dataclass(frozen=True)
 class Setup:
-    """What `build` builds from.
+    """The input of `build`.
 
     start: weights to start from, a run to go on with, or None for random weights.
     """
@@ -64,8 +64,8 @@ class Training:
 def build(setup: Setup) -> Training:
     """Build everything that needs no data, and say and log what was chosen."""
     config, ranks, log = setup.config, setup.ranks, setup.log
-    _say_what_has_no_effect(setup)
     precision = _precision(setup)
+    _say_what_has_no_effect(setup)
     module = _model(setup, precision)
     masters = None
     if DTYPES[precision].itemsize < 4:
@@ -82,7 +82,7 @@ def build(setup: Setup) -> Training:
     log.precision(precision)
     limit = config.max_gradient_norm if setup.clips_before_reduction else None
     reduction = make_reduction(module, optimizer, ranks, limit)
-    log.built("MODEL_TO_DDP", reduction.model, reduction=type(reduction).__name__)
+    log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
     longest = setup.bert_config.max_position_embeddings
     micro_step = choose_step(config, reduction.model, longest, ranks, log.say)
     micro_step.prepare(functools.partial(optimizer.zero_grad, set_to_none=False))

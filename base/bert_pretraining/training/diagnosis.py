@@ -15,8 +15,8 @@ from bert_pretraining.model.losses import mean_loss
 class NonFinite(NamedTuple):
     """What was not finite first, in words.
 
-    place: how early in a step that is; 0 a weight or an activation, 1 a gradient, 2 nowhere any
-    more.
+    place: the stage at which it appears: 0 a weight or an activation, 1 a gradient, 2 not found
+    again.
     """
 
     place: int

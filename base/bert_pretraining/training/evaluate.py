@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.data.loader import EvaluationSet
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossMeans, LossTotals
 from bert_pretraining.runtime import rank_reports
@@ -32,17 +32,8 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
-    model: BertForPreTraining,
-    num_batches: int,
-    batches: list[tuple[int, PackedBatch]],
-    ranks: Ranks,
-) -> Evaluation:
+def evaluate(model: BertForPreTraining, evaluation_set: EvaluationSet, ranks: Ranks) -> Evaluation:
     """Evaluate `model` on all batches of all ranks.
-
-    Args:
-        num_batches: over all ranks.
-        batches: this rank's, with their numbers in [0, num_batches).
 
     Each batch's sums go into a row of their own, which exactly one rank fills: adding the
     other ranks' zeros is exact, and the rows are then added in the same order everywhere.
@@ -51,8 +42,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     columns = LossTotals.columns(model.losses) + 1
-    rows = torch.zeros(num_batches, columns, dtype=torch.float64, device=ranks.device)
-    for number, batch in batches:
+    rows = torch.zeros(
+        evaluation_set.num_batches, columns, dtype=torch.float64, device=ranks.device
+    )
+    for number, batch in evaluation_set.batches:
         totals = LossTotals(model.losses, ranks.device, torch.float64)
         totals.add(model(batch.to(ranks.device)), batch)
         totals.write_to(rows[number, :-1])

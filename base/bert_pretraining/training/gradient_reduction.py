@@ -20,14 +20,16 @@ class Reduction(Protocol):
 
     Attributes:
         model: what to call in place of the module.
+        name: what logs call this reduction; it stays the same if the class is renamed.
     """
 
     model: nn.Module
+    name: str
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Stands around forward and backward of a micro-batch; last: of the update.
+        """A context for forward and backward of one micro-batch.
 
-        Gradients may be sent during the last one only.
+        last: whether it is the update's last one; only then may gradients be sent inside.
         """
 
     def finish(self, loss_scale: Tensor) -> None:
@@ -36,6 +38,8 @@ class Reduction(Protocol):
 
 class NoReduction:
     """One rank: its gradients are the mean already."""
+
+    name = "NoReduction"
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module
@@ -56,6 +60,8 @@ class DdpReduction:
     gradient are added, and so its last bit. Two passes that change nothing therefore come before
     training: then the first step of a resumed run uses the buckets of the run it goes on with.
     """
+
+    name = "DuringBackward"
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         device_ids = [device.index] if device.type == "cuda" else None
@@ -82,6 +88,8 @@ class ClippedReduction:
     limit: the norm. The mean's norm is not above it, so that the optimizer clips no more.
     """
 
+    name = "AfterClipping"
+
     def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float) -> None:
         self.model = module
         self._optimizer = optimizer
@@ -106,6 +114,8 @@ class OptimizerReduction:
 
     limit: as in `ClippedReduction`; None: the optimizer clips the mean.
     """
+
+    name = "Sharded"
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float | None) -> None:
         self.model = module

@@ -40,7 +40,7 @@ def loss_weights(
 
 
 def _on_device(counts: list, device: torch.device) -> Tensor:
-    """float32, copied without waiting for what the device has to do before."""
+    """float32 on the device; the copy does not wait for earlier work on the device."""
     pinned = device.type == "cuda"
     counted = torch.tensor(counts, dtype=torch.float32, pin_memory=pinned)
     return counted.to(device, non_blocking=True)

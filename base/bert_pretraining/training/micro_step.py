@@ -39,8 +39,8 @@ class MicroStep:
 
     Args:
         model: called with a batch; may be compiled or replicated.
-        budgets: the constant shapes to bring batches into, the smallest first; a batch that
-            fits none is taken as it is. Without budgets, all are.
+        budgets: the constant shapes, the smallest first. A batch that fits none of them keeps its
+            own shape; without budgets, every batch does.
         graph: replay captured CUDA graphs, one for each budget. `prepare` captures them.
         losses: the names of the model's losses.
     """
@@ -125,7 +125,9 @@ def _dummies_only(static: StaticBatch) -> None:
 def choose_step(
     config: Config, model: nn.Module, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
 ) -> MicroStep:
-    """Compiled or captured where it was asked for and can be, with constant shapes then.
+    """Choose eager, compiled or captured, as the settings ask and the device allows.
+
+    Compiled and captured steps may use constant shapes.
 
     max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
     UserError if compiling was asked for and cannot be.

@@ -14,7 +14,12 @@ from bert_pretraining.checkpoint.training_state import DataOrder, Saved, Trainin
 from bert_pretraining.config import Config
 from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.inputs import DataPaths
-from bert_pretraining.data.loader import LoaderConfig, TrainingLoader, load_evaluation_batches
+from bert_pretraining.data.loader import (
+    EvaluationSet,
+    LoaderConfig,
+    TrainingLoader,
+    load_evaluation_set,
+)
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import list_shards
@@ -31,7 +36,7 @@ from bert_pretraining.training.evaluate import Evaluation, evaluate
 
 
 class Session:
-    """What a run is made of. Its making takes three steps, all of which every rank takes:
+    """All parts of a run on one rank. Every rank builds it in three steps:
 
     the constructor       finds out what to start from, and builds all that needs no sequence
     `start_the_clock`     starts MLPerf's clock, then reads the evaluation set
@@ -93,6 +98,7 @@ class Session:
             DataOrder(self._seed, lanes, sizes),
             training_state.settings_of(config),
         )
+        self._evaluation_set = EvaluationSet(0, [])  # until the clock has started
         self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
 
     def _choose_seed(self) -> int:
@@ -105,18 +111,13 @@ class Session:
 
         No sequence is read before. UserError where an evaluation shard is damaged.
         """
-        config, ranks = self.config, self.ranks
-        process_group.barrier(ranks.device)
+        process_group.barrier(self.ranks.device)
         self.log.clock_started()
-        process_group.barrier(ranks.device)
-        self._num_eval_batches, self._eval_batches = load_evaluation_batches(
+        process_group.barrier(self.ranks.device)
+        self._evaluation_set = load_evaluation_set(
             self._paths.eval_dir,
-            config.num_eval_examples,
-            config.eval_batch_size,
-            self._bert_config.vocab_size,
-            self._bert_config.max_position_embeddings,
-            ranks.rank,
-            ranks.world_size,
+            self.config.num_eval_examples,
+            self._loader_config(self.config.eval_batch_size),
         )
 
     def begin(self) -> str | None:
@@ -136,26 +137,29 @@ class Session:
 
     def micro_batches(self) -> Iterator[PackedBatch]:
         """This rank's batches on its device, without end, from the first sample not yet seen."""
-        loader_config = LoaderConfig(
-            self.config.train_batch_size,
-            self.ranks.rank,
-            self.ranks.world_size,
-            self._bert_config.vocab_size,
-            self._bert_config.max_position_embeddings,
-            self.config.resolved_batching,
+        loader_config = dataclasses.replace(
+            self._loader_config(self.config.train_batch_size),
+            batching=self.config.resolved_batching,
             samples_seen=self.run.samples_seen,
             pin_memory=self.ranks.device.type == "cuda",
         )
         loader = TrainingLoader(self._shards, self.order, loader_config)
         return on_device(iter(loader), self.ranks.device)
 
+    def _loader_config(self, batch_size: int) -> LoaderConfig:
+        return LoaderConfig(
+            batch_size=batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            vocab_size=self._bert_config.vocab_size,
+            max_seq_length=self._bert_config.max_position_embeddings,
+        )
+
     def evaluate(self) -> Evaluation:
         """Evaluate the model on the whole set, and keep the figures in `run`."""
         run, log = self.run, self.log
         log.evaluation_started(run)
-        result = evaluate(
-            self.training.module, self._num_eval_batches, self._eval_batches, self.ranks
-        )
+        result = evaluate(self.training.module, self._evaluation_set, self.ranks)
         log.evaluation_stopped(run, result.mlm_accuracy)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         run.eval_sequences = result.num_sequences

@@ -24,7 +24,9 @@ def main(resolved: Resolved) -> int:
     """
     config = resolved.config
     stop = StopRequest()
-    with stop.listening():
+    # A launched rank that has finished waits for the others, which may still save. A signal now
+    # would end it, and the launcher would then end them.
+    with stop.listening(ignore_afterwards=rank_reports.is_launched()):
         paths = data_paths(config)
         ranks = process_group.start(config.device, config.dist_backend, dataclasses.asdict(config))
         config = _with_the_ranks_there_are(config, ranks)
@@ -50,7 +52,7 @@ def main(resolved: Resolved) -> int:
 
 
 def _with_the_ranks_there_are(config: Config, ranks: Ranks) -> Config:
-    """The launcher starts as many ranks as the configuration says; `train` alone is one rank."""
+    """A launcher starts as many ranks as the configuration says; without one there is one rank."""
     if config.world_size == ranks.world_size:
         return config
     return dataclasses.replace(config, nnodes=1, nproc_per_node=ranks.world_size)
@@ -129,7 +131,8 @@ def train(session: Session, stop: StopRequest) -> str:
         if epoch is not None and (config.save_checkpoint or reason == "signal"):
             session.save()
             session.report_saved(wait=True)
-    log.finished(run, reason if reason != "signal" else f"signal {stop.received or 'to a rank'}")
+        named = reason if reason != "signal" else f"signal {stop.received or 'to a rank'}"
+        log.finished(run, named)
     return reason
 
 

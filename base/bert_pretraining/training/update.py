@@ -1,8 +1,8 @@
 """One update: forward and backward of each micro-batch, reduction, optimizer, loss scale.
 
 Nothing here waits for the device. Whether an update was made, or skipped because its gradients
-were not finite, stays on the device until `read` asks, which the loop does where something is
-due: so the host can run ahead of a GPU by some steps.
+were not finite, stays on the device until `read`. The loop calls `read` only when something is
+due, so that the host can be some steps ahead of a GPU.
 """
 
 from __future__ import annotations
