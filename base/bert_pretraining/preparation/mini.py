@@ -24,6 +24,7 @@ from bert_pretraining.preparation.examples import (
     to_arrays,
 )
 from bert_pretraining.preparation.grammar import Grammar, vocabulary
+from bert_pretraining.runtime.files import whole_folder
 from bert_pretraining.runtime.seeds import derive
 
 TRAIN_DOCUMENTS = 4000
@@ -288,21 +289,11 @@ def _write(
     content: _Content,
     write_random_start: Callable[[Path, str, int], None] | None,
 ) -> None:
-    """Write all files beside output_dir, then give the directory its name."""
-    staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    """Write all files, or none."""
+    with whole_folder(output_dir) as staging:
         _write_files(staging, settings, content)
         if write_random_start is not None and not _start_checkpoint_fits(settings):
             write_random_start(staging, CHECKPOINT_NAME, settings.seed)
-        os.replace(staging, output_dir)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output_dir} ({error.strerror or error})",
-            "free disk space, or choose another --output_dir",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_files(directory: Path, settings: MiniSettings, content: _Content) -> None:

@@ -32,13 +32,13 @@ import html
 import os
 import random
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation.text_sources import read_text
+from bert_pretraining.runtime.files import whole_folder
 
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof rev hon st mt ft jr sr gen col maj capt lt sgt cmdr adm gov sen rep pres "
@@ -113,19 +113,8 @@ def segment(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists", "delete it, or choose another --output_dir")
 
-    staging = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    with whole_folder(output_dir) as staging:
         report = _write(paths, staging, num_parts, num_eval_articles, seed)
-        os.replace(staging, output_dir)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output_dir} ({error.strerror or error})",
-            "free disk space, or choose another --output_dir",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return SegmentReport(output_dir, num_parts, *report)
 
 

@@ -6,10 +6,12 @@ is imported: the checks run before any large package is imported, and `--dry_run
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
@@ -61,6 +63,28 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
         # Some network file systems cannot do this for a folder; the file itself is complete.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` once it is complete; then all of it is there.
+
+    `path` must not exist, or be an empty folder. If the block raises, nothing is left.
+    Raises UserError in place of an OSError.
+    """
+    staging = path.with_name(f"{path.name}{UNFINISHED}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        os.replace(staging, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error})",
+            "free disk space, or choose another --output_dir",
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def require_directory(path: Path, what: str, fix: str) -> None:
