@@ -94,7 +94,7 @@ def packed(directory: Path, batch_size: int, batching: str) -> Iterator[int]:
 
 
 def per_sample(directory: Path, batch_size: int, workers: int) -> Iterator[int]:
-    """Per-sample tensors through a DataLoader, started anew for each shard."""
+    """Per-sample tensors through a DataLoader. Each shard starts a new DataLoader."""
     while True:
         for path in sorted(directory.iterdir()):
             loader = DataLoader(

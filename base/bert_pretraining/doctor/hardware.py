@@ -27,7 +27,7 @@ def results(
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a missing CUDA library
-        fix = "install it anew: python -m pip install --force-reinstall torch"
+        fix = "reinstall it: python -m pip install --force-reinstall torch"
         yield CheckResult("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
     else:
         yield from gpus(settings, machine)

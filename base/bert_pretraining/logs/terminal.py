@@ -43,7 +43,7 @@ class Terminal:
         self.line(f"{BOLD}{text}{NORMAL}" if self._bold else text)
 
     def begin_at(self, step: int) -> None:
-        """The bar starts with so many steps done."""
+        """Start the bar at `step`: the number of steps already done."""
         if self._bar is not None:
             self._bar.n = step
             self._bar.refresh()

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m bert_pretraining report",
         allow_abbrev=False,
         description="Learning curves, throughput and a page of runs, beside MLPerf's reference "
-        "convergence points. A LOG is an MLPerf log or a DeepSparkHub PerfLog, whoever wrote it, "
+        "convergence points. A LOG is an MLPerf log or a DeepSparkHub PerfLog from any program, "
         "a run's folder, or a folder of runs or of result_*.txt.",
     )
     add = parser.add_argument

@@ -139,10 +139,11 @@ def reference_points(ruleset: str = DEFAULT_RULESET) -> list[ReferencePoint]:
 
 
 def prune(points: list[ReferencePoint]) -> list[ReferencePoint]:
-    """The points that count: none that took more samples than its neighbours suggest.
+    """The points, without each that took more samples than the points beside it suggest.
 
-    All points below the fastest are removed; then, from left to right, each point above the line
-    between its neighbours. As in rcp_checker this is one pass, not the convex envelope.
+    First remove all points with a smaller batch size than the fastest point. Then go from small to
+    large batch sizes and remove each point above the line between the points before and after it.
+    As in rcp_checker, this is one pass. It does not compute the convex envelope.
     """
     fastest = min(points, key=lambda point: point.mean_samples)
     kept = [point for point in points if point.global_batch_size >= fastest.global_batch_size]

@@ -173,7 +173,7 @@ def drop_page_caches(mode: str) -> tuple[bool, str]:
 def _resume(
     directory: Path, flags: tuple[str, ...], number_of_runs: int, say: Callable[[str], None]
 ) -> Series:
-    # If the first run was refused, the series has no runs and starts anew.
+    # If the first run was refused, the series has no runs, and a new series starts.
     if not (directory / STATE_FILE).exists() or not load_series(directory).runs:
         series = Series(flags, number_of_runs)
         _write_json(directory / SYSTEM_FILE, describe_machine())
