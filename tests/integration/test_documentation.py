@@ -69,7 +69,11 @@ SMALL_MODEL = "--bert_config_path bert_config.json --repeats 1"
 NOT_REACHED = 3
 MINI_DATA = "data/datasets/bert_mini"
 PYTHON = "python -m bert_pretraining"
-TO_MINI_DATA = (("/data/bert", MINI_DATA), ("--data_dir DIR", f"--data_dir {MINI_DATA}"))
+TO_MINI_DATA = (
+    ("/data/bert", MINI_DATA),
+    ("--data_dir DIR", f"--data_dir {MINI_DATA}"),
+    ("--device cuda", "--device cpu"),
+)
 FEW_SHARDS = (
     ("--shards 2048 --jobs 8", "--shards 4 --max_seq_length 64 --num_eval_examples 20"),
     ("--num_shards 2048", "--num_shards 4"),

@@ -19,7 +19,12 @@ from bert_pretraining.runtime.lock import FolderLock
 
 def launch(arguments: list[str]) -> int:
     """`launch`: start one trainer a rank; or, as a rank of another launcher, become its trainer."""
-    parser = config.FlagParser(prog="bash run_training.sh", allow_abbrev=False)
+    parser = config.FlagParser(
+        prog="bash run_training.sh",
+        allow_abbrev=False,
+        description="Start one bound trainer for each rank. The defaults below hold where neither "
+        "the configuration's file nor a flag sets a value; config show prints a file's values.",
+    )
     launching.add_launch_flags(parser)
     config.add_config_flags(parser)
     flags, values = launching.split_flags(vars(parser.parse(arguments)))

@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, fields
 from bert_pretraining.config.fields import setting
 from bert_pretraining.config.upstream import UpstreamSwitches
 
+LAMB_IMPLEMENTATIONS = ("auto", "reference", "foreach", "flat", "triton", "apex")
 _PROVIDERS = ("auto", "reference", "torch", "triton", "apex")
 
 
@@ -178,7 +179,7 @@ class Config(UpstreamSwitches):
         "optimizer",
         "adamw, or LAMB: auto for its fastest implementation on this device, or the name of an "
         "implementation",
-        choices=("auto", "reference", "foreach", "flat", "triton", "apex", "adamw"),
+        choices=(*LAMB_IMPLEMENTATIONS, "adamw"),
     )
     distributed_lamb: bool = setting(
         False,
@@ -344,8 +345,8 @@ class Config(UpstreamSwitches):
 
     @property
     def optimizer_algorithm(self) -> str:
-        """The algorithm of `optimizer`: "adamw", or "lamb" for each implementation of LAMB."""
-        return "adamw" if self.optimizer == "adamw" else "lamb"
+        """The algorithm of `optimizer`: "lamb" for each implementation of LAMB, else its name."""
+        return "lamb" if self.optimizer in LAMB_IMPLEMENTATIONS else self.optimizer
 
     @property
     def resolved_output_dir(self) -> str:
