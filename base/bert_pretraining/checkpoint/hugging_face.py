@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.files import HUGGING_FACE_WEIGHTS, UNFINISHED, with_ending
+from bert_pretraining.runtime.files import HUGGING_FACE_WEIGHTS, PARTIAL_SUFFIX, with_ending
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -89,7 +89,7 @@ def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -
     A new directory gets its name when both files are complete. In a directory that exists,
     each file is replaced whole. Raises OSError or SafetensorError; then nothing new is left.
     """
-    partial = with_ending(directory, UNFINISHED)
+    partial = with_ending(directory, PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -23,7 +23,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import verify_report as report
 from bert_pretraining.preparation.verify_file import Task, check_file
 from bert_pretraining.preparation.verify_report import CheckResults, FileSummary, VerifyReport
-from bert_pretraining.runtime.files import UNFINISHED
+from bert_pretraining.runtime.files import PARTIAL_SUFFIX
 
 
 def verify(directory: Path, jobs: int = 1) -> VerifyReport:
@@ -90,7 +90,7 @@ def _find_files(directory: Path, results: CheckResults) -> dict[str, list[str]]:
     for path in sorted(directory.iterdir()):
         if path.is_dir() and ("shards" in path.name or _is_eval(path.name)):
             inside = sorted(file.name for file in path.iterdir() if file.is_file())
-            read = [name for name in inside if "part" in name and not name.endswith(UNFINISHED)]
+            read = [name for name in inside if "part" in name and not name.endswith(PARTIAL_SUFFIX)]
             found[path.name] = read
             if len(inside) > len(read):
                 line = f"{path.name}: {len(inside) - len(read)} files that training does not read"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bert_pretraining.errors import UserError
 
-UNFINISHED = ".partial"  # ends the name of a file that is being written
+PARTIAL_SUFFIX = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
     "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
 )
@@ -44,7 +44,7 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
     Raises:
         OSError: the file cannot be written; also whatever the function raises.
     """
-    temporary = path.with_name(path.name + UNFINISHED)
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         if callable(content):
             temporary.unlink(missing_ok=True)  # a process that was killed may have left it
@@ -72,7 +72,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `path` must not exist, or be an empty folder. If the block raises, nothing is left.
     Raises UserError in place of an OSError.
     """
-    staging = path.with_name(f"{path.name}{UNFINISHED}-{os.getpid()}")
+    staging = path.with_name(f"{path.name}{PARTIAL_SUFFIX}-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -107,7 +107,9 @@ def shard_files(directory: Path, fix: str) -> list[Path]:
             names = sorted(
                 entry.name
                 for entry in entries
-                if "part" in entry.name and not entry.name.endswith(UNFINISHED) and entry.is_file()
+                if "part" in entry.name
+                and not entry.name.endswith(PARTIAL_SUFFIX)
+                and entry.is_file()
             )
     except OSError as error:
         raise UserError(f"cannot read {directory} ({error.strerror})", f"{fix}") from error

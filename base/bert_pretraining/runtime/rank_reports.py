@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from bert_pretraining.runtime.files import UNFINISHED, write_whole
+from bert_pretraining.runtime.files import PARTIAL_SUFFIX, write_whole
 
 FOLDER_VARIABLE = "BERT_PRETRAINING_RANK_REPORTS"
 ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
@@ -141,7 +141,7 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def _by_rank(folder: Path, kind: str) -> list[tuple[int, Path]]:
-    paths = (path for path in folder.glob(f"{kind}-*") if path.suffix != UNFINISHED)
+    paths = (path for path in folder.glob(f"{kind}-*") if path.suffix != PARTIAL_SUFFIX)
     return sorted((int(path.stem.split("-")[1]), path) for path in paths)
 
 
