@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.runtime.compat import custom_op
 
 _LARGEST_BLOCK = 4096
 
@@ -41,12 +42,15 @@ def forward_kernel(
     # The logits of an ignored row may hold anything. They are not read, and count as 0.
     counted = label >= 0
     # A label beyond the vocabulary gives an infinite loss instead of a read outside the row.
-    chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
-    chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
+    # It is loaded as a block of one: Triton 2.1 cannot load a bfloat16 scalar with a mask.
+    place = label + tl.arange(0, 1)
+    known = (place >= 0) & (place < COLUMNS)
+    chosen = tl.load(logits_ptr + place, mask=known, other=0.0).to(tl.float32)
+    chosen = tl.where(label < COLUMNS, tl.sum(chosen, axis=0), float("-inf"))
     readable = tl.where(counted, COLUMNS, 0)
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    beaten = tl.zeros((), tl.int32)
+    beaten = row * 0  # Triton 2.1 has no tl.zeros(())
+    total = beaten.to(tl.float32)
+    largest = total - float("inf")
     for start in range(0, COLUMNS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < COLUMNS
@@ -58,8 +62,8 @@ def forward_kernel(
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), axis=0)
         largest = new_largest
         # The comparisons are negated so that a NaN counts as larger: such a row is not correct.
-        earlier = (columns < label) & ~(logits < chosen)
-        later = (columns > label) & ~(logits <= chosen)
+        earlier = (columns < label) & ((logits < chosen) == 0)
+        later = (columns > label) & ((logits <= chosen) == 0)
         beaten += tl.sum(((earlier | later) & inside).to(tl.int32), axis=0)
     log_sum_exp = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
     tl.store(log_sum_exp_ptr + row, log_sum_exp)
@@ -104,7 +108,7 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("bert_pretraining::cross_entropy", mutates_args=())
+@custom_op("bert_pretraining::cross_entropy")
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of -log softmax(logits)[label], number of correct rows, and each row's log-sum-exp.
 
@@ -141,7 +145,7 @@ def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("bert_pretraining::cross_entropy_backward", mutates_args=())
+@custom_op("bert_pretraining::cross_entropy_backward")
 def cross_entropy_backward(
     loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor
 ) -> Tensor:

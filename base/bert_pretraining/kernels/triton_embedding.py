@@ -20,7 +20,7 @@ from bert_pretraining.kernels.triton_common import (
     drop_threshold,
     keep_scale,
     kept,
-    stream_keys,
+    only_stream_keys,
 )
 from bert_pretraining.kernels.triton_layer_norm import (
     normalise,
@@ -28,6 +28,7 @@ from bert_pretraining.kernels.triton_layer_norm import (
     program_rows,
     row_blocks,
 )
+from bert_pretraining.runtime.compat import custom_op
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def forward_kernel(
     norm_bias = tl.load(norm_bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
     output = normal * weight[None, :] + norm_bias[None, :]
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
         keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
         output = tl.where(keep, output * KEEP_SCALE, 0.0)
     inside = (rows < num_rows)[:, None] & column_inside[None, :]
@@ -114,7 +115,7 @@ def backward_kernel(
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     norm_bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
 
     for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)
@@ -142,7 +143,7 @@ def backward_kernel(
     tl.store(partial_ptr + COLUMNS, norm_bias_sum, mask=column_inside)
 
 
-@torch.library.custom_op("bert_pretraining::embedding_layer_norm", mutates_args=())
+@custom_op("bert_pretraining::embedding_layer_norm")
 def embedding_layer_norm(
     word_ids: Tensor,
     position_ids: Tensor,
@@ -200,7 +201,7 @@ def _(word_ids: Tensor, _position: Tensor, _segment: Tensor, word_table: Tensor,
     return _empty_outputs(word_ids, word_table)
 
 
-@torch.library.custom_op("bert_pretraining::embedding_layer_norm_backward", mutates_args=())
+@custom_op("bert_pretraining::embedding_layer_norm_backward")
 def embedding_layer_norm_backward(
     gradient: Tensor,
     word_ids: Tensor,

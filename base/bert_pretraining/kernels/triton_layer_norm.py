@@ -23,9 +23,10 @@ from bert_pretraining.kernels.triton_common import (
     drop_threshold,
     keep_scale,
     kept,
+    only_stream_keys,
     power_of_two_at_least,
-    stream_keys,
 )
+from bert_pretraining.runtime.compat import custom_op
 
 # The backward pass aims at this many programs: a few for each multiprocessor of a large GPU, but
 # few enough that their partial sums are small compared with the activations.
@@ -81,7 +82,7 @@ def forward_kernel(
     bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
         keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
         x = tl.where(keep, x * KEEP_SCALE, 0.0)
     summed = x + tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -122,7 +123,7 @@ def backward_kernel(
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     norm_bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
 
     for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)
@@ -163,7 +164,7 @@ def program_rows(num_rows: int, block_rows: int) -> int:
     return power_of_two_at_least(divide_up(num_rows, BACKWARD_PROGRAMS), block_rows)
 
 
-@torch.library.custom_op("bert_pretraining::residual_layer_norm", mutates_args=())
+@custom_op("bert_pretraining::residual_layer_norm")
 def residual_layer_norm(
     x: Tensor,
     bias: Tensor,
@@ -223,7 +224,7 @@ def _empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor,
     )
 
 
-@torch.library.custom_op("bert_pretraining::residual_layer_norm_backward", mutates_args=())
+@custom_op("bert_pretraining::residual_layer_norm_backward")
 def residual_layer_norm_backward(
     gradient: Tensor,
     summed: Tensor,

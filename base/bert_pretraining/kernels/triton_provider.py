@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
+from bert_pretraining.runtime import compat
 
 NAME = "triton"
+OLDEST = (2, 1)  # the oldest whose compiler takes all kernels
 
 
 def unavailable(target: Target) -> Unavailable | None:
@@ -17,15 +20,17 @@ def unavailable(target: Target) -> Unavailable | None:
     if target.device.type == "cuda":
         return None
     # TRITON_INTERPRET=1 runs the kernels in Python, for tests.
-    import triton
-
-    if triton.knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return Unavailable(f"triton has no kernels for {target.device}")
 
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
     """The operator's kernels. Triton is imported only here, after they were chosen."""
+    import triton
+
+    if compat.release(triton.__version__) < OLDEST:
+        return Unavailable(f"triton {triton.__version__} is older than 2.1")
     from bert_pretraining.kernels import triton_operators
 
     return Implementation(getattr(triton_operators, operator), NAME)
