@@ -3,7 +3,8 @@
 // An operator runs in three steps: all its tensors are checked to be on one device, they are copied
 // to CPU tensors, and PyTorch's CPU kernel runs on these. A tensor of the CPU or of the other
 // device raises, except a CPU tensor without dimensions that is only read, as on real devices.
-// Random numbers come from a generator of the device, so that its state has to be saved too.
+// Random numbers come from a generator of the device, so that its state has to be saved too. Two
+// dtypes and some operators are missing, as on many devices.
 // torch_testdev.py gives it the name "testdev" and the functions that torch.cuda has.
 
 #include <ATen/ATen.h>
@@ -19,6 +20,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -95,6 +97,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeDevice(const c10::DeviceIndex) const {}  // not every version has it
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
@@ -160,6 +163,14 @@ c10::Device chosen(std::optional<c10::Device> device) {
   return {kType, checked(device ? device->index() : -1)};
 }
 
+// As some real devices do, it lacks two dtypes.
+at::ScalarType known(std::optional<at::ScalarType> type) {
+  const auto chosen = c10::dtype_or_default(type);
+  TORCH_CHECK_TYPE(
+      chosen != at::kDouble && chosen != at::kHalf, "testdev does not know the dtype ", chosen);
+  return chosen;
+}
+
 at::Tensor empty(
     at::IntArrayRef size,
     std::optional<at::ScalarType> type,
@@ -170,7 +181,7 @@ at::Tensor empty(
   c10::OptionalDeviceGuard guard(chosen(device));
   return at::detail::empty_generic(
       size, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-      c10::dtype_or_default(type), format);
+      known(type), format);
 }
 
 at::Tensor empty_strided(
@@ -183,7 +194,7 @@ at::Tensor empty_strided(
   c10::OptionalDeviceGuard guard(chosen(device));
   return at::detail::empty_strided_generic(
       size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-      c10::dtype_or_default(type));
+      known(type));
 }
 
 // The same memory as a CPU tensor.
@@ -234,9 +245,15 @@ class SameDevice {
   std::optional<c10::Device> found_;
 };
 
+// As on real devices that are not CUDA's, these operators have no kernel.
+constexpr std::array<const char*, 2> kMissing{"aten::_fused_adam_", "aten::segment_reduce"};
+
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
-  SameDevice same(op.schema().name());
+  const auto& name = op.schema().name();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      std::find(kMissing.begin(), kMissing.end(), name) == kMissing.end(), "testdev has no ", name);
+  SameDevice same(name);
   auto values = torch::jit::last(*stack, arguments.size());
   // A tensor of the device decides, wherever it stands: look at the arguments twice.
   for (int round = 0; round < 2; ++round) {

@@ -15,6 +15,8 @@ from torch import Tensor
 
 LIBRARY = "libtestdev.so"
 _OPS = torch.ops.testdev
+# torch.accelerator has these for every type of device; so a type's own module may lack them.
+_GENERAL = ("set_device", "synchronize")
 
 
 def _index(device: object = None) -> int:
@@ -58,7 +60,8 @@ def _module() -> types.ModuleType:
         "reset_peak_memory_stats": lambda device=None: _OPS.reset_peak(_index(device)),
     }
     for name, function in functions.items():
-        setattr(module, name, function)
+        if not (name in _GENERAL and hasattr(torch, "accelerator")):
+            setattr(module, name, function)
     return module
 
 

@@ -10,6 +10,7 @@ from bert_pretraining.topology.machine import (
     Node,
     query_nvidia_smi,
     read_machine,
+    visible_devices,
 )
 from bert_pretraining.topology.numactl import numactl_fault
 from bert_pretraining.topology.placement import Binding, place_ranks, table
@@ -25,4 +26,5 @@ __all__ = [
     "query_nvidia_smi",
     "read_machine",
     "table",
+    "visible_devices",
 ]
