@@ -12,7 +12,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -119,14 +119,13 @@ def name(device: torch.device) -> str:
     """The product's name; "CPU" for a CPU."""
     if device.type == "cpu":
         return "CPU"
-    tell = function_of(device.type, "get_device_name")
-    return (tell and tell(device)) or getattr(_properties(device), "name", device.type)
+    properties = _told(device, "get_device_properties")
+    return _told(device, "get_device_name") or getattr(properties, "name", device.type)
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """CUDA's compute capability, such as (8, 0); None for a device that has none."""
-    tell = function_of(device.type, "get_device_capability")
-    found = tell(device) if tell else None
+    found = _told(device, "get_device_capability")
     return tuple(found) if isinstance(found, tuple) and len(found) == 2 else None
 
 
@@ -159,21 +158,16 @@ class Memory(NamedTuple):
 
 def memory(device: torch.device) -> Memory:
     """The device's memory at this moment."""
-    in_use, peak = (
-        function_of(device.type, name) for name in ("memory_allocated", "max_memory_allocated")
-    )
     return Memory(
-        getattr(_properties(device), "total_memory", None),
-        in_use(device) if in_use else None,
-        peak(device) if peak else None,
+        getattr(_told(device, "get_device_properties"), "total_memory", None),
+        _told(device, "memory_allocated"),
+        _told(device, "max_memory_allocated"),
     )
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Forget the largest use of memory so far."""
-    reset = function_of(device.type, "reset_peak_memory_stats")
-    if reset is not None:
-        reset(device)
+    _told(device, "reset_peak_memory_stats")
 
 
 # ---- what it can do
@@ -328,9 +322,13 @@ def _which(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-def _properties(device: torch.device) -> object | None:
-    tell = function_of(device.type, "get_device_properties")
-    return tell(device) if tell else None
+def _told(device: torch.device, name: str) -> Any:
+    """What a function of that name says of the device; None where the device does not tell."""
+    tell = function_of(device.type, name)
+    try:
+        return tell(device) if tell else None
+    except RuntimeError:  # torch.accelerator has functions that not every type of device serves
+        return None
 
 
 @functools.cache

@@ -122,9 +122,7 @@ def _precision(setup: Setup) -> str:
         say("Notice: fp16 needs a GPU; training in fp32 on this CPU")
         return "fp32"
     if not devices.supports(device, DTYPES[precision]):
-        say(
-            f"Notice: devices of type {device.type} do not compute in {precision}; training in fp32"
-        )
+        say(f"Notice: {device.type} devices do not compute in {precision}; training in fp32")
         return "fp32"
     return precision
 
