@@ -20,9 +20,6 @@ NAMES_AN_ACCELERATOR = re.compile(r"""torch\.cuda|["']cuda(:\d)?["']|\.cuda\b"""
 ALLOWED = {
     "runtime/accelerators.py": "the table of accelerators",
     "runtime/device.py": "what differs between them",
-    "kernels/triton_provider.py": "Triton's kernels are for CUDA devices",
-    "optim/flat_triton.py": "Triton's kernels are for CUDA devices",
-    "optim/apex_lamb.py": "apex is CUDA code",
 }
 
 without_accelerator = pytest.mark.skipif(

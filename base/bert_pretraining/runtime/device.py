@@ -173,6 +173,23 @@ def reset_peak_memory(device: torch.device) -> None:
 # ---- what it can do
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether it is a CUDA device to PyTorch, as those of NVIDIA, AMD and Iluvatar are."""
+    return device.type == "cuda"
+
+
+def shortcomings(device: torch.device) -> list[str]:
+    """What the device lacks and the run does without, one line each."""
+    if device.type == "cpu":
+        return []
+    lacks = {
+        "no float64: long sums are computed in float32": wide(device) == torch.float32,
+        "no streams: a step waits until its batch is copied": streams(device) is None,
+        "no page-locked memory: the host waits until a batch is copied": not can_pin(device),
+    }
+    return [f"{device.type} devices have {what}" for what, is_so in lacks.items() if is_so]
+
+
 @functools.cache
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device computes with a dtype: a small product and its gradient are tried."""
@@ -195,7 +212,7 @@ def runs(operation: Callable[[], object]) -> bool:
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype for sums that need many digits: float64, or float32 where it is missing."""
-    if device.type in ("cpu", "cuda") or supports(device, torch.float64):
+    if device.type == "cpu" or is_cuda(device) or supports(device, torch.float64):
         return torch.float64
     return torch.float32
 

@@ -35,7 +35,7 @@ def main(resolved: Resolved) -> int:
         log = RunLog(resolved, ranks.rank, devices.name(ranks.device), ranks.world_size)
         run = RunState()
         try:
-            for notice in ranks.notices:
+            for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
                 log.say(f"Notice: {notice}")
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
