@@ -88,7 +88,7 @@ def test_training_and_evaluation_give_the_figures_of_a_cpu(
     assert notices == [
         "Notice: testdev devices have no float64: long sums are computed in float32",
         "Notice: testdev devices have no streams: a step waits until its batch is copied",
-        "Notice: testdev devices have no page-locked memory: the host waits until a batch is copied",
+        "Notice: testdev devices have no page-locked memory: the host waits for each copy",
         "Notice: testdev devices do not compute in fp16; training in fp32",
     ]
     assert "Test device x1" in found.stdout

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime import accelerators, process_group
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime import device_types, process_group
 from bert_pretraining.topology import visible_devices
 from helpers import ROOT
 
@@ -18,8 +18,9 @@ PACKAGE = ROOT / "base" / "bert_pretraining"
 NAMES_AN_ACCELERATOR = re.compile(r"""torch\.cuda|["']cuda(:\d)?["']|\.cuda\b""")
 # File -> why it may name CUDA.
 ALLOWED = {
-    "runtime/accelerators.py": "the table of accelerators",
+    "runtime/device_types.py": "the table of accelerators",
     "runtime/device.py": "what differs between them",
+    "doctor/hardware.py": "what PyTorch tells of CUDA devices",
 }
 
 without_accelerator = pytest.mark.skipif(
@@ -97,12 +98,12 @@ def test_a_package_that_cannot_be_imported_is_named(
     )
     assert f"that fits torch {torch.__version__}" in raised.value.fix
     # auto says so too, and goes on without it.
-    accelerators.import_packages.cache_clear()
+    device_types.import_packages.cache_clear()
     try:
-        notices = accelerators.import_packages()
+        notices = device_types.import_packages()
         assert raised.value.problem in notices
     finally:
-        accelerators.import_packages.cache_clear()
+        device_types.import_packages.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_the_cpu_has_what_every_device_has() -> None:
     assert devices.name(cpu) == "CPU"
     assert devices.wide(cpu) == torch.float64
     assert devices.supports(cpu, torch.bfloat16)
+    assert not devices.emulates_bf16(cpu)
     assert devices.memory(cpu) == (None, None, None)
     assert devices.capability(cpu) is devices.streams(cpu) is devices.graphs(cpu) is None
     assert not devices.can_pin(cpu)

@@ -1,6 +1,6 @@
 """The devices that PyTorch knows: which there are, and what the package needs of each.
 
-No module but this one and `accelerators.py` names an accelerator, except for kernels that are
+No module but this one and `device_types.py` names an accelerator, except for kernels that are
 written for one.
 """
 
@@ -12,16 +12,16 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.accelerators import (
-    ACCELERATORS,
-    Accelerator,
+from bert_pretraining.runtime.device_types import (
+    DEVICE_TYPES,
+    DeviceType,
     function_of,
     import_package,
     import_packages,
@@ -56,7 +56,7 @@ def seen() -> str | None:
 
 def types() -> list[str]:
     """All accelerator types that this PyTorch can use now, the preferred one first."""
-    names = [*ACCELERATORS, torch._C._get_privateuse1_backend_name(), served() or ""]
+    names = [*DEVICE_TYPES, torch._C._get_privateuse1_backend_name(), served() or ""]
     return [name for name in dict.fromkeys(names) if usable(name)]
 
 
@@ -81,7 +81,7 @@ def resolve(asked: str) -> str:
             return asked
     found = ", ".join(types())
     fix = f"pass --device {' or '.join([*types(), 'cpu'])}"
-    package = ACCELERATORS[asked].package if asked in ACCELERATORS else ""
+    package = DEVICE_TYPES[asked].package if asked in DEVICE_TYPES else ""
     if package and module_of(asked) is None and not is_installed(package):
         raise UserError(
             f"--device {asked}: the package {package}, which brings that type, is not installed",
@@ -142,6 +142,12 @@ def versions(kind: str) -> dict[str, str]:
     return found
 
 
+def built_with() -> str | None:
+    """The libraries that PyTorch was built for, "CUDA 12.1" or "ROCm 6.1"; None for neither."""
+    kinds = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    return next((f"{kind} {version}" for kind, version in kinds.items() if version), None)
+
+
 # ---- memory
 
 
@@ -185,7 +191,7 @@ def shortcomings(device: torch.device) -> list[str]:
     lacks = {
         "no float64: long sums are computed in float32": wide(device) == torch.float32,
         "no streams: a step waits until its batch is copied": streams(device) is None,
-        "no page-locked memory: the host waits until a batch is copied": not can_pin(device),
+        "no page-locked memory: the host waits for each copy": not can_pin(device),
     }
     return [f"{device.type} devices have {what}" for what, is_so in lacks.items() if is_so]
 
@@ -199,6 +205,11 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
         return x.grad.sum().item() == 16.0
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return False
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bf16 without having it, which is slow."""
+    return is_cuda(device) and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def runs(operation: Callable[[], object]) -> bool:
@@ -246,12 +257,34 @@ def streams(device: torch.device) -> ModuleType | None:
     return module if all(hasattr(module, name) for name in needed) else None
 
 
-class Graphs(NamedTuple):
-    """Captured work, as in torch.cuda: create() gives an empty graph, `capture(graph, pool=...)`
-    is a context in which work is captured, not done."""
+class Graph(Protocol):
+    """Captured work: `replay` does it again; `pool` names its memory, which others may share."""
 
-    create: Callable
-    capture: Callable
+    def replay(self) -> None: ...
+
+    def pool(self) -> object: ...
+
+
+class Graphs(NamedTuple):
+    """How work is captured: `create()` gives an empty graph, and `capture(graph, pool=...)` is a
+    context in which work is captured, not done."""
+
+    create: Callable[[], Graph]
+    capture: Callable[..., contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Work goes to a stream of its own, between what was given to the usual one before and after.
+
+    Only for a device with streams.
+    """
+    module = streams(device)
+    side = module.Stream(device)
+    side.wait_stream(module.current_stream(device))
+    with module.stream(side):
+        yield
+    module.current_stream(device).wait_stream(side)
 
 
 def graphs(device: torch.device) -> Graphs | None:
@@ -310,7 +343,7 @@ def backend(kind: str) -> str | None:
     """The backend of collectives on a type of device, if this PyTorch has one; gloo on a CPU."""
     if kind == "cpu":
         return "gloo"
-    known = ACCELERATORS.get(kind, Accelerator())
+    known = DEVICE_TYPES.get(kind, DeviceType())
     for _ in range(2):
         for name in known.backends:
             if dist.is_backend_available(name):

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
 
@@ -56,8 +58,9 @@ class MicroStep:
         self._model = model
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
         self._weights = {name: torch.ones((), device=device) for name in losses}
-        self._captures: list[tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]] = []
+        self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
         self._graph = graph
+        self._device = device
 
     @property
     def keeps_gradients(self) -> bool:
@@ -85,26 +88,22 @@ class MicroStep:
         """
         for static in self._static:
             _dummies_only(static)
-            side = torch.cuda.Stream() if self._graph else None
             for _ in range(WARM_UP_STEPS):
-                if side is None:
+                # A capture needs that what came before ran on another stream than the usual one.
+                with devices.side_stream(self._device) if self._graph else nullcontext():
                     forward_backward(self._model, static.batch, self._weights)
-                    continue
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    forward_backward(self._model, static.batch, self._weights)
-                torch.cuda.current_stream().wait_stream(side)
             if self._graph:
                 zero_grad()
                 self._captures.append(self._capture(static))
             zero_grad()
 
-    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, static: StaticBatch) -> tuple[devices.Graph, dict[str, LossSum]]:
+        graphs = devices.graphs(self._device)
+        graph = graphs.create()
         # Only one graph runs at a time, so that all can use the same memory.
         pool = self._captures[0][0].pool() if self._captures else None
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with graphs.capture(graph, pool=pool):
                 sums = forward_backward(self._model, static.batch, self._weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -132,7 +131,7 @@ def choose_step(
     max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
     UserError if compiling was asked for and cannot be.
     """
-    on_gpu = ranks.device.type == "cuda"
+    on_gpu = devices.is_cuda(ranks.device)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
     if compiled and on_gpu and importlib.util.find_spec("triton") is None:
         if config.compile == "on":
@@ -141,7 +140,7 @@ def choose_step(
         compiled = False
     balanced = config.resolved_batching == "balanced"
     obstacles = {
-        "it needs a GPU": not on_gpu,
+        "it needs a device that captures graphs": devices.graphs(ranks.device) is None,
         "it needs --batching balanced": not balanced,
         "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
     }

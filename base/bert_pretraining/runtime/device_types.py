@@ -21,7 +21,7 @@ from bert_pretraining.errors import UserError
 
 
 @dataclass(frozen=True)
-class Accelerator:
+class DeviceType:
     """What PyTorch does not tell about a type of device.
 
     backends: of collectives, the preferred one first.
@@ -35,16 +35,16 @@ class Accelerator:
 
 
 # --device auto takes the first of these that is seen.
-ACCELERATORS = {
-    "cuda": Accelerator(("nccl",)),
-    "npu": Accelerator(("hccl",), "torch_npu"),
-    "musa": Accelerator(("mccl",), "torch_musa"),
-    "mlu": Accelerator(("cncl",), "torch_mlu"),
-    "hpu": Accelerator(("hccl",), "habana_frameworks.torch",
+DEVICE_TYPES = {
+    "cuda": DeviceType(("nccl",)),
+    "npu": DeviceType(("hccl",), "torch_npu"),
+    "musa": DeviceType(("mccl",), "torch_musa"),
+    "mlu": DeviceType(("cncl",), "torch_mlu"),
+    "hpu": DeviceType(("hccl",), "habana_frameworks.torch",
                        "habana_frameworks.torch.distributed.hccl"),
-    "xpu": Accelerator(("xccl", "ccl"), "intel_extension_for_pytorch",
+    "xpu": DeviceType(("xccl", "ccl"), "intel_extension_for_pytorch",
                        "oneccl_bindings_for_pytorch"),
-    "mps": Accelerator(),
+    "mps": DeviceType(),
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def import_package(kind: str) -> None:
 
     Its name is torch_<type>, unless it is known to have another one.
     """
-    known = ACCELERATORS.get(kind)
+    known = DEVICE_TYPES.get(kind)
     package = f"torch_{kind}" if known is None else known.package
     if not package or usable(kind) or not is_installed(package):
         return
@@ -110,7 +110,7 @@ def import_package(kind: str) -> None:
 def import_packages() -> tuple[str, ...]:
     """Import all extension packages that are installed; returns why some could not be."""
     faults = []
-    for kind in ACCELERATORS:
+    for kind in DEVICE_TYPES:
         try:
             import_package(kind)
         except UserError as error:
