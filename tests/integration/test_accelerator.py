@@ -25,7 +25,8 @@ from bert_pretraining.checkpoint import read_checkpoint
 from helpers import ROOT, assert_same_tensors, command, in_process, perf_events
 from testdev_program import CHECKS
 
-FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--seed", 5, "--train_batch_size", 8,
+FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--seed", 5, "--log_freq", 1,
+         "--train_batch_size", 8,
          "--num_eval_examples", 64, "--save_checkpoint", "--min_samples_to_start_checkpoints", 0,
          "--max_steps", 4, "--num_samples_per_checkpoint", 16)  # fmt: skip
 
