@@ -12,8 +12,8 @@ from bert_pretraining.config import tomllib
 from bert_pretraining.errors import UserError
 
 COPIED = (
-    "base configs scripts docs run_training.sh requirements.txt pyproject.toml setup.py LICENSE "
-    "CHANGELOG.md"
+    "base configs scripts docs run_training.sh requirements.txt requirements-beside-torch.txt "
+    "pyproject.toml setup.py LICENSE CHANGELOG.md"
 ).split()
 SETUP = """\
 #!/usr/bin/env bash
