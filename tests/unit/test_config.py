@@ -191,6 +191,6 @@ def test_own_file_extends_another_in_its_folder(tmp_path: Path) -> None:
 def test_every_field_has_help_and_shows_as_toml() -> None:
     for field in config.FIELDS.values():
         assert field.metadata["help"]
-    shown = config.tomllib.loads(show(resolve({})))
+    shown = config.parse_toml(show(resolve({})))
     expected = {name: getattr(resolve({}).config, name) for name in config.FIELDS}
     assert shown == {name: value for name, value in expected.items() if value is not None}
