@@ -30,19 +30,23 @@ triton = pytest.importorskip("triton")
 
 
 def _fix_interpreter() -> None:
-    """Work around two faults of Triton's interpreter: both are in 3.6, the second also in 3.7.
+    """Work around three faults of Triton's interpreter.
 
-    It converts a run-time loop bound by int(array of one element), which NumPy 2.4 rejects. And it
-    multiplies bfloat16 matrices as if their bits were integers.
+    It converts a run-time loop bound by int(array of one element), which NumPy 2.4 rejects (to
+    3.6). It multiplies bfloat16 matrices as if their bits were integers (to 3.7 at least). And it
+    does not know the annotation "tl.constexpr" as a string (to 3.0 at least).
     """
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter, jit
 
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
 
-    def patch_and_fix(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch_and_fix(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        if scope:  # Triton before 3.4 has none, and patches the class for good
+            scope[0].set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+        else:
+            tensor.__index__ = lambda self: self.handle.data.item()
 
     def widen(matrix: Any) -> Any:
         if matrix.dtype.scalar != triton.language.bfloat16:
@@ -53,6 +57,11 @@ def _fix_interpreter() -> None:
     def dot(builder: Any, left: Any, right: Any, *others: Any) -> Any:
         return create_dot(builder, widen(left), widen(right), *others)
 
+    def without_module(annotation: Any) -> str:
+        return normalize(annotation).removeprefix("tl.")
+
+    normalize = jit._normalize_ty
+    jit._normalize_ty = without_module
     interpreter._patch_lang_tensor = patch_and_fix
     interpreter.InterpreterBuilder.create_dot = dot
 

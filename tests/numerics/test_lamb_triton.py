@@ -167,8 +167,8 @@ def test_what_triton_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from bert_pretraining.optim import flat_triton
+from triton_compile import ast_source
 
 pointers = dict.fromkeys("master first second sums scalars rates decay_of_block".split(), "*fp32")
 pointers |= {"finite": "*i32", "blocks": "i32"}
@@ -176,10 +176,8 @@ pointers |= dict.fromkeys("gradient rounded".split(), "*bf16")
 constants = {"BLOCK": 1024, "ROUND": True}
 for kernel in (flat_triton.square_sums, flat_triton.first_stage, flat_triton.second_stage):
     given = {name: constants[name] for name in kernel.arg_names if name in constants}
-    types = pointers | dict.fromkeys(given, "constexpr")
-    source = ASTSource(
-        kernel, {name: types.get(name, "fp32") for name in kernel.arg_names}, constexprs=given
-    )
+    types = {name: pointers.get(name, "fp32") for name in kernel.arg_names if name not in given}
+    source = ast_source(kernel, types, given)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
     assert "st.global" in compiled.asm["ptx"]
     assert "atom" not in compiled.asm["ptx"], kernel
@@ -189,8 +187,8 @@ print("compiled")
 
 
 def test_the_kernels_compile_for_a_gpu_and_use_no_atomics(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "base"), "TRITON_INTERPRET": "0"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "base"), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
     )

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import tarfile
 import tracemalloc
 import warnings
 import zipfile
@@ -73,6 +74,21 @@ def test_hostile_files_do_not_run(
         assert "it would call posix.mkdir, which" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["a tar file", "TorchScript"])
+def test_formats_that_may_hold_code_are_refused(tmp_path: Path, weights: dict, kind: str) -> None:
+    """torch.load(weights_only=True) restricts neither before PyTorch 2.6."""
+    path = tmp_path / "start.pt"
+    if kind == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    else:
+        torch.save(weights, tmp_path / "pickle")
+        with tarfile.open(path, "w") as archive:
+            for name in ("storages", "tensors", "pickle"):
+                archive.add(tmp_path / "pickle", name)
+    with pytest.raises(UserError, match=rf"start\.pt: {kind}.* not safe to read; load it in"):
+        read_weights(path)
+
+
 def flip(path: Path, position: int, bit: int = 4) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1 << bit
@@ -91,6 +107,9 @@ def test_a_flipped_bit_in_the_tensors_is_found(tmp_path: Path, weights: dict) ->
         read_weights(path)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "set_crc32_options"), reason="PyTorch has it from 2.6 on"
+)
 def test_files_written_without_checksums_are_read(tmp_path: Path, weights: dict) -> None:
     torch.serialization.set_crc32_options(False)
     try:

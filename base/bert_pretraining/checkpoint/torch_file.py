@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import compat
 
 ARCHIVE_START = b"PK\x03\x04"
 READ_AT_A_TIME = 1 << 20  # bytes
@@ -25,6 +26,7 @@ def read_torch_file(path: Path) -> object:
     """
     # A mapped tensor is read from the file when it is used. Files before PyTorch 1.6 cannot be.
     in_place = _is_archive(path)
+    _refuse_formats_with_code(path, in_place)
     try:
         if in_place:
             _verify_checksums(path)
@@ -33,9 +35,9 @@ def read_torch_file(path: Path) -> object:
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except pickle.UnpicklingError as error:
-        called = _called_functions(path)
+        called = sorted(compat.called_functions(path, error))[:3]
         what = (
-            f"holds more than tensors: it would call {called}"
+            f"holds more than tensors: it would call {', '.join(called)}"
             if called
             else "not a checkpoint of PyTorch, or one with more than tensors in it"
         )
@@ -65,6 +67,32 @@ def _is_archive(path: Path) -> bool:
     return ends
 
 
+def _refuse_formats_with_code(path: Path, is_archive: bool) -> None:
+    """Raise UserError for TorchScript and for the tar files of PyTorch before 0.1.10.
+
+    Before PyTorch 2.6, torch.load(weights_only=True) does not restrict what they do
+    (CVE-2025-32434).
+    """
+    what = "a tar file" if _is_tar(path) else None
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                what = "TorchScript, a program with its weights"
+    if what is not None:
+        raise UserError(
+            f"{path}: {what}, which is not safe to read",
+            "load it in the program that wrote it, and save its state_dict() with torch.save",
+        )
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return archive.next() is not None  # a file of zeros is an empty archive
+    except tarfile.TarError:
+        return False
+
+
 def _verify_checksums(path: Path) -> None:
     """Raise zipfile.BadZipFile if a record is damaged, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
@@ -73,11 +101,3 @@ def _verify_checksums(path: Path) -> None:
                 with archive.open(record) as file:
                     while file.read(READ_AT_A_TIME):
                         pass
-
-
-def _called_functions(path: Path) -> str:
-    """The functions that the pickle of an archive would call; empty where they are not known."""
-    try:
-        return ", ".join(sorted(get_unsafe_globals_in_checkpoint(path))[:3])
-    except Exception:  # no archive, or a cut one, which the caller reports anyway
-        return ""

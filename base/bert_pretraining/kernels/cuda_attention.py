@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from bert_pretraining.runtime.compat import custom_op
+
 aten = torch.ops.aten
-# These operators draw dropout masks. The tag tells torch.compile that it must restore the
-# generator's state before it recomputes a layer.
-RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 def flash_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
@@ -30,7 +29,7 @@ def efficient_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropou
     return _efficient(qkv, cu_seqlens, max_seqlen, dropout)[0]
 
 
-@torch.library.custom_op("bert_pretraining::flash_attention", mutates_args=(), tags=RANDOM)
+@custom_op("bert_pretraining::flash_attention", random=True)
 def _flash(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +50,7 @@ def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> tuple
     )[:4]
 
 
-@torch.library.custom_op("bert_pretraining::flash_attention_backward", mutates_args=())
+@custom_op("bert_pretraining::flash_attention_backward")
 def _flash_backward(
     gradient: Tensor,
     qkv: Tensor,
@@ -71,7 +70,7 @@ def _flash_backward(
     return torch.stack(gradients, dim=1)
 
 
-@torch.library.custom_op("bert_pretraining::efficient_attention", mutates_args=(), tags=RANDOM)
+@custom_op("bert_pretraining::efficient_attention", random=True)
 def _efficient(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +96,7 @@ def _(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> tuple
     )
 
 
-@torch.library.custom_op("bert_pretraining::efficient_attention_backward", mutates_args=())
+@custom_op("bert_pretraining::efficient_attention_backward")
 def _efficient_backward(
     gradient: Tensor,
     qkv: Tensor,

@@ -19,6 +19,7 @@ from bert_pretraining.kernels.triton_common import (
     keep_scale,
     power_of_two_at_least,
 )
+from bert_pretraining.runtime.compat import custom_op
 
 
 class Tiling(NamedTuple):
@@ -90,7 +91,7 @@ def _readable(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride(3) == 1 else qkv.contiguous()
 
 
-@torch.library.custom_op("bert_pretraining::packed_attention", mutates_args=())
+@custom_op("bert_pretraining::packed_attention")
 def packed_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
@@ -123,7 +124,7 @@ def _empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("bert_pretraining::packed_attention_backward", mutates_args=())
+@custom_op("bert_pretraining::packed_attention_backward")
 def packed_attention_backward(
     gradient: Tensor,
     qkv: Tensor,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.runtime.compat import custom_op
 
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
@@ -97,7 +98,7 @@ def block_shape(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
     return min(block[0] * block[1] // columns, 64), columns
 
 
-@torch.library.custom_op("bert_pretraining::bias_gelu", mutates_args=())
+@custom_op("bert_pretraining::bias_gelu")
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias). x: (..., C); bias: (C,). Returns (..., C) of the dtype of x."""
     x = x.contiguous()
@@ -124,7 +125,7 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("bert_pretraining::bias_gelu_backward", mutates_args=())
+@custom_op("bert_pretraining::bias_gelu_backward")
 def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `bias_gelu`: of x, and of the bias in float32."""
     gradient, x = gradient.contiguous(), x.contiguous()

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.runtime.compat import custom_op
 
 _LARGEST_BLOCK = 4096
 
@@ -58,8 +59,8 @@ def forward_kernel(
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), axis=0)
         largest = new_largest
         # The comparisons are negated so that a NaN counts as larger: such a row is not correct.
-        earlier = (columns < label) & ~(logits < chosen)
-        later = (columns > label) & ~(logits <= chosen)
+        earlier = (columns < label) & ((logits < chosen) == 0)
+        later = (columns > label) & ((logits <= chosen) == 0)
         beaten += tl.sum(((earlier | later) & inside).to(tl.int32), axis=0)
     log_sum_exp = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
     tl.store(log_sum_exp_ptr + row, log_sum_exp)
@@ -104,7 +105,7 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("bert_pretraining::cross_entropy", mutates_args=())
+@custom_op("bert_pretraining::cross_entropy")
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of -log softmax(logits)[label], number of correct rows, and each row's log-sum-exp.
 
@@ -141,7 +142,7 @@ def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("bert_pretraining::cross_entropy_backward", mutates_args=())
+@custom_op("bert_pretraining::cross_entropy_backward")
 def cross_entropy_backward(
     loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor
 ) -> Tensor:

@@ -28,6 +28,7 @@ from bert_pretraining.kernels.triton_layer_norm import (
     program_rows,
     row_blocks,
 )
+from bert_pretraining.runtime.compat import custom_op
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def backward_kernel(
     tl.store(partial_ptr + COLUMNS, norm_bias_sum, mask=column_inside)
 
 
-@torch.library.custom_op("bert_pretraining::embedding_layer_norm", mutates_args=())
+@custom_op("bert_pretraining::embedding_layer_norm")
 def embedding_layer_norm(
     word_ids: Tensor,
     position_ids: Tensor,
@@ -200,7 +201,7 @@ def _(word_ids: Tensor, _position: Tensor, _segment: Tensor, word_table: Tensor,
     return _empty_outputs(word_ids, word_table)
 
 
-@torch.library.custom_op("bert_pretraining::embedding_layer_norm_backward", mutates_args=())
+@custom_op("bert_pretraining::embedding_layer_norm_backward")
 def embedding_layer_norm_backward(
     gradient: Tensor,
     word_ids: Tensor,

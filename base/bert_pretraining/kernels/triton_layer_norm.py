@@ -26,6 +26,7 @@ from bert_pretraining.kernels.triton_common import (
     power_of_two_at_least,
     stream_keys,
 )
+from bert_pretraining.runtime.compat import custom_op
 
 # The backward pass aims at this many programs: a few for each multiprocessor of a large GPU, but
 # few enough that their partial sums are small compared with the activations.
@@ -163,7 +164,7 @@ def program_rows(num_rows: int, block_rows: int) -> int:
     return power_of_two_at_least(divide_up(num_rows, BACKWARD_PROGRAMS), block_rows)
 
 
-@torch.library.custom_op("bert_pretraining::residual_layer_norm", mutates_args=())
+@custom_op("bert_pretraining::residual_layer_norm")
 def residual_layer_norm(
     x: Tensor,
     bias: Tensor,
@@ -223,7 +224,7 @@ def _empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor,
     )
 
 
-@torch.library.custom_op("bert_pretraining::residual_layer_norm_backward", mutates_args=())
+@custom_op("bert_pretraining::residual_layer_norm_backward")
 def residual_layer_norm_backward(
     gradient: Tensor,
     summed: Tensor,

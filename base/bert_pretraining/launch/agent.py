@@ -12,6 +12,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bert_pretraining.launch.plan import Plan
 from bert_pretraining.launch.rank import trainer_command
+from bert_pretraining.runtime import compat
 
 
 class RankLogs(LogsSpecs):
@@ -76,7 +77,8 @@ class Agent(threading.Thread):
         """Run until every rank has ended, or one has failed and the others were ended."""
         interpreter, *entry = self._command
         try:
-            elastic_launch(self._config, interpreter)(*entry)
+            with compat.torchrun_without_signal_handlers():
+                elastic_launch(self._config, interpreter)(*entry)
         except ChildFailedError as error:
             self.exit_codes = {rank: end.exitcode for rank, end in error.failures.items()}
         except Exception as error:  # the main thread raises it again

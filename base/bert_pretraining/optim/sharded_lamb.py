@@ -27,7 +27,7 @@ from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout
 from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import OptimizerSettings
-from bert_pretraining.runtime.process_group import all_gather, reduce_scatter
+from bert_pretraining.runtime.compat import all_gather, reduce_scatter
 
 BUCKET = 2**23  # elements; 16 or 32 MiB per collective
 AT_A_TIME = 3  # collectives that gloo may have pending, because it copies what it sends

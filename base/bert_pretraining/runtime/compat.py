@@ -1,13 +1,103 @@
-"""Differences between the versions of PyTorch and Triton that the package runs on.
+"""Differences between the versions of PyTorch that the package runs on, 2.4 to the newest.
 
-Each entry says from which version on it is not needed. When that version is the oldest supported
-one, delete the entry. No other module asks for a version.
+Each entry names the version from which on it is not needed. When that version is the oldest one
+supported, delete the entry. No other module asks for a version.
 """
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import re
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+
+# Before 2.13 these two have other names, and 2.13 warns of the old ones.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def custom_op(name: str, random: bool = False) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """torch.library.custom_op for a function that changes none of its arguments.
+
+    random: the operator draws random numbers from the generator. torch.compile must then restore
+        the generator's state before it computes the operator again.
+
+    Before 2.5, torch infers no schema from annotations that are strings, as they are in modules
+    with `from __future__ import annotations`. Before 2.8, custom_op takes no tags.
+    """
+
+    def define(function: Callable) -> torch.library.CustomOpDef:
+        if TORCH < (2, 5):
+            function.__annotations__ = typing.get_type_hints(function)
+        if not random:
+            return torch.library.custom_op(name, function, mutates_args=())
+        tags = (torch.Tag.nondeterministic_seeded,)
+        if TORCH >= (2, 8):
+            return torch.library.custom_op(name, function, mutates_args=(), tags=tags)
+        with _tags_added(tags):
+            return torch.library.custom_op(name, function, mutates_args=())
+
+    return define
+
+
+@contextlib.contextmanager
+def _tags_added(tags: tuple[torch.Tag, ...]) -> Iterator[None]:
+    """Operators that are defined meanwhile get these tags too."""
+    define = torch.library.Library.define
+
+    def define_with_tags(
+        library: torch.library.Library, schema: str, *arguments: typing.Any, **options: typing.Any
+    ) -> object:
+        options["tags"] = [*options.get("tags", ()), *tags]
+        return define(library, schema, *arguments, **options)
+
+    with _replaced(torch.library.Library, "define", define_with_tags):
+        yield
+
+
+def called_functions(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """The functions that a file of torch.save would call; [] where they are not known.
+
+    error: torch.load's, when it refused the file. Before 2.6 only this error names one of them.
+    """
+    if TORCH < (2, 6):
+        return re.findall(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no archive, or a cut one, which the caller reports anyway
+        return []
+
+
+@contextlib.contextmanager
+def torchrun_without_signal_handlers() -> Iterator[None]:
+    """torchrun's agent sets no signal handlers meanwhile.
+
+    Before 2.5 it sets them on every thread, and Python allows that on the main thread only.
+    """
+    if TORCH >= (2, 5):
+        yield
+        return
+    from torch.distributed.elastic.multiprocessing import api
+
+    names = [name for name in dir(api.signal) if name.startswith("SIG") or name == "Signals"]
+    constants = {name: getattr(api.signal, name) for name in names}
+    with _replaced(api, "signal", SimpleNamespace(signal=lambda *_: None, **constants)):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -19,10 +19,6 @@ from bert_pretraining.runtime import consistency
 
 Made = TypeVar("Made")
 
-# PyTorch 2.13 has new names for these two, and warns of the old ones.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 # How long a rank waits for the others: for the connection, when all have just been started, and
 # for a collective, when another rank may still read, evaluate or compile.
 CONNECT_TIMEOUT = timedelta(seconds=90)
