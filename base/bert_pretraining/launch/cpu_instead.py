@@ -8,7 +8,6 @@ from pathlib import Path
 from bert_pretraining import topology
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.topology import accelerators
 
 CPU_PREFIX = "CPU"  # of the names of configurations for the CPU, such as CPUx1x2
 
@@ -69,7 +68,7 @@ def build() -> str:
 
 def unseen(found: tuple[topology.Accelerator, ...], torch_build: str) -> str:
     """That this machine has accelerators which PyTorch does not see."""
-    return f"{torch_build} does not see this machine's {accelerators.describe(found)}"
+    return f"{torch_build} does not see this machine's {topology.describe(found)}"
 
 
 def remedy(found: tuple[topology.Accelerator, ...], torch_build: str) -> str:

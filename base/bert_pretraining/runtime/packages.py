@@ -79,3 +79,8 @@ def how_to_install(packages: Iterable[str]) -> str:
         return f"{FLAGLESS}; or set PYTHON to a Python that has torch"
     flag = "--no-deps " if set(names) <= set(REQUIRED) else ""
     return f"{sys.executable} -m pip install {flag}{' '.join(names)}"
+
+
+def package_of(module: str) -> str:
+    """The package that holds a module, under the name that pip knows."""
+    return {name: package for package, name in MODULES.items()}.get(module, module)

@@ -6,6 +6,7 @@
 
 from bert_pretraining.topology.accelerators import (
     Accelerator,
+    describe,
     find_accelerators,
     hidden_by,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Gpu",
     "Machine",
     "Node",
+    "describe",
     "find_accelerators",
     "hidden_by",
     "numactl_fault",

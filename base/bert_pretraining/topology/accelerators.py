@@ -143,7 +143,7 @@ def ask_tools() -> tuple[Accelerator, ...]:
 
 
 def hidden_by(environment: Mapping[str, str]) -> str | None:
-    """The variable by which the user hides every device, as with CUDA_VISIBLE_DEVICES="". """
+    """The variable by which the user hides every device, as with CUDA_VISIBLE_DEVICES=""."""
     for name in VISIBILITY_VARIABLES:
         first = environment.get(name, "0").split(",")[0].strip()
         if first in ("", "none", "NoDevFiles") or first.startswith("-"):
