@@ -59,7 +59,7 @@ find_base() {
         if [ -n "$base" ] && { [ -n "$kept" ] || [ "${candidate#python3.}" != "$candidate" ]; }; then
             break
         fi
-        command -v "$candidate" >/dev/null && look "$candidate" || continue
+        if ! command -v "$candidate" >/dev/null || ! look "$candidate"; then continue; fi
         [ "$prefix" != "$venv_folder" ] || continue # .venv is activated
         if [ -z "$base" ] || { [ "$torch" != none ] && [ -z "$is_old" ]; }; then
             take_as_base "$candidate"

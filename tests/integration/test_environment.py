@@ -153,15 +153,16 @@ def test_with_flags_nothing_is_installed_and_the_advice_does_no_harm(
 
 def test_a_python_with_torch_is_taken_before_one_without(checkout: Path, tmp_path: Path) -> None:
     all_of_it = dict.fromkeys(["torch", "numpy", "tomli", *BESIDE], "9.0")
-    with_torch = python_with(tmp_path / "vendor", **all_of_it)
-    for name in ("python3", f"python3.{sys.version_info[1]}"):
-        (with_torch / "bin" / name).unlink()  # "python" is left
-    first = tmp_path / "first/bin/python3"
-    first.parent.mkdir(parents=True)
-    empty = python_with(tmp_path / "empty")
-    first.write_text(f'#!/bin/sh\nexec {empty}/bin/python "$@"\n')
-    first.chmod(0o755)
-    done = run(checkout, tmp_path / "first", with_torch)
+    pythons = {
+        "python3": python_with(tmp_path / "empty"),
+        "python": python_with(tmp_path / "vendor", **all_of_it),
+    }
+    (tmp_path / "on_path/bin").mkdir(parents=True)
+    for name, environment in pythons.items():
+        script = tmp_path / "on_path/bin" / name
+        script.write_text(f'#!/bin/sh\nexec "{environment}/bin/python" "$@"\n')
+        script.chmod(0o755)
+    done = run(checkout, tmp_path / "on_path")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "python\n"
 
@@ -199,3 +200,18 @@ def test_the_range_of_pythons(checkout: Path, tmp_path: Path) -> None:
     assert done.stderr == "Error: no Python 3.98 to 3.98 found; install one, or set PYTHON\n"
     named = run(checkout, program="find_python", PYTHON=sys.executable)
     assert named.stderr == f"Error: PYTHON={sys.executable} is not Python 3.98 to 3.98\n"
+
+
+def test_the_docker_image_keeps_the_torch_of_its_base_image(checkout: Path, tmp_path: Path) -> None:
+    """The image's own command, with a Python in the place of the base image's."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    (command,) = (line for line in text.splitlines() if "prepare_python" in line)
+    vendor = python_with(tmp_path / "vendor", torch=COREX, numpy="1.26.4")
+    done = run(
+        checkout, vendor, program=command.removeprefix("RUN "), PYTHON="python3",
+        TORCH_INDEX="https://download.pytorch.org/whl/cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"Keeping torch {COREX} of {vendor}/sdk" in done.stderr
+    for needed in ("ARG BASE_IMAGE=", "FROM ${BASE_IMAGE}", "gcc"):
+        assert needed in text
