@@ -134,6 +134,15 @@ def test_apex_where_it_has_kernels_and_torch_elsewhere(monkeypatch: pytest.Monke
         select("auto", CUDA, torch.float16, per_operator={"attention": "apex"})
 
 
+def test_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "2.0.0+vendor")
+    with pytest.raises(UserError, match=r"--kernels triton: triton 2\.0\.0\+vendor is older than"):
+        select("triton", CUDA, torch.float16)
+    monkeypatch.setattr(triton, "__version__", "2.1.0+vendor")
+    assert select("triton", CUDA, torch.float16).choice["attention"] == "triton"
+
+
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_provider.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--kernels triton: triton is not installed"):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bert_pretraining.kernels.triton_common import kept, stream_keys
+from bert_pretraining.kernels.triton_common import add_dot, dot, exp2, kept, log2, stream_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # These arguments change with every batch, so Triton must not compile variants for special values.
@@ -122,13 +122,13 @@ def forward_kernel(
     for first in range(0, length, BLOCK_KEYS):
         keys = first + tl.arange(0, BLOCK_KEYS)
         key = _load_tile(key_ptr, keys, token_stride, length, HEAD_SIZE, BLOCK_SIZE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores = dot(query, tl.trans(key), PRECISION)
         scores = scores * (softmax_scale * _LOG2_E)
         scores = tl.where((keys < length)[None, :], scores, float("-inf"))
         # Every block holds at least one key of the sequence, so the maximum is finite.
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_largest[:, None])
-        rescale = tl.exp2(largest - new_largest)
+        weights = exp2(scores - new_largest[:, None])
+        rescale = exp2(largest - new_largest)
         total = total * rescale + tl.sum(weights, axis=1)
         largest = new_largest
         if THRESHOLD > 0:
@@ -136,17 +136,12 @@ def forward_kernel(
             keep = kept(first_key, second_key, rows, keys[None, :], THRESHOLD)
             weights = tl.where(keep, weights, 0.0)
         value = _load_tile(value_ptr, keys, token_stride, length, HEAD_SIZE, BLOCK_SIZE)
-        context = tl.dot(
-            weights.to(value.dtype),
-            value,
-            acc=context * rescale[:, None],
-            input_precision=PRECISION,
-        )
+        context = add_dot(context * rescale[:, None], weights.to(value.dtype), value, PRECISION)
 
     context = context * (KEEP_SCALE / total)[:, None]
     _store_tile(output_ptr, queries, NUM_HEADS * HEAD_SIZE, length, context, HEAD_SIZE, BLOCK_SIZE)
     log_sum_exp_ptr += head.to(tl.int64) * num_tokens + start
-    tl.store(log_sum_exp_ptr + queries, largest + tl.log2(total), mask=queries < length)
+    tl.store(log_sum_exp_ptr + queries, largest + log2(total), mask=queries < length)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -194,18 +189,16 @@ def query_gradient_kernel(
         keys = first + tl.arange(0, BLOCK_KEYS)
         key = _load_tile(key_ptr, keys, token_stride, length, HEAD_SIZE, BLOCK_SIZE)
         value = _load_tile(value_ptr, keys, token_stride, length, HEAD_SIZE, BLOCK_SIZE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores = dot(query, tl.trans(key), PRECISION)
         scores = scores * (softmax_scale * _LOG2_E) - log_sum_exp[:, None]
-        weights = tl.exp2(tl.where((keys < length)[None, :], scores, float("-inf")))
-        weight_gradient = tl.dot(output_gradient, tl.trans(value), input_precision=PRECISION)
+        weights = exp2(tl.where((keys < length)[None, :], scores, float("-inf")))
+        weight_gradient = dot(output_gradient, tl.trans(value), PRECISION)
         if THRESHOLD > 0:
             rows = (start + queries)[:, None]
             keep = kept(first_key, second_key, rows, keys[None, :], THRESHOLD)
             weight_gradient = tl.where(keep, weight_gradient * KEEP_SCALE, 0.0)
         score_gradient = weights * (weight_gradient - delta[:, None])
-        gradient = tl.dot(
-            score_gradient.to(key.dtype), key, acc=gradient, input_precision=PRECISION
-        )
+        gradient = add_dot(gradient, score_gradient.to(key.dtype), key, PRECISION)
 
     _store_tile(
         qkv_gradient_ptr,
@@ -269,25 +262,20 @@ def key_value_gradient_kernel(
         row_ptrs = row_offset + queries
         log_sum_exp = tl.load(log_sum_exp_ptr + row_ptrs, mask=queries < length, other=0.0)
         delta = tl.load(delta_ptr + row_ptrs, mask=queries < length, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        weights = tl.exp2(scores * (softmax_scale * _LOG2_E) - log_sum_exp[None, :])
-        weight_gradient = tl.dot(value, tl.trans(output_gradient), input_precision=PRECISION)
+        scores = dot(key, tl.trans(query), PRECISION)
+        weights = exp2(scores * (softmax_scale * _LOG2_E) - log_sum_exp[None, :])
+        weight_gradient = dot(value, tl.trans(output_gradient), PRECISION)
         dropped = weights
         if THRESHOLD > 0:
             rows = (start + queries)[None, :]
             keep = kept(first_key, second_key, rows, keys[:, None], THRESHOLD)
             dropped = tl.where(keep, weights, 0.0)
             weight_gradient = tl.where(keep, weight_gradient * KEEP_SCALE, 0.0)
-        value_gradient = tl.dot(
-            dropped.to(value.dtype),
-            output_gradient,
-            acc=value_gradient,
-            input_precision=PRECISION,
+        value_gradient = add_dot(
+            value_gradient, dropped.to(value.dtype), output_gradient, PRECISION
         )
         score_gradient = weights * (weight_gradient - delta[None, :])
-        key_gradient = tl.dot(
-            score_gradient.to(query.dtype), query, acc=key_gradient, input_precision=PRECISION
-        )
+        key_gradient = add_dot(key_gradient, score_gradient.to(query.dtype), query, PRECISION)
 
     key_gradient = key_gradient * softmax_scale
     value_gradient = value_gradient * KEEP_SCALE

@@ -10,6 +10,8 @@ elements, which would be longer than the memory traffic of these kernels.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import triton
 import triton.language as tl
@@ -66,6 +68,48 @@ def divide_up(count: int, size: int) -> int:
     return (count + size - 1) // size
 
 
+if hasattr(tl, "exp2"):
+
+    @triton.jit
+    def exp2(x):
+        return tl.exp2(x)
+
+    @triton.jit
+    def log2(x):
+        return tl.log2(x)
+
+else:  # Triton 2.1 and earlier
+
+    @triton.jit
+    def exp2(x):
+        return tl.math.exp2(x)
+
+    @triton.jit
+    def log2(x):
+        return tl.math.log2(x)
+
+
+if "input_precision" in inspect.signature(tl.dot).parameters:
+
+    @triton.jit
+    def dot(left, right, PRECISION: tl.constexpr):
+        return tl.dot(left, right, input_precision=PRECISION)
+
+    @triton.jit
+    def add_dot(total, left, right, PRECISION: tl.constexpr):
+        return tl.dot(left, right, acc=total, input_precision=PRECISION)
+
+else:  # Triton 2.3 and earlier
+
+    @triton.jit
+    def dot(left, right, PRECISION: tl.constexpr):
+        return tl.dot(left, right, allow_tf32=PRECISION != "ieee")
+
+    @triton.jit
+    def add_dot(total, left, right, PRECISION: tl.constexpr):
+        return total + tl.dot(left, right, allow_tf32=PRECISION != "ieee")
+
+
 @triton.jit
 def _mix(x):
     x = x ^ (x >> 16)
@@ -76,12 +120,18 @@ def _mix(x):
 
 
 @triton.jit
-def stream_keys(seed_ptr, stream):
+def stream_keys(seed_ptr, stream_number):
     """Two uint32 keys for one stream of the seed, for example for one attention head."""
     first = tl.load(seed_ptr).to(tl.uint32)
     second = tl.load(seed_ptr + 1).to(tl.uint32)
-    first_key = _mix(first + stream.to(tl.uint32) * _ROW_STEP)
+    first_key = _mix(first + stream_number.to(tl.uint32) * _ROW_STEP)
     return first_key, _mix(second ^ first_key)
+
+
+@triton.jit
+def only_stream_keys(seed_ptr):
+    """The keys of stream 0, for kernels that use one stream. Triton 2.1 has no tl.zeros(())."""
+    return stream_keys(seed_ptr, tl.program_id(0) * 0)
 
 
 @triton.jit

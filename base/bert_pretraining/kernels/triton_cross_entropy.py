@@ -42,12 +42,15 @@ def forward_kernel(
     # The logits of an ignored row may hold anything. They are not read, and count as 0.
     counted = label >= 0
     # A label beyond the vocabulary gives an infinite loss instead of a read outside the row.
-    chosen = tl.load(logits_ptr + label, mask=counted & (label < COLUMNS), other=float("-inf"))
-    chosen = tl.where(counted, chosen.to(tl.float32), 0.0)
+    # It is loaded as a block of one: Triton 2.1 cannot load a bfloat16 scalar with a mask.
+    place = label + tl.arange(0, 1)
+    known = (place >= 0) & (place < COLUMNS)
+    chosen = tl.load(logits_ptr + place, mask=known, other=0.0).to(tl.float32)
+    chosen = tl.where(label < COLUMNS, tl.sum(chosen, axis=0), float("-inf"))
     readable = tl.where(counted, COLUMNS, 0)
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    beaten = tl.zeros((), tl.int32)
+    beaten = row * 0  # Triton 2.1 has no tl.zeros(())
+    total = beaten.to(tl.float32)
+    largest = total - float("inf")
     for start in range(0, COLUMNS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < COLUMNS

@@ -20,7 +20,7 @@ from bert_pretraining.kernels.triton_common import (
     drop_threshold,
     keep_scale,
     kept,
-    stream_keys,
+    only_stream_keys,
 )
 from bert_pretraining.kernels.triton_layer_norm import (
     normalise,
@@ -77,7 +77,7 @@ def forward_kernel(
     norm_bias = tl.load(norm_bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
     output = normal * weight[None, :] + norm_bias[None, :]
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
         keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
         output = tl.where(keep, output * KEEP_SCALE, 0.0)
     inside = (rows < num_rows)[:, None] & column_inside[None, :]
@@ -115,7 +115,7 @@ def backward_kernel(
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     norm_bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
 
     for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)

@@ -23,8 +23,8 @@ from bert_pretraining.kernels.triton_common import (
     drop_threshold,
     keep_scale,
     kept,
+    only_stream_keys,
     power_of_two_at_least,
-    stream_keys,
 )
 from bert_pretraining.runtime.compat import custom_op
 
@@ -82,7 +82,7 @@ def forward_kernel(
     bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
         keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
         x = tl.where(keep, x * KEEP_SCALE, 0.0)
     summed = x + tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def backward_kernel(
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     norm_bias_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if THRESHOLD > 0:
-        first_key, second_key = stream_keys(seed_ptr, tl.zeros((), tl.int32))
+        first_key, second_key = only_stream_keys(seed_ptr)
 
     for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)

@@ -7,8 +7,10 @@ import os
 
 from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
+from bert_pretraining.runtime import compat
 
 NAME = "triton"
+OLDEST = (2, 1)  # the oldest whose compiler takes all kernels
 
 
 def unavailable(target: Target) -> Unavailable | None:
@@ -25,6 +27,10 @@ def unavailable(target: Target) -> Unavailable | None:
 
 def find(operator: str, target: Target) -> Implementation | Unavailable:
     """The operator's kernels. Triton is imported only here, after they were chosen."""
+    import triton
+
+    if compat.release(triton.__version__) < OLDEST:
+        return Unavailable(f"triton {triton.__version__} is older than 2.1")
     from bert_pretraining.kernels import triton_operators
 
     return Implementation(getattr(triton_operators, operator), NAME)

@@ -1,5 +1,8 @@
 """Differences between the versions of PyTorch that the package runs on, 2.4 to the newest.
 
+Differences between versions of Triton's language are in kernels/triton_common.py, since only
+kernels see them.
+
 Each entry names the version from which on it is not needed. When that version is the oldest one
 supported, delete the entry. No other module asks for a version.
 """
@@ -17,7 +20,13 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: "2.4.1+corex.4.3.0" -> (2, 4)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+TORCH = release(torch.__version__)
 
 # Before 2.13 these two have other names, and 2.13 warns of the old ones.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
