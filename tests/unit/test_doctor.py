@@ -80,18 +80,24 @@ def test_it_starts_without_any_package(tmp_path: Path) -> None:
     """-S leaves site-packages out, -E variables; only the standard library is there."""
     program = f"import sys; sys.path.append({str(ROOT / 'base')!r})\n"
     program += "from bert_pretraining.__main__ import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", program, "doctor", "--json"], cwd=tmp_path,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "")
-    found = {each["what"]: each for each in json.loads(done.stdout)["findings"]}
+
+    def findings(*flags: str) -> dict[str, dict[str, str]]:
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", program, "doctor", "--json", *flags], cwd=tmp_path,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (1, "")
+        return {each["what"]: each for each in json.loads(done.stdout)["findings"]}
+
+    found = findings()
     for name in packages.REQUIRED:
         assert (found[name]["status"], found[name]["text"]) == (PROBLEM, "not installed")
+    assert found["CPUs"]["status"] in (OK, NOTE)
+    whole = findings("--name", "iluvatar", "--config", "V100x1x8")
     if "tomli" in packages.REQUIRED:
-        assert "the other checks need tomli" in found["launch"]["text"]
+        assert "the other checks need tomli" in whole["launch"]["text"]
     else:
-        assert found["CPUs"]["status"] in (OK, NOTE)
+        assert whole["CPUs"]["status"] in (OK, NOTE)
 
 
 def test_the_wrong_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,9 +55,14 @@ def _launch_results(settings: dict[str, object], flags: LaunchFlags) -> Iterator
         ranks = 1 if settings.get("device") == "cpu" else max(1, len(machine.gpus))
         general = {"name": "mini", "config": "CPUx1x1", "device": "auto", "nproc_per_node": ranks}
         settings = {**general, **settings}
-    resolved = config.resolve(settings)
+    try:
+        chosen = config.resolve(settings).config
+    except ModuleNotFoundError:  # Python 3.10 without tomli: no file can be read
+        if whole_launch:
+            raise
+        chosen = Config(**settings)
     looks_at_data = whole_launch or not DATA_FLAGS.isdisjoint(settings)
-    yield from examine(resolved.config, flags, machine, looks_at_data)
+    yield from examine(chosen, flags, machine, looks_at_data)
 
 
 def examine(
