@@ -14,6 +14,7 @@ import pickle
 import re
 import typing
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,11 @@ TORCH = release(torch.__version__)
 # Before 2.13 these two have other names, and 2.13 warns of the old ones.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Before 2.14 there is no public function for it, and 2.14 warns of the private one.
+set_collective_timeout: Callable[[timedelta], None] = (
+    getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+)
 
 
 def custom_op(name: str, random: bool = False) -> Callable[[Callable], torch.library.CustomOpDef]:

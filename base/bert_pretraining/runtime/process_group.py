@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bert_pretraining.errors import TrainingError, UserError
-from bert_pretraining.runtime import consistency
+from bert_pretraining.runtime import compat, consistency
 
 Made = TypeVar("Made")
 
@@ -96,8 +96,8 @@ def _connect(backend: str, device: torch.device) -> None:
     total = sum_over_ranks(torch.ones((), device=device)).item()
     if total != dist.get_world_size():
         raise RuntimeError(f"{dist.get_world_size()} ranks summed 1 to {total}")
-    # PyTorch has no public function for it. Without it, CONNECT_TIMEOUT would stay in force.
-    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    # Without it, CONNECT_TIMEOUT would stay in force.
+    compat.set_collective_timeout(COLLECTIVE_TIMEOUT)
 
 
 def unreachable(backend: str, error: Exception) -> str:
