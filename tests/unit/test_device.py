@@ -20,7 +20,6 @@ NAMES_AN_ACCELERATOR = re.compile(r"""torch\.cuda|["']cuda(:\d)?["']|\.cuda\b"""
 ALLOWED = {
     "runtime/device_types.py": "the table of accelerators",
     "runtime/device.py": "what differs between them",
-    "doctor/hardware.py": "what PyTorch tells of CUDA devices",
 }
 
 without_accelerator = pytest.mark.skipif(

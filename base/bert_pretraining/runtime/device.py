@@ -144,7 +144,7 @@ def versions(kind: str) -> dict[str, str]:
 
 def built_with() -> str | None:
     """The libraries that PyTorch was built for, "CUDA 12.1" or "ROCm 6.1"; None for neither."""
-    kinds = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    kinds = {"CUDA": torch.version.cuda, "ROCm": getattr(torch.version, "hip", None)}
     return next((f"{kind} {version}" for kind, version in kinds.items() if version), None)
 
 

@@ -9,6 +9,7 @@ from bert_pretraining.topology.accelerators import (
     describe,
     find_accelerators,
     hidden_by,
+    visible_devices,
 )
 from bert_pretraining.topology.machine import (
     Core,
@@ -17,7 +18,6 @@ from bert_pretraining.topology.machine import (
     Node,
     query_nvidia_smi,
     read_machine,
-    visible_devices,
 )
 from bert_pretraining.topology.numactl import numactl_fault
 from bert_pretraining.topology.placement import Binding, place_ranks, table

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +20,6 @@ from bert_pretraining.topology import cpu_list
 VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x1e3e": "Iluvatar"}
 # VGA controller, 3D controller, other display controller, processing accelerator.
 DEVICE_CLASSES = ("0x0300", "0x0302", "0x0380", "0x1200")
-# Variables that leave a process only some of a machine's devices, in one order. Each belongs to a
-# vendor's libraries; the first that is set counts.
-VISIBLE_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "ASCEND_RT_VISIBLE_DEVICES",
-    "MUSA_VISIBLE_DEVICES",
-    "MLU_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-)
 NVIDIA_SMI_QUERY = "index,uuid,pci.bus_id,name,memory.total,compute_cap"
 
 
@@ -86,7 +76,7 @@ def read_machine(
 
     Args:
         nvidia_smi: what `query_nvidia_smi` returned, None where there is none.
-        visible_devices: what the function of that name returned.
+        visible_devices: what `accelerators.visible_devices` returned.
         allowed: CPUs; None reads them from /proc/self/status.
     """
     system = root / "sys/devices/system"
@@ -101,11 +91,6 @@ def read_machine(
         gpus=visible_gpus(_gpus(root, nvidia_smi), visible_devices),
         cpu_quota=_cpu_quota(root),
     )
-
-
-def visible_devices(environment: Mapping[str, str]) -> str | None:
-    """The value of the variable that leaves this process only some devices; None without one."""
-    return next((environment[name] for name in VISIBLE_VARIABLES if name in environment), None)
 
 
 def query_nvidia_smi() -> str | None:
