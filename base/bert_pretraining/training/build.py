@@ -11,7 +11,7 @@ from torch import Tensor
 from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
-from bert_pretraining.kernels import DTYPES, select
+from bert_pretraining.kernels import DTYPES
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
@@ -27,6 +27,7 @@ from bert_pretraining.optim import (
 from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
+from bert_pretraining.training.kernel_choice import choose_kernels
 from bert_pretraining.training.micro_step import choose_step
 from bert_pretraining.training.update import Update
 
@@ -125,14 +126,7 @@ def _precision(setup: Setup) -> str:
 def _model(setup: Setup, precision: str) -> BertForPreTraining:
     """The model on this rank's device, in float32, with its start weights if there are any."""
     config, bert_config, log = setup.config, setup.bert_config, setup.log
-    kernels = select(
-        config.kernels,
-        setup.ranks.device,
-        DTYPES[precision],
-        bert_config.head_size,
-        config.kernels_by_operator,
-    )
-    log.say(f"Kernels: {kernels.describe()}")
+    kernels = choose_kernels(config, bert_config, DTYPES[precision], setup.ranks.device, log.say)
     module = BertForPreTraining(
         bert_config,
         kernels,
