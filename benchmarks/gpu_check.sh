@@ -8,7 +8,7 @@
 # comparison. It writes figures as JSON and output as text into OUTPUT_FOLDER. Where a step fails,
 # the script says so and runs the next one. The exit code is the number of failed steps.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${1:-results/$(date -u +%F)_gpu}
 mkdir -p "$out"
 python=${PYTHON:-python3}

@@ -7,7 +7,7 @@
 # 29500, or at MASTER_ADDR and MASTER_PORT. The others get the exported GLOO_*, NCCL_*,
 # OMP_NUM_THREADS and PYTHON.
 set -euo pipefail
-if [ $# -lt 2 ]; then
+if [ $# -lt 2 ] || [ -z "${1// /}" ]; then
     echo "Error: usage: bash examples/train_ssh.sh \"HOST ...\" FLAGS of run_training.sh" >&2
     exit 2
 fi
@@ -24,8 +24,9 @@ done
 
 remotes=()
 for index in "${!hosts[@]}"; do
-    printf -v remote '%q ' env "${variables[@]}" bash "$root/run_training.sh" "${flags[@]}" \
-        --node_rank $((index + 1))
+    # The form of the first array: before bash 4.4, an empty one is an error under set -u.
+    printf -v remote '%q ' env ${variables[@]+"${variables[@]}"} bash "$root/run_training.sh" \
+        "${flags[@]}" --node_rank $((index + 1))
     # ssh gets a session of its own, so that Ctrl-C reaches only the launcher here. Its ranks then
     # stop together with those of the other machines.
     setsid ssh -n -o BatchMode=yes "${hosts[index]}" "cd $(printf %q "$PWD") && $remote" &

@@ -16,7 +16,7 @@ from bert_pretraining.errors import (
     TrainingError,
     UserError,
 )
-from bert_pretraining.runtime import rank_reports
+from bert_pretraining.runtime import packages, rank_reports
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -61,19 +61,24 @@ def main() -> int:
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error), error.detail)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "bert_pretraining":
+        module = (error.name or "").split(".")[0]
+        if module == "bert_pretraining":
             raise
-        return _fail(
-            EXIT_USAGE,
-            f"{sys.executable} lacks the package {error.name}; use .venv/bin/python, which "
-            "'bash run_training.sh' makes, or: python -m pip install -r requirements.txt",
-        )
+        return _fail(EXIT_USAGE, _what_is_missing(module))
     except KeyboardInterrupt as interrupt:
         number = signal.Signals[str(interrupt)] if interrupt.args else signal.SIGINT
         return _fail(128 + number, f"ended by {number.name}")
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return _fail(EXIT_CRASH, message, traceback.format_exc())
+
+
+def _what_is_missing(module: str) -> str:
+    """The message for a module that is not installed."""
+    fix = "use .venv/bin/python, which 'bash run_training.sh' makes"
+    if module != "torch":  # there is no command that brings the right one for every device
+        fix += f", or: {packages.how_to_install([packages.package_of(module)])}"
+    return f"{sys.executable} lacks the package {module}; {fix}"
 
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:

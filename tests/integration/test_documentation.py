@@ -138,7 +138,7 @@ def change_of(command: str) -> Change:
 @pytest.fixture
 def workplace(mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with the mini data set, and the other files that pages name."""
-    for name in ("base", "configs", "scripts", "run_training.sh"):
+    for name in ("base", "configs", "scripts", "run_training.sh", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, tmp_path / name)
     shutil.copytree(mini_data, tmp_path / MINI_DATA)

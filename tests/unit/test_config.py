@@ -139,6 +139,9 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"name": "iluvata", "config": "V100x1x8"}, "did you mean iluvatar"),
         ({"name": "default", "config": "V100x1x9"}, "did you mean V100x1x8"),
         ({"name": "default", "config": "_base"}, "no such configuration"),
+        ({"name": "iluvatar"}, "--name iluvatar alone chooses no configuration: iluvatar has 00V1"),
+        ({"name": "nvidia"}, "H200x1x8; add --config, such as --config H200x1x8"),
+        ({"name": "iluvata"}, "--name iluvata: no such name; did you mean iluvatar?"),
         ({"config": "V100x1x8"}, "of mini; it exists under default, iluvatar: add --name default"),
         ({"train_batch_size": 0}, "--train_batch_size 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "must be at least 0"),
@@ -191,6 +194,6 @@ def test_own_file_extends_another_in_its_folder(tmp_path: Path) -> None:
 def test_every_field_has_help_and_shows_as_toml() -> None:
     for field in config.FIELDS.values():
         assert field.metadata["help"]
-    shown = config.tomllib.loads(show(resolve({})))
+    shown = config.parse_toml(show(resolve({})))
     expected = {name: getattr(resolve({}).config, name) for name in config.FIELDS}
     assert shown == {name: value for name, value in expected.items() if value is not None}

@@ -7,18 +7,22 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from bert_pretraining import config, doctor, kernels
+from bert_pretraining import config, doctor, kernels, topology
 from bert_pretraining.config import Config
 from bert_pretraining.doctor import hardware, run, software
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.launch import LaunchFlags
-from bert_pretraining.topology import Core, Gpu, Machine, Node
+from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime import packages
+from bert_pretraining.topology import Accelerator, Core, Gpu, Machine, Node
 from helpers import ROOT, command
 
 MACHINE = Machine((Core((0, 2), 0), Core((1, 3), 0)), (Node(0, True, {}),))
@@ -35,21 +39,65 @@ def by_name(results: object) -> dict[str, CheckResult]:
 
 def test_requirements_are_those_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    named = text.partition("dependencies = [")[2].partition("]")[0]
-    pairs = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', named))
-    assert pairs == software.REQUIRED | software.OPTIONAL
+    named = dict(re.findall(r'"([\w-]+)>=([\d.]+)[";]', text))
+    expected = {**packages.REQUIRED, **software.OPTIONAL, "tomli": "2"}
+    assert {name: named.get(name) for name in expected} == expected
+    range_of_python = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', text).groups()
+    oldest, newest = software.OLDEST_PYTHON, software.NEWEST_PYTHON
+    assert (oldest, newest) == ((3, int(range_of_python[0])), (3, int(range_of_python[1]) - 1))
+    beside = (ROOT / "requirements-beside-torch.txt").read_text()
+    lower_bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", beside, re.MULTILINE))
+    assert lower_bounds == {
+        name: oldest
+        for name, oldest in {**packages.REQUIRED, "tomli": "2"}.items()
+        if name != "torch"
+    }
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {**software.REQUIRED, "torch": "2.9.1+cu128", "h5py": None, "triton": None}
-    monkeypatch.setattr(software, "installed_version", installed.get)
+    installed = {**packages.REQUIRED, "torch": "2.3.1+cu121", "h5py": None, "triton": None}
+    monkeypatch.setattr(packages, "installed_version", installed.get)
     found = by_name(software.results())
     assert found["torch"].status == PROBLEM
-    assert found["torch"].text == "2.9.1+cu128 is older than 2.11"
+    assert found["torch"].text.startswith("2.3.1+cu121 of /")
+    assert found["torch"].text.endswith(" is older than 2.4")
+    assert "pip install" not in found["torch"].fix, "it would replace a vendor's torch"
     assert (found["h5py"].status, found["h5py"].text) == (PROBLEM, "not installed")
-    assert "pip install -r requirements.txt" in found["h5py"].fix
+    assert found["h5py"].fix == f"{sys.executable} -m pip install --no-deps h5py"
     assert found["tqdm"].status == OK
     assert found["triton"].status == NOTE
+
+
+def test_a_vendors_torch_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {**packages.REQUIRED, "torch": "2.4.1+corex.4.3.0", "numpy": packages.UNKNOWN}
+    monkeypatch.setattr(packages, "installed_version", installed.get)
+    found = by_name(software.results())
+    assert found["torch"].status == OK and found["torch"].text.startswith("2.4.1+corex.4.3.0 of /")
+    assert (found["numpy"].status, found["numpy"].text) == (OK, "version unknown")
+
+
+def test_it_starts_without_any_package(tmp_path: Path) -> None:
+    """-S leaves site-packages out, -E variables; only the standard library is there."""
+    program = f"import sys; sys.path.append({str(ROOT / 'base')!r})\n"
+    program += "from bert_pretraining.__main__ import main; sys.exit(main())"
+
+    def findings(*flags: str) -> dict[str, dict[str, str]]:
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", program, "doctor", "--json", *flags], cwd=tmp_path,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (1, "")
+        return {each["what"]: each for each in json.loads(done.stdout)["findings"]}
+
+    found = findings()
+    for name in packages.REQUIRED:
+        assert (found[name]["status"], found[name]["text"]) == (PROBLEM, "not installed")
+    assert found["CPUs"]["status"] in (OK, NOTE)
+    whole = findings("--name", "iluvatar", "--config", "V100x1x8")
+    if "tomli" in packages.REQUIRED:
+        assert "the other checks need tomli" in whole["launch"]["text"]
+    else:
+        assert whole["CPUs"]["status"] in (OK, NOTE)
 
 
 def test_the_wrong_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,27 +126,44 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (short.status, short.fix) == (PROBLEM, "pass --nproc_per_node 4, or --device cpu")
 
 
+ILUVATAR = (Accelerator("Iluvatar", "/dev/iluvatar0"),)
+NVIDIA = (Accelerator("NVIDIA", "/dev/nvidia0"),) * 4
+
+
 @pytest.mark.parametrize(
-    ("device", "machine", "cuda", "status", "words"),
+    ("config_name", "device", "machine", "cuda", "status", "words"),
     [
-        ("auto", MACHINE, None, OK, "training on the CPU"),
-        ("cuda", MACHINE, None, PROBLEM, "no GPU here"),
-        ("auto", WITH_GPUS, None, NOTE, "built without CUDA"),
-        ("cuda", WITH_GPUS, None, PROBLEM, "built without CUDA"),
-        ("cuda", WITH_GPUS, "13.0", PROBLEM, "PyTorch (CUDA 13.0) cannot use them"),
-        ("cpu", WITH_GPUS, None, OK, "as --device asks"),
+        ("CPUx1x1", "auto", (), None, OK, "no accelerator here: training on the CPU"),
+        ("GPUx1x1", "auto", (), None, NOTE, "no accelerator: --config GPUx1x1 trains on the CPU"),
+        ("GPUx1x1", "cuda", (), None, PROBLEM, "--device cuda, but this machine has no"),
+        ("CPUx1x1", "auto", NVIDIA, None, NOTE, "does not see this machine's 4 NVIDIA accel"),
+        ("GPUx1x1", "auto", ILUVATAR, None, PROBLEM, "does not see this machine's 1 Iluvatar acc"),
+        ("CPUx1x1", "cuda", ILUVATAR, "12.1", PROBLEM, "(CUDA 12.1) of "),
+        ("GPUx1x1", "cpu", NVIDIA, None, OK, "as --device asks"),
     ],
-)
-def test_no_gpu_that_pytorch_can_use(
-    device: str, machine: Machine, cuda: str | None, status: str, words: str,
+)  # fmt: skip
+def test_no_device_that_pytorch_can_use(
+    config_name: str, device: str, machine: tuple, cuda: str | None, status: str, words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "seen", lambda: None)
+    monkeypatch.setattr(topology, "find_accelerators", lambda: machine)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    found = by_name(hardware.gpus(settings(device=device), machine))["device"]
+    found = by_name(hardware.gpus(settings(config=config_name, device=device), MACHINE))["device"]
     assert found.status == status
     assert words in found.text
-    assert bool(found.fix) == (status != OK)
+    if status == PROBLEM and machine:
+        assert "install the vendor's PyTorch again: another one has probably replaced" in found.fix
+
+
+def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "find_accelerators", lambda: ILUVATAR)
+    monkeypatch.setattr(packages, "folder_of", lambda module: Path("/usr/lib"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = by_name(hardware.results(settings(), LaunchFlags(), MACHINE, False))
+    assert (found["PyTorch"].status, found["device"].status) == (PROBLEM, NOTE)
+    assert found["device"].text == "this machine has 1 Iluvatar accelerator (/dev/iluvatar0)"
 
 
 def test_kernels_and_precisions() -> None:

@@ -88,7 +88,7 @@ def _refuse_formats_with_code(path: Path, is_archive: bool) -> None:
 def _is_tar(path: Path) -> bool:
     try:
         with tarfile.open(path, "r:") as archive:
-            return archive.next() is not None  # a file of zeros is an empty archive
+            return archive.firstmember is not None  # a file of zeros is an empty archive
     except tarfile.TarError:
         return False
 

@@ -13,7 +13,8 @@ from bert_pretraining.commands.data import MINI_DATA_DIR, make_mini
 from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
-from bert_pretraining.runtime import rank_reports
+from bert_pretraining.launch import cpu_instead
+from bert_pretraining.runtime import packages, rank_reports
 from bert_pretraining.runtime.lock import FolderLock
 
 
@@ -35,12 +36,13 @@ def launch(arguments: list[str]) -> int:
     external = launching.external_rank(os.environ)
     if external:
         flags = launching.join(flags, resolved, external)
+    if not flags.dry_run:
+        _print_notice(cpu_instead.notice(resolved.config), external)
     lacks_mini_data = is_embedded_default and not Path(MINI_DATA_DIR).exists()
     if lacks_mini_data and not flags.dry_run:
         make_mini_once()
     plan = launching.make_plan(resolved, flags, _trainer_flags(values))
-    if plan.notice and (external is None or external.local_rank == 0):
-        print(f"Notice: {plan.notice}", file=sys.stderr)
+    _print_notice(plan.notice, external)
     if flags.dry_run:
         print(launching.describe(plan), flush=True)
         _print_what_is_missing(resolved.config, lacks_mini_data)
@@ -53,6 +55,12 @@ def launch(arguments: list[str]) -> int:
         check()
         return launching.run_external_rank(plan, external)
     return _exit_code(launching.run(plan, check), flags.exit_zero_without_target)
+
+
+def _print_notice(notice: str | None, external: launching.ExternalRank | None) -> None:
+    """Print a notice once on each machine."""
+    if notice and (external is None or external.local_rank == 0):
+        print(f"Notice: {notice}", file=sys.stderr)
 
 
 def make_mini_once() -> None:
@@ -91,6 +99,11 @@ def _print_what_is_missing(settings: Config, lacks_mini_data: bool) -> None:
     else:
         found = inputs.faults(settings)
         notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
+    if packages.folder_of("torch") is not None:  # the plan needs no PyTorch
+        try:
+            notes += filter(None, [cpu_instead.notice(settings)])
+        except UserError as refusal:
+            notes.append(f"a launch on this machine would be refused: {refusal}")
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
 
@@ -122,6 +135,9 @@ def train(arguments: list[str]) -> int:
     values = vars(parser.parse(arguments))
     zero_without_target = values.pop("exit_zero_without_target")
     resolved = config.resolve(values)
+
+    if launching.STARTED_VARIABLE not in os.environ:  # else the launcher has said it
+        _print_notice(cpu_instead.notice(resolved.config), launching.external_rank(os.environ))
 
     from bert_pretraining.runtime import process_group
     from bert_pretraining.training import train

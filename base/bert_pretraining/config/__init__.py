@@ -9,10 +9,10 @@ from bert_pretraining.config.resolution import (
     parse_topology,
     resolve,
     show,
-    tomllib,
     without_switches,
 )
 from bert_pretraining.config.settings import FIELDS, Config, base_type
+from bert_pretraining.config.toml import parse_toml
 
 __all__ = [
     "FIELDS",
@@ -26,9 +26,9 @@ __all__ = [
     "configs_directory",
     "nearest",
     "parse_bool",
+    "parse_toml",
     "parse_topology",
     "resolve",
     "show",
-    "tomllib",
     "without_switches",
 ]

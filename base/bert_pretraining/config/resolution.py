@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,8 @@ from pathlib import Path
 from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import nearest
 from bert_pretraining.config.settings import FIELDS, Config, base_type
+from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,8 @@ def resolve(flags: dict[str, object]) -> Resolved:
     values = {field.name: field.default for field in FIELDS.values()}
     sources = dict.fromkeys(FIELDS, "default")
     name, config = flags.get("name", values["name"]), flags.get("config", values["config"])
+    if "config" not in flags and (name, config) not in config_names():
+        raise _config_missing(str(name))
     file = _config_path(str(name), str(config))
     layers = [
         (_shown(path), {key: _checked_key(key, value, path) for key, value in content.items()})
@@ -135,6 +132,24 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
+def _config_missing(name: str) -> UserError:
+    """--name alone, where that name has no configuration called as the default one."""
+    configs = [pair[1] for pair in config_names() if pair[0] == name]
+    if not configs:
+        return _no_such_name(name)
+    return UserError(
+        f"--name {name} alone chooses no configuration: {name} has {', '.join(configs)}",
+        f"add --config, such as --config {configs[-1]}",
+    )
+
+
+def _no_such_name(name: str) -> UserError:
+    names = sorted({pair[0] for pair in config_names()})
+    return UserError(
+        f"--name {name}: no such name{nearest(name, names)}", f"use one of {', '.join(names)}"
+    )
+
+
 def _config_path(name: str, config: str) -> Path:
     if config.endswith(".toml"):
         return Path(config)
@@ -142,11 +157,8 @@ def _config_path(name: str, config: str) -> Path:
     if path.is_file() and not config.startswith("_"):
         return path
     pairs = config_names()
-    names = sorted({pair[0] for pair in pairs})
-    if name not in names:
-        raise UserError(
-            f"--name {name}: no such name{nearest(name, names)}", f"use one of {', '.join(names)}"
-        )
+    if name not in {pair[0] for pair in pairs}:
+        raise _no_such_name(name)
     configs = [pair[1] for pair in pairs if pair[0] == name]
     others = [pair[0] for pair in pairs if pair[1] == config]
     hint = nearest(config, configs)
@@ -166,13 +178,13 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
         if any(path.resolve() == seen.resolve() for seen, _ in layers):
             raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = parse_toml(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
                 f"cannot read configuration {path} ({error.strerror})",
                 "correct --config, or the 'extends' that names it",
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{_shown(path)}: not valid TOML ({error})", "correct that line"
             ) from error

@@ -10,8 +10,10 @@ from bert_pretraining.config import Config
 from bert_pretraining.data.inputs import BERT_CONFIG_NAME
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.errors import UserError
+from bert_pretraining.launch import cpu_instead
 from bert_pretraining.launch.plan import LaunchFlags
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.runtime import packages
 
 GIB = 2**30
 USUAL_HEAD_SIZE = 64  # of every BERT that Google published
@@ -27,8 +29,7 @@ def results(
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a missing CUDA library
-        fix = "reinstall it: python -m pip install --force-reinstall torch"
-        yield CheckResult("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
+        yield from _without_torch(error)
     else:
         yield from gpus(settings, machine)
         yield from kernels(settings, head_size(settings) if looks_at_data else USUAL_HEAD_SIZE)
@@ -36,20 +37,34 @@ def results(
     yield memory()
 
 
+def _without_torch(error: Exception) -> Iterator[CheckResult]:
+    found = topology.find_accelerators()
+    fix = "install the PyTorch of the device's vendor; for a CPU or NVIDIA's GPUs see pytorch.org"
+    if packages.folder_of("torch") is not None:  # else it is a result of `software`
+        yield CheckResult("PyTorch", PROBLEM, f"cannot be imported: {error}", fix)
+    if found:
+        yield CheckResult("device", NOTE, f"this machine has {topology.describe(found)}", fix)
+
+
 def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
-    """The GPUs that PyTorch can use, compared with the machine and the configuration."""
+    """The accelerators that PyTorch can use, compared with the machine and the configuration."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    from bert_pretraining.runtime import device as devices
+
+    kind = devices.seen()
+    count = 0 if kind is None else devices.count(kind)
     for index in range(count):
-        device = torch.cuda.get_device_properties(index)
         node = machine.gpus[index].node if len(machine.gpus) == count else None
         where = "unknown" if node is None else node
-        yield CheckResult(
-            f"GPU {index}", OK,
-            f"{device.name}, capability {device.major}.{device.minor}, "
-            f"{device.total_memory / GIB:.0f} GiB, NUMA node {where}",
-        )  # fmt: skip
+        described = devices.name(torch.device(kind, index))
+        if kind == "cuda":
+            device = torch.cuda.get_device_properties(index)
+            described = (
+                f"{device.name}, capability {device.major}.{device.minor}, "
+                f"{device.total_memory / GIB:.0f} GiB"
+            )
+        yield CheckResult(f"GPU {index}", OK, f"{described}, NUMA node {where}")
     wanted = settings.nproc_per_node
     if settings.device == "cpu":
         yield CheckResult("device", OK, "cpu, as --device asks")
@@ -58,24 +73,28 @@ def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
         fix = f"pass --nproc_per_node {count}, or --device cpu"
         yield CheckResult("device", PROBLEM, text, fix)
     elif count:
-        yield CheckResult("device", OK, f"{count} GPUs, CUDA {torch.version.cuda}")
+        yield CheckResult("device", OK, f"{count} GPUs, {cpu_instead.build()}")
     else:
-        yield _no_gpu(settings, machine, torch.version.cuda)
+        yield _no_gpu(settings)
 
 
-def _no_gpu(settings: Config, machine: topology.Machine, cuda: str | None) -> CheckResult:
-    status = PROBLEM if settings.device == "cuda" else NOTE
-    if not machine.gpus:
-        if status == NOTE:
-            return CheckResult("device", OK, "no GPU here: training on the CPU")
-        return CheckResult("device", status, "--device cuda, but no GPU here", "pass --device cpu")
-    found = f"{len(machine.gpus)} GPUs here ({machine.gpus[0].name})"
-    if cuda is None:
-        return CheckResult("device", status, f"{found}, but this PyTorch is built without CUDA",
-                       "install a CUDA build of PyTorch, see pytorch.org")  # fmt: skip
-    return CheckResult("device", status, f"{found}, but PyTorch (CUDA {cuda}) cannot use them",
-                   "look at nvidia-smi: a driver too old for this CUDA, or a container "
-                   "started without --gpus all")  # fmt: skip
+def _no_gpu(settings: Config) -> CheckResult:
+    """What a launch says, or refuses, where PyTorch sees no accelerator."""
+    if settings.device == "auto":
+        try:
+            notice = cpu_instead.notice(settings)
+        except UserError as error:
+            return CheckResult("device", PROBLEM, error.problem, error.fix)
+        if notice is None:
+            return CheckResult("device", OK, "no accelerator here: training on the CPU")
+        return CheckResult("device", NOTE, notice)
+    found = topology.find_accelerators()
+    if not found:
+        text = f"--device {settings.device}, but this machine has no accelerator"
+        return CheckResult("device", PROBLEM, text, "pass --device cpu")
+    build = cpu_instead.build()
+    fix = cpu_instead.remedy(found, build)
+    return CheckResult("device", PROBLEM, cpu_instead.unseen(found, build), fix)
 
 
 def head_size(settings: Config) -> int:
@@ -95,16 +114,18 @@ def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[Chec
     import torch
 
     from bert_pretraining.kernels import DTYPES, select
+    from bert_pretraining.runtime import device as devices
 
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    kind = None if settings.device == "cpu" else devices.seen()
+    on_gpu = kind is not None
+    device = torch.device("cpu") if kind is None else torch.device(kind, 0)
     for precision, dtype in DTYPES.items():
         what = f"kernels {precision}"
         status, text = OK, ""
         if precision == "fp16" and not on_gpu:
             yield CheckResult(what, NOTE, "fp16 needs a GPU; a run trains in fp32 instead")
             continue
-        if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
+        if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(False):
             status, text = NOTE, "bf16 is emulated on this GPU, and slow: "
         try:
             chosen = select(

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.errors import NotInstalled
+from bert_pretraining.runtime import packages
 
-# What training imports, and the oldest version that pyproject.toml allows (a test compares).
-REQUIRED = {
-    "torch": "2.11",
-    "numpy": "2.2",
-    "h5py": "3.12",
-    "tokenizers": "0.21",
-    "safetensors": "0.5",
-    "tqdm": "4.66",
-}
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)  # as in pyproject.toml (a test compares)
 # Training does not need them.
 OPTIONAL = {"mlperf-logging": "4.1.68"}
-INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
 
 
 def results() -> Iterator[CheckResult]:
-    """Python and each package."""
+    """Python and each package. It imports none of them but apex."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+    if OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         yield CheckResult("Python", OK, f"{version} ({sys.executable})")
     else:
-        yield CheckResult(
-            "Python", PROBLEM, version, "use Python 3.10 to 3.13; PYTHON=... names it"
-        )
-    for package, minimum in REQUIRED.items():
-        yield _package(package, minimum)
-    for package, minimum in OPTIONAL.items():
-        found = _package(package, minimum)
+        oldest, newest = (".".join(map(str, each)) for each in (OLDEST_PYTHON, NEWEST_PYTHON))
+        fix = f"use Python {oldest} to {newest}; PYTHON=... names it"
+        yield CheckResult("Python", PROBLEM, version, fix)
+    for package, oldest in packages.REQUIRED.items():
+        yield _package(package, oldest)
+    for package, oldest in OPTIONAL.items():
+        found = _package(package, oldest)
         if found.status == PROBLEM:
             found = replace(found, status=NOTE, text=f"{found.text}; `submission` needs it")
         yield found
@@ -45,21 +35,27 @@ def results() -> Iterator[CheckResult]:
     yield _apex()
 
 
-def _package(package: str, minimum: str) -> CheckResult:
-    installed = installed_version(package)
+def _package(package: str, oldest: str) -> CheckResult:
+    installed = packages.installed_version(package)
+    fix = packages.how_to_install([package])
     if installed is None:
-        return CheckResult(package, PROBLEM, "not installed", INSTALL)
-    if _release(installed) < _release(minimum):
-        return CheckResult(package, PROBLEM, f"{installed} is older than {minimum}", INSTALL)
-    return CheckResult(package, OK, installed)
+        return CheckResult(package, PROBLEM, "not installed", fix)
+    folder = packages.folder_of(package) if package == "torch" else None
+    place = f" of {folder}" if folder else ""
+    if packages.is_older(installed, oldest):
+        if package != "torch":
+            fix = fix.replace("install", "install --upgrade", 1)
+        return CheckResult(package, PROBLEM, f"{installed}{place} is older than {oldest}", fix)
+    return CheckResult(package, OK, f"{installed}{place}")
 
 
 def _triton() -> CheckResult:
-    installed = installed_version("triton")
+    installed = packages.installed_version("triton")
     if installed is None:
         return CheckResult(
             "triton", NOTE, "not installed: no Triton kernels, and no --compile on a GPU",
-            f"{sys.executable} -m pip install triton, if there is a GPU",
+            f"with a GPU: {packages.how_to_install(['triton'])}; a vendor's device needs the "
+            "vendor's triton",
         )  # fmt: skip
     return CheckResult("triton", OK, installed)
 
@@ -78,22 +74,7 @@ def _apex() -> CheckResult:
     faults = {str(apex_provider.missing(operator) or "") for operator in apex_provider.NEEDS}
     lacking = "; ".join(sorted(faults - {""}))
     if not lacking:
-        return CheckResult(
-            "apex", OK, f"NVIDIA's, {installed_version('apex') or 'version unknown'}"
-        )
+        return CheckResult("apex", OK, f"NVIDIA's, {packages.installed_version('apex')}")
     return CheckResult(
         "apex", NOTE, lacking, "pass --kernels torch or --kernels triton, which do not need it"
     )
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(number) for number in found[0].split(".")) if found else ()

@@ -22,6 +22,7 @@ from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, RankSetup, trainer_comm
 DEFAULT_PORT = 29500
 HANG_TIMEOUT = 600.0
 RENDEZVOUS_TIMEOUT = 300.0
+STARTED_VARIABLE = "BERT_PRETRAINING_STARTED"  # of the ranks: when the launcher began, in seconds
 EXIT_ZERO_HELP = (
     "exit with code 0, not 3, when training finishes without reaching the target. Use it under "
     "launchers that take every code but 0 for a failure: torchrun turns a rank's exit code 3 "
@@ -231,7 +232,7 @@ def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
 
 def rank_environment(nnodes: int, master_addr: str) -> dict[str, str]:
     """The variables that the ranks get beside torchrun's own."""
-    environment = {"BERT_PRETRAINING_STARTED": f"{time.time():.3f}"}
+    environment = {STARTED_VARIABLE: f"{time.time():.3f}"}
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # Without it, gloo looks up the host's own name. In many containers that fails, or gives
         # an address that other machines cannot reach.

@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import time
-from importlib import metadata
 from pathlib import Path
 
 from bert_pretraining import __version__
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import packages
 from bert_pretraining.runtime.files import write_whole
 
 PACKAGES = ("torch", "numpy", "h5py", "mlperf-logging", "tokenizers", "tqdm")
@@ -44,10 +44,7 @@ def versions() -> dict[str, str]:
         "cpus_allowed": str(len(os.sched_getaffinity(0))),
     }
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = packages.installed_version(package) or "not installed"
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
+
+from bert_pretraining.runtime import packages
 
 CODE = "the code's sha256"
 FIX = "run the same command, from the same checkout, on both"
@@ -22,7 +23,7 @@ def describe(settings: Mapping[str, object]) -> dict[str, str]:
         **{f"--{name}": str(value) for name, value in settings.items()},
         CODE: _digest_of_the_code(),
         "Python": ".".join(platform.python_version_tuple()[:2]),
-        "PyTorch": metadata.version("torch"),
+        "PyTorch": str(packages.installed_version("torch")),
     }
 
 

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_pretraining.config import tomllib
+from bert_pretraining.config import parse_toml
 from bert_pretraining.errors import UserError
 
 COPIED = (
-    "base configs scripts docs run_training.sh requirements.txt pyproject.toml setup.py LICENSE "
-    "CHANGELOG.md"
+    "base configs scripts docs run_training.sh requirements.txt requirements-beside-torch.txt "
+    "pyproject.toml setup.py LICENSE CHANGELOG.md"
 ).split()
 SETUP = """\
 #!/usr/bin/env bash
@@ -130,7 +130,7 @@ def _with_own_configuration(flags: Sequence[str], folder: Path) -> list[str]:
     stem = path.stem
     while path is not None:
         try:
-            parent = tomllib.loads(path.read_text(encoding="utf-8")).get("extends")
+            parent = parse_toml(path.read_text(encoding="utf-8")).get("extends")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--config {path} of the runs cannot be read ({error})",

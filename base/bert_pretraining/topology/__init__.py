@@ -1,8 +1,15 @@
 """Which CPUs and which memory each rank of this machine gets.
 
 `machine` reads what there is, `placement` decides (pure functions), `numactl` carries it out.
+`accelerators` finds devices that PyTorch may not see.
 """
 
+from bert_pretraining.topology.accelerators import (
+    Accelerator,
+    describe,
+    find_accelerators,
+    hidden_by,
+)
 from bert_pretraining.topology.machine import (
     Core,
     Gpu,
@@ -15,11 +22,15 @@ from bert_pretraining.topology.numactl import numactl_fault
 from bert_pretraining.topology.placement import Binding, place_ranks, table
 
 __all__ = [
+    "Accelerator",
     "Binding",
     "Core",
     "Gpu",
     "Machine",
     "Node",
+    "describe",
+    "find_accelerators",
+    "hidden_by",
     "numactl_fault",
     "place_ranks",
     "query_nvidia_smi",
