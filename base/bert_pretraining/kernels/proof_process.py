@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from bert_pretraining.kernels import proof
 from bert_pretraining.kernels.proof_problem import Problem, Sizes
 from bert_pretraining.kernels.provider import Target
 from bert_pretraining.kernels.table import find
-from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.random_state import random_state_kept
 
 START_SECONDS = 120.0  # for a child to import PyTorch and reach the device
 # For one case: Triton compiles its kernels in it. The other ranks wait meanwhile, for at most
@@ -304,20 +303,8 @@ class Prover:
         self._answered = True
         if self._child is not None:
             return self._child.ask(question, self._limits.case)
-        with _random_state_kept(self._target.device):
+        with random_state_kept(self._target.device):
             return self._here(question)
-
-
-@contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards the generators of the CPU and of the device are as before."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            yield
-        return
-    devices.synchronize(device)
-    with torch.random.fork_rng(devices=[device.index or 0], device_type=device.type):
-        yield
 
 
 if __name__ == "__main__":

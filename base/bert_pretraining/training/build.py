@@ -28,7 +28,7 @@ from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
-from bert_pretraining.training.micro_step import choose_step
+from bert_pretraining.training.step_choice import prepared_step
 from bert_pretraining.training.update import Update
 
 
@@ -85,8 +85,8 @@ def build(setup: Setup) -> Training:
     reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
     longest = setup.bert_config.max_position_embeddings
-    micro_step = choose_step(config, reduction.model, longest, ranks, log.say)
-    micro_step.prepare(functools.partial(optimizer.zero_grad, set_to_none=False))
+    zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
+    micro_step = prepared_step(config, reduction.model, longest, ranks, log.say, zero_grad)
     update = Update(
         module=module,
         micro_step=micro_step,

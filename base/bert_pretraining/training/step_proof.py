@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import LossSum
-from bert_pretraining.training.static_batch import Budget, StaticBatch
 
 # Rounding of compiled and eager gradients differs by so many units of the dtype, relative to the
 # root mean square of a parameter's gradient or of the largest one: a key's bias has a gradient of
@@ -24,29 +22,21 @@ IDS = 5  # every vocabulary has so many words
 Sums = dict[str, LossSum]
 
 
-def small_batch(max_seqlen: int, device: torch.device) -> PackedBatch:
-    """A batch of three sequences, for a model that takes at most max_seqlen tokens of each."""
-    length = min(11, max_seqlen)
-    budget = Budget(3 * length - 1, 3, max(1, length), length, dummies=0)
-    return StaticBatch(budget, device, IGNORED).batch
-
-
-def fill(batch: PackedBatch) -> None:
-    """Give a batch's buffers random contents: sequences of about equal length, with labels."""
-    tokens, sequences = batch.num_tokens, batch.num_sequences
-
-    def draw(like: Tensor, below: int) -> Tensor:
-        return torch.randint(below, like.shape, device="cpu")
-
+def sample_batch(sequences: int, tokens: int, masked: int, device: torch.device) -> PackedBatch:
+    """A batch of random tokens in sequences of about equal length, with labels."""
     ends = torch.linspace(0, tokens, sequences + 1).to(torch.int32)
-    batch.cu_seqlens.copy_(ends)
-    positions = torch.cat([torch.arange(length) for length in ends.diff().tolist()])
-    batch.position_ids.copy_(positions)
-    batch.input_ids.copy_(draw(batch.input_ids, IDS))
-    batch.segment_ids.zero_()
-    batch.masked_positions.copy_(draw(batch.masked_positions, tokens))
-    batch.masked_labels.copy_(draw(batch.masked_labels, IDS))
-    batch.next_sentence_labels.copy_(draw(batch.next_sentence_labels, 2))
+    lengths = ends.diff().tolist()
+    batch = PackedBatch(
+        input_ids=torch.randint(IDS, (tokens,), dtype=torch.int32),
+        segment_ids=torch.zeros(tokens, dtype=torch.int32),
+        position_ids=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
+        cu_seqlens=ends,
+        masked_positions=torch.randint(tokens, (masked,), dtype=torch.int32),
+        masked_labels=torch.randint(IDS, (masked,)),
+        next_sentence_labels=torch.randint(2, (sequences,)),
+        max_seqlen=max(lengths),
+    )
+    return batch.to(device)
 
 
 def difference(
