@@ -119,7 +119,7 @@ def test_a_wrong_count_of_right_predictions_is_caught() -> None:
         return loss, correct + 1
 
     found = faults(wrong, "masked_cross_entropy", torch.float32)
-    assert all(fault.endswith("not 5") or "count as correct" in fault for fault in found)
+    assert all(" predictions count as correct, not " in fault for fault in found)
 
 
 def test_a_missing_gradient_is_caught() -> None:

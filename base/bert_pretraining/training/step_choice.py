@@ -72,6 +72,19 @@ def prepared_step(
     UserError if `--compile on` fails.
     """
     way = _asked(config, max_seqlen, ranks, say)
+    return best_that_works(way, config, model, max_seqlen, ranks, say, zero_grad)
+
+
+def best_that_works(
+    way: Way,
+    config: Config,
+    model: nn.Module,
+    max_seqlen: int,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    zero_grad: Callable[[], None],
+) -> MicroStep:
+    """`prepared_step`, beginning with this way."""
     proves = config.prove_kernels == "on" or (
         config.prove_kernels == "auto" and ranks.device.type != "cpu"
     )

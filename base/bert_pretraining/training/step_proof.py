@@ -49,7 +49,7 @@ def difference(
 
     Both add the gradients of the same batch to the module's parameters; zero_grad zeroes them.
     Two eager passes with different random states show how much dropout changes; without dropout
-    only rounding may differ.
+    only rounding may differ. With dropout, an error that is smaller than its effect is not found.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
