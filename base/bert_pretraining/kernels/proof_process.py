@@ -28,7 +28,7 @@ import torch
 from bert_pretraining.errors import Unavailable, UserError
 from bert_pretraining.kernels import proof
 from bert_pretraining.kernels.proof_problem import Problem, Sizes
-from bert_pretraining.kernels.provider import Target
+from bert_pretraining.kernels.provider import Implementation, Target
 from bert_pretraining.kernels.table import find
 from bert_pretraining.runtime.random_state import random_state_kept
 
@@ -86,6 +86,7 @@ class Answers:
     def __init__(self, target: Target, sizes: Sizes) -> None:
         self._target, self._sizes = target, sizes
         self._problem: tuple[tuple[str, bool], Problem] | None = None  # the latest one
+        self._found: dict[tuple[str, str], Implementation | Unavailable] = {}
 
     def __call__(self, question: dict) -> dict:
         """{"fault": text or None}, {"seconds": number}, {"unavailable": why} or
@@ -95,7 +96,10 @@ class Answers:
         """
         operator, provider = question["operator"], question["provider"]
         try:
-            found = find(provider, operator, self._target)
+            found = self._found.get((operator, provider))
+            if found is None:
+                found = find(provider, operator, self._target)
+                self._found[operator, provider] = found
             if isinstance(found, Unavailable):
                 return {"unavailable": str(found)}
             case = proof.Case(operator, self._sizes, question["is_small"], question["dropout"])
