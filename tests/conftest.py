@@ -31,6 +31,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 import pytest  # noqa: E402
 
+import testdev_build  # noqa: E402
 from bert_pretraining.preparation.mini import MiniSettings, make_mini  # noqa: E402
 from bert_pretraining.runtime import device as devices  # noqa: E402
 from helpers import MakeOnce  # noqa: E402
@@ -80,6 +81,14 @@ def mini_data(make_once: MakeOnce) -> Path:
         assert make_mini(MiniSettings(directory)).has_start_checkpoint
 
     return make_once("bert_mini", make)
+
+
+@pytest.fixture(scope="session")
+def testdev(make_once: MakeOnce) -> Path:
+    """A folder for PYTHONPATH, which makes the type of device `testdev` known to PyTorch."""
+    if obstacle := testdev_build.obstacle():
+        pytest.skip(obstacle)
+    return make_once("testdev", testdev_build.build)
 
 
 # ---- tests that are marked slow

@@ -81,10 +81,10 @@ class Sending:
         self.waiting = 0
         self._send = sharded_lamb.reduce_scatter
 
-    def __call__(self, shard: Tensor, gradient: Tensor, async_op: bool) -> mock.Mock:
+    def __call__(self, shard: Tensor, gradient: Tensor) -> mock.Mock:
         self.begun += 1
         self.waiting += 1
-        work = self._send(shard, gradient, async_op=async_op)
+        work = self._send(shard, gradient)
 
         def wait() -> None:
             work.wait()

@@ -186,7 +186,7 @@ ON_A_RANK = [
     ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),
     pytest.param(
         "--device cuda",
-        "PyTorch sees no CUDA device",
+        "--device cuda: this PyTorch sees no such device",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
     ),
 ]

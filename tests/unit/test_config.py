@@ -149,7 +149,7 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"opt_lamb_beta_1": 1.0}, "must be at most"),
         ({"target_mlm_accuracy": 72.0}, "must be at most 1"),
         ({"target_mlm_accuracy": float("nan")}, "must be at least 0"),
-        ({"device": "gpu"}, "must be one of auto, cpu, cuda"),
+        ({"compile": "maybe"}, "must be one of auto, on, off"),
         ({"precision": "fp8"}, "--precision fp8: must be one of fp32, bf16, fp16"),
     ],
 )

@@ -138,6 +138,7 @@ def test_a_busy_port_is_a_user_error_that_names_the_holder() -> None:
 
 
 def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     words = "this machine has 4; pass --nproc_per_node 4, with --gradient_accumulation_steps 2 "
     with pytest.raises(UserError, match=f"^--config V100x1x8 wants 8 GPUs, and {words}"):

@@ -12,6 +12,7 @@ from bert_pretraining.bench.workload import BERT_LARGE
 from bert_pretraining.config import FlagParser
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.runtime import device as devices
 
 BENCH = "python -m bert_pretraining bench"
 
@@ -29,8 +30,10 @@ def bench_parser(prog: str, description: str) -> FlagParser:
 def add_model_flags(parser: FlagParser, repeated: str) -> None:
     """Flags for the device, the model's sizes, and how often `repeated` is timed."""
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
-    )
+        "--device", default="auto", metavar="TYPE",
+        help="cpu, or a type of accelerator such as cuda (default: an accelerator, if there is "
+        "one, else cpu)",
+    )  # fmt: skip
     parser.add_argument(
         "--bert_config_path", type=Path, metavar="FILE",
         help="the model's sizes (default: BERT-large)",
@@ -55,9 +58,7 @@ def require_at_least_one(flags: argparse.Namespace, *names: str) -> None:
 def device_and_model(flags: argparse.Namespace) -> tuple[torch.device, BertConfig]:
     """What the flags of `add_model_flags` stand for."""
     require_at_least_one(flags, "repeats", "num_layers")
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device", "use --device cpu")
+    device = devices.choose(flags.device, local_rank=0).device
     config = BertConfig.load(flags.bert_config_path) if flags.bert_config_path else BERT_LARGE
     if flags.num_layers:
         config = replace(config, num_hidden_layers=flags.num_layers)

@@ -125,7 +125,7 @@ def measure(
             candidates[provider] = partial(differentiate, getattr(kernels, operator), given, call)
         times = alternate(candidates, device, repeats)
         results[operator] = {name: record.spread(seconds) for name, seconds in times.items()}
-    if device.type == "cuda":
+    if device.type != "cpu":
         products = matrix_products(config, batch.num_tokens, batch.num_masked, device, dtype)
         times = alternate({name: run for name, (run, _) in products.items()}, device, repeats)
         for name, seconds in times.items():

@@ -32,6 +32,7 @@ from bert_pretraining.kernels import DTYPES, PROVIDERS, select
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.training.micro_step import MicroStep
 from bert_pretraining.training.static_batch import budgets
 
@@ -168,8 +169,10 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     flags = parser.parse(arguments)
     device, config, lengths = setting_of(flags)
-    if flags.graph and device.type != "cuda":
-        raise UserError("--graph needs a GPU", "leave it out, or pass --device cuda")
+    if flags.graph and devices.graphs(device) is None:
+        raise UserError(
+            f"--graph: a device of type {device.type} cannot capture graphs", "leave it out"
+        )
     batch = batch_of(lengths, config)
     results: dict[str, object] = {}
     for precision in flags.precision:

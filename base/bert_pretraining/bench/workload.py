@@ -17,6 +17,7 @@ from bert_pretraining.data.flat_shard import FlatShard, flatten
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.runtime import device as devices
 
 BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
 MASKED_SHARE = 0.15
@@ -94,16 +95,11 @@ def announce(text: str) -> None:
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that a call takes, including its work on the device."""
-    synchronize(device)
+    devices.synchronize(device)
     started = time.perf_counter()
     call()
-    synchronize(device)
+    devices.synchronize(device)
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def alternate(
@@ -127,12 +123,12 @@ def alternate(
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """The most MiB that a call needs beyond those in use before it (Linux or CUDA)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    """The most MiB that a call needs beyond those in use before it; 0 where nothing tells it."""
+    if device.type != "cpu":
+        devices.reset_peak_memory(device)
+        before = devices.memory(device).in_use or 0
         timed(call, device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return max(0, (devices.memory(device).peak or 0) - before) / 2**20
     try:
         # The C library keeps memory that was freed, which would hide what the call needs.
         ctypes.CDLL(None).malloc_trim(0)

@@ -6,8 +6,8 @@ A training checkpoint is {"model", "optimizer", "state"}, plain tensors, numbers
     optimizer   updates, and by parameter name: master (float32) and the optimizer's slots, as
                 first_moment and second_moment
     state       the counters of `RunState`; upstream's global_steps, epoch, iter_dataloader_idx,
-                learning_rate; loss_scale; random (each rank's generators); order (what decides
-                which sequence comes when); config, config_hash, versions, job
+                learning_rate; loss_scale; random (each rank's generators, by type of device);
+                order (what decides which sequence comes when); config, config_hash, versions, job
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bert_pretraining.config import FIELDS, Config, without_switches
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import LossScale, Optimizer
 from bert_pretraining.progress import RunState
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.files import checkpoint_kind
 from bert_pretraining.runtime.process_group import Ranks
@@ -84,8 +85,9 @@ class TrainingState:
         """
         optimizer_state = self.optimizer.state_dict()
         generators = {"cpu": torch.get_rng_state()}
-        if ranks.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(ranks.device)
+        own = None if ranks.device.type == "cpu" else devices.generator_state(ranks.device)
+        if own is not None:
+            generators[ranks.device.type] = own
         random = process_group.gather(generators)
         scaling = self.loss_scale.state_dict()
         if not ranks.is_main:
@@ -162,15 +164,26 @@ class Saved:
         loss_scale.load_state_dict(self.state["loss_scale"])
 
     def restore_generators(self, ranks: Ranks) -> None:
-        """This rank's random generators, where there were as many ranks."""
+        """This rank's random generators, where there were as many ranks.
+
+        Of a device's generator, only one of the same type of device can be restored.
+        """
         random = self.state["random"]
         if len(random) != ranks.world_size:
             return
         torch.set_rng_state(random[ranks.rank]["cpu"])
-        if ranks.device.type == "cuda" and "cuda" in random[ranks.rank]:
-            torch.cuda.set_rng_state(random[ranks.rank]["cuda"], ranks.device)
+        own = random[ranks.rank].get(ranks.device.type)
+        if own is not None and ranks.device.type != "cpu":
+            devices.set_generator_state(ranks.device, own)
 
-    def differences(self, settings: dict[str, object], order: DataOrder) -> list[str]:
+    @property
+    def device_type(self) -> str:
+        """The type of device that the run was on: that of its generators beside the CPU's."""
+        return next((kind for kind in self.state["random"][0] if kind != "cpu"), "cpu")
+
+    def differences(
+        self, settings: dict[str, object], order: DataOrder, device_type: str
+    ) -> list[str]:
         """What differs from the saved run; empty if this run continues it bit for bit."""
         # A setting that is newer than the file had its default's effect.
         defaults = {name: FIELDS[name].default for name in settings}
@@ -184,6 +197,10 @@ class Saved:
             found.append(f"seed {self.seed} -> {order.seed}")
         if self.state["order"]["shards"] != order.digest():
             found.append("the training shards")
+        if self.device_type != device_type:
+            found.append(
+                f"devices {self.device_type} -> {device_type}, so dropout starts from the seed"
+            )
         return found
 
 

@@ -112,9 +112,9 @@ def _default_config(device: object) -> str:
     """The configuration of a launch without --name and --config."""
     if device == "cpu":
         return "CPUx1x2"
-    import torch
+    from bert_pretraining.runtime import device as devices
 
-    return "GPUx1x1" if torch.cuda.is_available() else "CPUx1x2"
+    return "GPUx1x1" if devices.seen() else "CPUx1x2"
 
 
 def _trainer_flags(values: dict[str, object]) -> list[str]:

@@ -39,9 +39,17 @@ class Config(UpstreamSwitches):
     )
     nnodes: int = setting(1, "run", "number of machines", minimum=1)
     nproc_per_node: int = setting(1, "run", "processes (ranks) on each machine", minimum=1)
-    device: str = setting("auto", "run", "device to train on", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto",
+        "run",
+        "device to train on: auto (cuda, else another accelerator, else cpu), cpu, or a type that "
+        "PyTorch knows: cuda, npu, musa, mlu, hpu, xpu, mps, ...",
+    )
     dist_backend: str = setting(
-        "nccl", "run", "backend of the collectives; on a CPU always gloo", choices=("nccl", "gloo")
+        "nccl",
+        "run",
+        "backend of the collectives, such as gloo; nccl stands for the one that belongs to the "
+        "device: nccl for cuda, hccl for npu, ...; on a CPU always gloo",
     )
     kernels: str = setting("auto", "run", "provider of the fused operators", choices=_PROVIDERS)
     kernels_attention: str | None = _operator("attention")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
@@ -37,7 +38,7 @@ class LoaderConfig:
     g % world_size == rank. vocab_size, max_seq_length: the limits of the model; a shard
     beyond them is an error. batching: "random", or "balanced" for batches with about equal
     numbers of tokens. samples_seen: how many samples all ranks together have used already,
-    any number. pin_memory: whether batches are page-locked, so that copies do not block.
+    any number. pin_for: see `pack`.
 
     Random batches continue with sample number samples_seen on any number of ranks. Which
     samples share a balanced batch also depends on batch_size and world_size. So a run that
@@ -52,7 +53,7 @@ class LoaderConfig:
     max_seq_length: int | None
     batching: str = "random"
     samples_seen: int = 0
-    pin_memory: bool = False
+    pin_for: torch.device | None = None
 
 
 class TrainingLoader:
@@ -145,7 +146,7 @@ class TrainingLoader:
                         index_of[chosen],
                         row_of[chosen],
                         config.batch_size,
-                        config.pin_memory,
+                        config.pin_for,
                     )
                 number = window.stop
 

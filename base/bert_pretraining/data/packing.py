@@ -9,6 +9,7 @@ import torch
 
 from bert_pretraining.data.flat_shard import FlatShard, ragged_arange
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.runtime import device as devices
 
 
 def pack(
@@ -16,7 +17,7 @@ def pack(
     shard_of: np.ndarray,
     rows: np.ndarray,
     batch_size: int,
-    pin_memory: bool = False,
+    pin_for: torch.device | None = None,
 ) -> list[PackedBatch]:
     """Pack the chosen sequences, in the given order, into batches of batch_size.
 
@@ -28,7 +29,8 @@ def pack(
         shard_of, rows: (N,) integers, N at least 1: sequence n is row rows[n] of
             shards[shard_of[n]].
         batch_size: sequences of each batch; the last batch may have fewer.
-        pin_memory: page-locked memory, for copies that do not block (needs a CUDA device).
+        pin_for: the device to which the batches are copied later. They are then in page-locked
+            memory where it has such, so that copies do not block.
     """
     lengths, starts, masked_counts, masked_starts, next_sentence = _gather(shards, shard_of, rows)
     first_rows = np.arange(0, len(rows), batch_size)
@@ -72,7 +74,9 @@ def pack(
     parts = []
     for array, sizes in common.values():
         tensor = torch.from_numpy(array)
-        parts.append((tensor.pin_memory() if pin_memory else tensor).split(sizes.tolist()))
+        if pin_for is not None:
+            tensor = devices.pinned(tensor, pin_for)
+        parts.append(tensor.split(sizes.tolist()))
     longest = np.maximum.reduceat(lengths, first_rows).tolist()
     return [
         PackedBatch(**dict(zip(common, tensors, strict=True)), max_seqlen=max_seqlen)
@@ -105,26 +109,26 @@ def _gather(
 def on_device(batches: Iterator[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
     """The same batches on `device`.
 
-    On a CUDA device, a stream of its own copies each batch while the step works on the batch
-    before. The batches should be in pinned memory.
+    On a device with streams, a stream of its own copies each batch while the step works on the
+    batch before. The batches should be in pinned memory.
     """
-    if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
+    with_streams = devices.streams(device)
+    if with_streams is None:
+        yield from (batch.to(device, devices.can_pin(device)) for batch in batches)
         return
-    copy_stream = torch.cuda.Stream(device)
-    ahead: tuple[PackedBatch, torch.cuda.Event] | None = None
+    copy_stream = with_streams.Stream(device)
+    ahead: tuple[PackedBatch, torch.Event] | None = None
     for batch in batches:
-        with torch.cuda.stream(copy_stream):
-            copied = batch.to(device), copy_stream.record_event()
+        with with_streams.stream(copy_stream):
+            copied = batch.to(device, devices.can_pin(device)), copy_stream.record_event()
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield _arrived(*ahead, with_streams.current_stream(device))
         ahead = copied
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _arrived(*ahead, with_streams.current_stream(device))
 
 
-def _arrived(batch: PackedBatch, copied: torch.cuda.Event) -> PackedBatch:
-    compute_stream = torch.cuda.current_stream(batch.input_ids.device)
+def _arrived(batch: PackedBatch, copied: torch.Event, compute_stream: torch.Stream) -> PackedBatch:
     compute_stream.wait_event(copied)
     for tensor in batch.tensors().values():
         # The allocator must not reuse its memory while the compute stream may still read it.

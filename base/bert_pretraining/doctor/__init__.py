@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 def _launch_results(settings: dict[str, object], flags: LaunchFlags) -> Iterator[CheckResult]:
     """The results of a launch with these flags on this machine."""
     machine = topology.read_machine(
-        Path("/"), topology.query_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        Path("/"), topology.query_nvidia_smi(), topology.visible_devices(os.environ)
     )
     whole_launch = "name" in settings or "config" in settings
     if not whole_launch:

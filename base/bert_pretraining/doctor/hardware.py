@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bert_pretraining import topology
 from bert_pretraining.config import Config
@@ -14,6 +15,9 @@ from bert_pretraining.launch import cpu_instead
 from bert_pretraining.launch.plan import LaunchFlags
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.runtime import packages
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 USUAL_HEAD_SIZE = 64  # of every BERT that Google published
@@ -57,13 +61,7 @@ def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
     for index in range(count):
         node = machine.gpus[index].node if len(machine.gpus) == count else None
         where = "unknown" if node is None else node
-        described = devices.name(torch.device(kind, index))
-        if kind == "cuda":
-            device = torch.cuda.get_device_properties(index)
-            described = (
-                f"{device.name}, capability {device.major}.{device.minor}, "
-                f"{device.total_memory / GIB:.0f} GiB"
-            )
+        described = _described(torch.device(kind, index))
         yield CheckResult(f"GPU {index}", OK, f"{described}, NUMA node {where}")
     wanted = settings.nproc_per_node
     if settings.device == "cpu":
@@ -76,6 +74,18 @@ def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
         yield CheckResult("device", OK, f"{count} GPUs, {cpu_instead.build()}")
     else:
         yield _no_gpu(settings)
+
+
+def _described(device: torch.device) -> str:
+    """Name, compute capability and memory, as far as PyTorch tells them."""
+    from bert_pretraining.runtime import device as devices
+
+    parts = [devices.name(device)]
+    if capability := devices.capability(device):
+        parts.append("capability {}.{}".format(*capability))
+    if total := devices.memory(device).total:
+        parts.append(f"{total / GIB:.0f} GiB")
+    return ", ".join(parts)
 
 
 def _no_gpu(settings: Config) -> CheckResult:
@@ -125,7 +135,11 @@ def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[Chec
         if precision == "fp16" and not on_gpu:
             yield CheckResult(what, NOTE, "fp16 needs a GPU; a run trains in fp32 instead")
             continue
-        if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(False):
+        if not devices.supports(device, dtype):
+            text = f"{kind} devices do not compute in it; a run trains in fp32 instead"
+            yield CheckResult(what, NOTE, text)
+            continue
+        if precision == "bf16" and devices.emulates_bf16(device):
             status, text = NOTE, "bf16 is emulated on this GPU, and slow: "
         try:
             chosen = select(

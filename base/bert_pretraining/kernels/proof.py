@@ -42,6 +42,7 @@ from bert_pretraining.kernels.proof_problem import (
     Part,
     Problem,
     Sizes,
+    local,
     outside,
     small,
     take,
@@ -143,6 +144,7 @@ def _difference(tensor: Tensor, part: Part, exact: Exact, unit: float) -> str | 
 
     All elements must be finite; those of the part are compared.
     """
+    tensor = local(tensor)
     finite = torch.isfinite(tensor)
     if not finite.all():
         place = (~finite).nonzero()[0]

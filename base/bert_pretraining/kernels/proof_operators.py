@@ -13,6 +13,7 @@ from bert_pretraining.kernels.proof_problem import (
     COMPARED,
     Problem,
     Sizes,
+    local,
     of_sum,
     spread,
     take,
@@ -193,10 +194,11 @@ class CrossEntropy(Problem):
         super().__init__(device, dtype)
         rows, columns = sizes.masked, sizes.vocabulary
         labels = torch.randint(columns, (rows,))
-        logits = self.random(rows, columns).detach()
+        logits = local(self.random(rows, columns))
         raised = torch.arange(0, rows, 2)  # the label surely has the highest logit there
-        logits[raised.to(device), labels[raised].to(device)] = 8.0
-        self.inputs = {"logits": logits.requires_grad_()}
+        where = logits.device
+        logits[raised.to(where), labels[raised].to(where)] = 8.0
+        self.inputs = {"logits": logits.to(device).requires_grad_()}
         compared = spread(rows, COMPARED // columns, device)
         compared = compared[: max(1, len(compared) - 1)]  # the last row is ignored too
         self.parts = {"logits": ((0, compared),)}

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bert_pretraining.runtime import device as devices
+
 # Elements of the widest tensor that are compared. The exact results then take 0.1 s for each
 # operator and dropout on two cores (docs/LOG.md has the measurement).
 COMPARED = 2**19
@@ -153,7 +155,8 @@ class Problem:
         if self._direction is None:
             torch.manual_seed(SEED + 1)  # other numbers than those of the inputs
             full = torch.randn(output.shape, device=self.device).to(output.dtype)
-            self._direction = full - outside(full, self.output_part)
+            part = local(full) - outside(full, self.output_part)
+            self._direction = part.to(self.device)
         return self._direction
 
     def draw_masks(
@@ -202,20 +205,27 @@ class Problem:
         raise NotImplementedError
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The tensor where every operator of PyTorch works: on a CPU or a CUDA device."""
+    tensor = tensor.detach()
+    return tensor if tensor.device.type == "cpu" or devices.is_cuda(tensor.device) else tensor.cpu()
+
+
 def take(tensor: Tensor, part: Part) -> Tensor:
     """The part, in float64 on the CPU."""
-    tensor = tensor.detach()
+    tensor = local(tensor)
     for dimension, indices in part:
-        tensor = tensor.index_select(dimension, indices)
+        tensor = tensor.index_select(dimension, indices.to(tensor.device))
     return tensor.cpu().double()
 
 
 def outside(tensor: Tensor, part: Part) -> Tensor:
-    """The tensor with zeros in place of the part."""
+    """The tensor, `local`, with zeros in place of the part."""
+    tensor = local(tensor)
     inside = torch.ones((), dtype=torch.bool, device=tensor.device)
     for dimension, indices in part:
         line = torch.zeros(tensor.shape[dimension], dtype=torch.bool, device=tensor.device)
-        line[indices] = True
+        line[indices.to(tensor.device)] = True
         inside = inside & line.view([-1 if d == dimension else 1 for d in range(tensor.dim())])
     return tensor.masked_fill(inside, 0.0)
 

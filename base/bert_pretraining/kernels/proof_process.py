@@ -30,7 +30,7 @@ from bert_pretraining.kernels import proof
 from bert_pretraining.kernels.proof_problem import Problem, Sizes
 from bert_pretraining.kernels.provider import Implementation, Target
 from bert_pretraining.kernels.table import find
-from bert_pretraining.runtime.random_state import random_state_kept
+from bert_pretraining.runtime import device as devices
 
 START_SECONDS = 120.0  # for a child to import PyTorch and reach the device
 # For one case: Triton compiles its kernels in it. The other ranks wait meanwhile, for at most
@@ -131,6 +131,7 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     device = torch.device(job["device"])
     try:
+        devices.resolve(device.type)  # imports the type's extension package
         (torch.ones(8, device=device) * 2).sum().item()
     except Exception as error:
         tell({"unusable": str(error).strip().splitlines()[0][:200]})
@@ -307,7 +308,7 @@ class Prover:
         self._answered = True
         if self._child is not None:
             return self._child.ask(question, self._limits.case)
-        with random_state_kept(self._target.device):
+        with devices.generators_kept(self._target.device):
             return self._here(question)
 
 

@@ -8,6 +8,7 @@ import os
 from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 from bert_pretraining.runtime import compat
+from bert_pretraining.runtime import device as devices
 
 NAME = "triton"
 OLDEST = (2, 1)  # the oldest whose compiler takes all kernels
@@ -17,7 +18,7 @@ def unavailable(target: Target) -> Unavailable | None:
     """Why Triton's kernels cannot run on the target, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return NotInstalled("triton is not installed (pip install triton)")
-    if target.device.type == "cuda":
+    if devices.is_cuda(target.device):
         return None
     # TRITON_INTERPRET=1 runs the kernels in Python, for tests.
     if os.environ.get("TRITON_INTERPRET") == "1":

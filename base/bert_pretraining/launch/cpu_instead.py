@@ -60,10 +60,10 @@ def build() -> str:
     """The installed PyTorch: "PyTorch 2.4.1+cpu (without CUDA) of /path"."""
     import torch
 
-    kinds = {"CUDA": torch.version.cuda, "ROCm": getattr(torch.version, "hip", None)}
-    named = [f"{kind} {version}" for kind, version in kinds.items() if version]
+    from bert_pretraining.runtime import device
+
     folder = Path(torch.__file__).parents[1]
-    return f"PyTorch {torch.__version__} ({named[0] if named else 'without CUDA'}) of {folder}"
+    return f"PyTorch {torch.__version__} ({device.built_with() or 'without CUDA'}) of {folder}"
 
 
 def unseen(found: tuple[topology.Accelerator, ...], torch_build: str) -> str:

@@ -166,7 +166,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
     machine = topology.read_machine(
         Path("/"),
         topology.query_nvidia_smi() if use_gpus else None,
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        topology.visible_devices(os.environ),
     )
     bindings = topology.place_ranks(machine, settings.nproc_per_node, use_gpus, flags.hyper_threads)
     binder = "none" if flags.bind == "none" else "numactl"

@@ -335,12 +335,15 @@ def _fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
 
 
 def _check_gpus(plan: Plan) -> None:
-    """Raise UserError if there are GPUs to train on, but fewer than ranks."""
-    import torch
+    """Raise UserError if there are GPUs to train on, but fewer than ranks.
+
+    Also if --device names a type of device that PyTorch does not see.
+    """
+    from bert_pretraining.runtime import device as devices
 
     settings = plan.resolved.config
     wanted = settings.nproc_per_node
-    found = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    found = devices.count(devices.resolve(settings.device))
     if 0 < found < wanted:
         raise UserError(
             f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}",

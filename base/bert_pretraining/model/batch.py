@@ -49,12 +49,16 @@ class PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`; copies from pinned memory do not block."""
+    def to(self, device: torch.device, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on `device`.
+
+        non_blocking: do not wait for the copies; this batch must stay until they are made.
+        """
         if self.input_ids.device == device:
             return self
         moved = {
-            name: value.to(device, non_blocking=True) for name, value in self.tensors().items()
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.tensors().items()
         }
         return PackedBatch(**moved, max_seqlen=self.max_seqlen)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,16 @@ class BertForPreTraining(nn.Module):
                 module.bias.data.zero_()
         # Rows beyond the vocabulary are padding and belong to no token.
         self.bert.embeddings.word_embeddings.weight.data[self.config.vocab_size :] = 0.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BertForPreTraining:
+        """What `to` and the like call; the decoder keeps the word embedding's weight.
+
+        On a type of device that an extension package brings, nn.Module makes new parameters, and
+        one parameter in two places would become two.
+        """
+        super()._apply(fn, recurse)
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        return self
 
     def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
         """Each loss by name, summed over the batch, in the order of `losses`."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from bert_pretraining.errors import NotInstalled, Unavailable, UserError
 from bert_pretraining.optim.adam import MOMENTS
 from bert_pretraining.optim.optimizer import Optimizer
+from bert_pretraining.runtime import device as devices
 
 CLASSES = ("FusedMixedPrecisionLamb", "FusedLAMB")
 
@@ -48,7 +49,7 @@ def unavailable(device: torch.device) -> Unavailable | None:
     found = find_classes()
     if isinstance(found, Unavailable):
         return found
-    if device.type != "cuda":
+    if not devices.is_cuda(device):
         return Unavailable(f"apex needs a GPU, not device {device.type}")
     return None
 

@@ -7,6 +7,7 @@ moments and weight are zero, and hence its update.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.optim.optimizer import OptimizerSettings
+from bert_pretraining.runtime import device as devices
 
 # Elements per block. Kernels write one partial norm per block. It is small because each bias is
 # padded to a whole block.
@@ -63,15 +65,23 @@ class FlatLayout:
         return table.to(device)
 
     def sum_by_parameter(self, sums: Tensor, blocks_of: Tensor) -> Tensor:
-        """(parameters,) float64: for each parameter the sum over its blocks, added one by one.
+        """For each parameter the sum over its blocks: (parameters,), of the dtype `devices.wide`.
 
         sums: (length / BLOCK,), one number per block. blocks_of: `blocks` as int64 (parameters,)
         on the device of `sums`. The order of addition depends only on the layout.
         """
-        used = sums[: sum(self.blocks)].double()
+        used = sums[: sum(self.blocks)].to(devices.wide(sums.device))
+        if not _has_segment_reduce(sums.device):
+            return torch.stack([part.sum() for part in used.split(self.blocks[::-1])][::-1])
         # unsafe=True skips a check of the lengths, which would wait for a GPU.
         in_memory = torch.segment_reduce(used, "sum", lengths=blocks_of.flip(0), unsafe=True)
         return in_memory.flip(0)
+
+
+@functools.cache
+def _has_segment_reduce(device: torch.device) -> bool:
+    one = torch.ones(1, device=device)
+    return devices.runs(lambda: torch.segment_reduce(one, "sum", lengths=one.long(), unsafe=True))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,21 @@
 
 Each pass processes the memory in chunks that stay in a CPU's cache from one operator to the next.
 One operator, PyTorch's fused Adam, computes m, v and u of a chunk: it runs with learning rate 1 on
-a "parameter" that starts as -weight_decay p, which then becomes -u.
+a "parameter" that starts as -weight_decay p, which then becomes -u. On devices without that
+operator, several others do the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from bert_pretraining.optim.flat import BLOCK, Shard, Step
+from bert_pretraining.optim.optimizer import OptimizerSettings, bias_correction
+from bert_pretraining.runtime import device as devices
 
 # Elements per chunk. On a CPU the size hardly matters (docs/LOG.md, 2026-11-23). On a GPU fewer and
 # longer calls are faster, and the memory for a chunk's gradient is the limit.
@@ -49,28 +53,13 @@ class TorchKernels:
     def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
         """Compute m, v and -u. See `FlatKernels`."""
         update, scratch = self._prepare(shard)
-        settings, count, skip = step.settings, step.updates.float(), (~step.finite).float()
+        adam = _fused_adam if _has_fused_adam(update.device) else _plain_adam
         for place, blocks in _chunks(shard):
             weights, direction = shard.master[place], update[place]
             gradient = scratch[: len(weights)].copy_(shard.gradient[place]).mul_(step.factor)
             decay = -shard.decay_of_block[blocks, None]
             torch.mul(weights.view(-1, BLOCK), decay, out=direction.view(-1, BLOCK))
-            torch._fused_adam_(
-                [direction],
-                [gradient],
-                [shard.first[place]],
-                [shard.second[place]],
-                [],
-                [count],
-                lr=1.0,
-                beta1=settings.beta_1,
-                beta2=settings.beta_2,
-                weight_decay=0.0,
-                eps=settings.epsilon,
-                amsgrad=False,
-                maximize=False,
-                found_inf=skip,
-            )
+            adam(direction, gradient, shard.first[place], shard.second[place], step)
             _norms(weights, out[0, blocks])
             _norms(direction, out[1, blocks])
         out.square_()
@@ -100,6 +89,51 @@ def _chunks(shard: Shard) -> Iterator[tuple[slice, slice]]:
     for start in range(0, length, size):
         end = min(start + size, length)
         yield slice(start, end), slice(start // BLOCK, end // BLOCK)
+
+
+def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Step) -> None:
+    """Add to `update` what Adam with learning rate 1 would; all are (n,), m and v its moments.
+
+    A step that is not finite changes nothing.
+    """
+    settings = step.settings
+    torch._fused_adam_(
+        [update],
+        [gradient],
+        [m],
+        [v],
+        [],
+        [step.updates.float()],
+        lr=1.0,
+        beta1=settings.beta_1,
+        beta2=settings.beta_2,
+        weight_decay=0.0,
+        eps=settings.epsilon,
+        amsgrad=False,
+        maximize=False,
+        found_inf=(~step.finite).float(),
+    )
+
+
+def _plain_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Step) -> None:
+    """As `_fused_adam`, from operators that every device has; overwrites the gradient."""
+    settings = step.settings
+    m.copy_(torch.where(step.finite, torch.lerp(m, gradient, 1.0 - settings.beta_1), m))
+    squares = gradient.square_()
+    v.copy_(torch.where(step.finite, torch.lerp(v, squares, 1.0 - settings.beta_2), v))
+    first = bias_correction(settings.beta_1, step.updates).to(m.dtype)
+    second = bias_correction(settings.beta_2, step.updates).to(v.dtype)
+    change = (m / first).div_((v / second).sqrt_().add_(settings.epsilon))
+    update.sub_(torch.where(step.finite, change, 0.0))
+
+
+@functools.cache
+def _has_fused_adam(device: torch.device) -> bool:
+    one = torch.ones(1, device=device)
+    values = [one.clone() for _ in range(4)]
+    settings = OptimizerSettings()
+    step = Step(settings, one[0], one[0].long(), one[0] > 0)
+    return devices.runs(lambda: _fused_adam(*values, step))
 
 
 def _norms(values: Tensor, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bert_pretraining.errors import NotInstalled, Unavailable
 from bert_pretraining.optim import flat
 from bert_pretraining.optim.flat import Shard, Step
+from bert_pretraining.runtime import device as devices
 
 try:
     import triton
@@ -32,7 +33,7 @@ def unavailable(device: torch.device) -> Unavailable | None:
     """Why these kernels cannot run on a device, or None if they can."""
     if triton is None:
         return NotInstalled("the package 'triton' is not installed", "pip install triton")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not devices.is_cuda(device) and os.environ.get("TRITON_INTERPRET") != "1":
         return Unavailable(f"Triton's kernels need a GPU, not device {device.type}")
     return None
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bert_pretraining.runtime import device as devices
+
 
 def norm_of(tensor: Tensor) -> Tensor:
-    """The Euclidean norm, 0-d float64.
+    """The Euclidean norm, 0-d, of the dtype `devices.wide`.
 
     The norm of each row is computed first. A CPU sums a long tensor in the tensor's own precision:
     in float32, the sum of 100 million squares is too small by a hundredth.
     """
-    wide = torch.promote_types(tensor.dtype, torch.float32)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = tensor.unsqueeze(0) if tensor.dim() < 2 else tensor.flatten(0, -2)
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double().norm()
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
+    return norms.to(devices.wide(tensor.device)).norm()
 
 
 def scale_down(gradients: list[Tensor], limit: Tensor) -> None:

@@ -7,6 +7,7 @@ tensors; see docs/extending.md.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim.norms import norm_of
+from bert_pretraining.runtime import device as devices
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,9 @@ class Optimizer:
 
     def bias_corrections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """1 - beta_1^t and 1 - beta_2^t for t = `num_updates`; 0-d, on its device."""
-        # Computed in float64: in float32, 1 - 0.999 has only five correct digits.
-        updates = self.num_updates.double()
-        settings = self.settings
-        first, second = 1.0 - settings.beta_1**updates, 1.0 - settings.beta_2**updates
-        return first.to(dtype), second.to(dtype)
+        settings, updates = self.settings, self.num_updates
+        first = bias_correction(settings.beta_1, updates)
+        return first.to(dtype), bias_correction(settings.beta_2, updates).to(dtype)
 
     def _round_masters(self) -> None:
         """Set 16-bit parameters to their rounded masters."""
@@ -251,3 +251,11 @@ class TensorListOptimizer(Optimizer):
         clip: 0-d; divide the gradients by it. `num_updates` already counts this update.
         """
         raise NotImplementedError
+
+
+def bias_correction(beta: float, updates: Tensor) -> Tensor:
+    """1 - beta^updates, 0-d, of the dtype `devices.wide`. updates: 0-d, of any dtype."""
+    # Computed in float64: in float32, 1 - 0.999 has only five correct digits.
+    if devices.wide(updates.device) == torch.float64:
+        return 1.0 - beta ** updates.double()
+    return -torch.expm1(updates.float() * (math.log(beta) if beta else -math.inf))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bert_pretraining.runtime import device as devices
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -31,9 +33,13 @@ class Schedule:
         return self.learning_rate * (1.0 - min(updates / self.max_steps, 1.0))
 
     def at(self, updates: Tensor) -> Tensor:
-        """The same rate, bit for bit, for a number of updates as a 0-d tensor: 0-d float64."""
-        since_start = updates.double() - self.start_warmup_step
-        rate = self.learning_rate * (1.0 - torch.clamp(updates.double() / self.max_steps, max=1.0))
+        """The same rate for a number of updates as a 0-d tensor: 0-d, of the dtype `devices.wide`.
+
+        Bit for bit the same where that is float64.
+        """
+        made = updates.to(devices.wide(updates.device))
+        since_start = made - self.start_warmup_step
+        rate = self.learning_rate * (1.0 - torch.clamp(made / self.max_steps, max=1.0))
         if not self.warmup_steps:
             return rate
         warming = self.learning_rate * torch.clamp(since_start, min=0.0) / self.warmup_steps

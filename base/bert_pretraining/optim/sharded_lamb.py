@@ -27,7 +27,12 @@ from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout
 from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import OptimizerSettings
-from bert_pretraining.runtime.compat import all_gather, reduce_scatter
+from bert_pretraining.runtime.process_group import (
+    InProgress,
+    all_gather,
+    reduce_scatter,
+    sendable,
+)
 
 BUCKET = 2**23  # elements; 16 or 32 MiB per collective
 AT_A_TIME = 3  # collectives that gloo may have pending, because it copies what it sends
@@ -38,10 +43,10 @@ class _PendingCollectives:
 
     def __init__(self, limit: int | None) -> None:
         self.started = 0
-        self._works: deque[dist.Work] = deque()
+        self._works: deque[InProgress] = deque()
         self._limit = limit
 
-    def add(self, work: dist.Work) -> None:
+    def add(self, work: InProgress) -> None:
         self.started += 1
         self._works.append(work)
         if self._limit is not None and len(self._works) > self._limit:
@@ -151,7 +156,7 @@ class ShardedLamb(FlatLamb):
     def _reduce(self, bucket: int) -> None:
         gradient = self._full_gradient[bucket].mul_(1.0 / self._world_size)
         shard = self.shard.gradient.view(self._buckets, -1)[bucket]
-        self._pending.add(reduce_scatter(shard, gradient.view(-1), async_op=True))
+        self._pending.add(reduce_scatter(shard, gradient.view(-1)))
 
     def finish_reduction(self, limit: Tensor | None = None) -> None:
         """After the last backward pass, send the remaining buckets and wait for all.
@@ -172,7 +177,7 @@ class ShardedLamb(FlatLamb):
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
         rows = sums.new_empty(self._world_size, *sums.shape)
-        all_gather(rows.view(-1), sums.contiguous().view(-1))
+        all_gather(rows.view(-1), sums.contiguous().view(-1)).wait()
         # (ranks, k, buckets, blocks of a piece) -> (k, buckets, ranks, blocks of a piece)
         rows = rows.view(self._world_size, len(sums), self._buckets, -1).permute(1, 2, 0, 3)
         return rows.reshape(len(sums), -1)
@@ -180,7 +185,7 @@ class ShardedLamb(FlatLamb):
     def _publish(self) -> None:
         shard = self.shard.master if self.shard.rounded is None else self.shard.rounded
         for values, piece in zip(self._values, shard.view(self._buckets, -1), strict=True):
-            self._pending.add(all_gather(values.view(-1), piece, async_op=True))
+            self._pending.add(all_gather(values.view(-1), piece))
         self._pending.wait()
 
     def state_dict(self) -> dict:
@@ -203,7 +208,7 @@ class ShardedLamb(FlatLamb):
     def _gather(self, shard: Tensor) -> Tensor | None:
         """The whole flat tensor on rank 0's CPU, gathered bucket by bucket to save memory."""
         flat = torch.empty(self.layout.length, dtype=shard.dtype) if self._rank == 0 else None
-        for bucket, piece in enumerate(shard.view(self._buckets, -1)):
+        for bucket, piece in enumerate(map(sendable, shard.view(self._buckets, -1))):
             pieces = [torch.empty_like(piece) for _ in range(self._world_size)]
             dist.gather(piece, pieces if self._rank == 0 else None)
             if flat is not None:

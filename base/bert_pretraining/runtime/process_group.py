@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bert_pretraining.errors import TrainingError, UserError
 from bert_pretraining.runtime import compat, consistency
+from bert_pretraining.runtime import device as devices
 
 Made = TypeVar("Made")
 
@@ -27,54 +28,65 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, the number of ranks, and this rank's device."""
+    """This process's rank, the number of ranks, and this rank's device.
+
+    notices: what the user should know of the choice of the device and of the backend.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    notices: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def device_name(self) -> str:
-        if self.device.type == "cpu":
-            return "CPU"
-        return torch.cuda.get_device_name(self.device)
 
+def choose_backend(kind: str, asked: str) -> tuple[str, str | None]:
+    """The backend of the collectives on a type of device, and what the user should know of it.
 
-def choose_device(device: str, local_rank: int) -> torch.device:
-    """This rank's device, as --device asks. Raises UserError if there is no such GPU."""
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device", "use --device cpu")
-    if local_rank >= torch.cuda.device_count():
+    asked: --dist_backend. Its default, nccl, stands for the backend that belongs to the device;
+    a CPU has gloo in any case. Where PyTorch has no backend for the device, it is gloo, and what
+    is sent goes through main memory.
+
+    Raises UserError for another backend that this PyTorch does not have.
+    """
+    if kind == "cpu":
+        return "gloo", None
+    if asked not in ("nccl", "gloo") and not dist.is_backend_available(asked):
         raise UserError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices, but the configuration "
-            f"wants a rank on device {local_rank}",
-            f"pass --nproc_per_node {torch.cuda.device_count()}, or --device cpu",
+            f"--dist_backend {asked}: this PyTorch has no such backend",
+            f"leave it out: devices of type {kind} have {devices.backend(kind) or 'gloo'}",
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    chosen = devices.backend(kind) if asked == "nccl" else asked
+    if chosen is None or not devices.takes(chosen, kind):
+        return "gloo", (
+            f"the ranks exchange tensors through main memory, by gloo, since this PyTorch has no "
+            f"backend for devices of type {kind}"
+            if asked == "nccl"
+            else f"dist_backend gloo copies the tensors of devices of type {kind} to main memory"
+        )
+    return chosen, None if chosen == asked else f"dist_backend {chosen}, which {kind} devices have"
 
 
 def start(device: str, dist_backend: str, settings: Mapping[str, object] | None = None) -> Ranks:
     """Join the process group that the environment variables describe, or run alone.
 
-    On a CPU the backend is gloo. The connection is tested at once by an all-reduce of one number.
+    The connection is tested at once by an all-reduce of one number.
 
     Raises:
         TrainingError: the ranks cannot reach each other.
-        UserError: the ranks were started with different `settings` or different code.
+        UserError: there is no such device or backend, or the ranks were started with different
+            `settings` or different code.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device, local_rank)
+    chosen, notices = devices.choose(device, local_rank)
     if world_size > 1 and not dist.is_initialized():
-        backend = "gloo" if chosen.type == "cpu" else dist_backend
+        backend, notice = choose_backend(chosen.type, dist_backend)
+        notices = (*notices, notice) if notice else notices
         try:
             _connect(backend, chosen)
         except RuntimeError as error:
@@ -86,7 +98,7 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
             fault = consistency.difference(gather((name, consistency.describe(settings))))
             if fault is not None:
                 raise UserError(fault, consistency.FIX)
-    return Ranks(rank, world_size, chosen)
+    return Ranks(rank, world_size, chosen, notices)
 
 
 def _connect(backend: str, device: torch.device) -> None:
@@ -102,7 +114,7 @@ def _connect(backend: str, device: torch.device) -> None:
 
 def unreachable(backend: str, error: Exception) -> str:
     """One line: which host cannot connect, by which interface, and which variable to set."""
-    variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    variable = f"{backend.upper()}_SOCKET_IFNAME"  # so it is for nccl, gloo, hccl and mccl
     interface = os.environ.get(variable)
     by = f"{variable}={interface}" if interface else f"an interface that {backend} chose"
     reason = str(error).strip().splitlines()[0].rpartition("] ")[2].removesuffix("$1")
@@ -131,8 +143,7 @@ def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     another one any more. The count is kept by the launcher of machine 0, not by a rank: a rank
     may end as soon as it has read it.
     """
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    devices.synchronize_used()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return
@@ -153,16 +164,65 @@ def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
 
 def barrier(device: torch.device) -> None:
     """Wait for every rank, and for this rank's device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    devices.synchronize(device)
     if dist.is_initialized():
         dist.barrier()
+
+
+def sendable(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy in main memory if the backend cannot take it from its device."""
+    if devices.takes(dist.get_backend(), tensor.device.type):
+        return tensor
+    return tensor.cpu()
+
+
+def sends_from_device(device: torch.device) -> bool:
+    """Whether the backend takes tensors of the device as they are; true for one rank."""
+    return not dist.is_initialized() or devices.takes(dist.get_backend(), device.type)
+
+
+class InProgress:
+    """A collective in progress, and where its result goes when it has come."""
+
+    def __init__(self, work: dist.Work, received: Tensor, into: Tensor) -> None:
+        self._work, self._received, self._into = work, received, into
+
+    def wait(self) -> None:
+        """Wait until the result is in its place; on a device, as far as its stream is concerned."""
+        self._work.wait()
+        if self._received is not self._into:
+            self._into.copy_(self._received)
+
+
+def all_reduce(values: Tensor) -> InProgress:
+    """Begin to sum `values` elementwise over the ranks, in place; until `wait`, leave them."""
+    sent = sendable(values)
+    return InProgress(dist.all_reduce(sent, async_op=True), sent, values)
+
+
+def reduce_scatter(piece: Tensor, values: Tensor) -> InProgress:
+    """Begin to sum `values` (n,) over the ranks; `piece` (n / ranks,) gets this rank's part."""
+    received = _received(piece)
+    work = compat.reduce_scatter(received, sendable(values), async_op=True)
+    return InProgress(work, received, piece)
+
+
+def all_gather(values: Tensor, piece: Tensor) -> InProgress:
+    """Begin to join the ranks' pieces (n / ranks,) in `values` (n,), in the order of ranks."""
+    received = _received(values)
+    work = compat.all_gather(received, sendable(piece), async_op=True)
+    return InProgress(work, received, values)
+
+
+def _received(into: Tensor) -> Tensor:
+    """Where the backend puts a result for a tensor: there, or in main memory."""
+    return into if sends_from_device(into.device) else torch.empty_like(into, device="cpu")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum `values` elementwise over the ranks, in place; the same on every rank after."""
     if dist.is_initialized():
-        dist.all_reduce(values)
+        all_reduce(values).wait()
     return values
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 from bert_pretraining import __version__
 
@@ -63,21 +62,23 @@ def describe_machine() -> dict[str, object]:
 def _describe_machine() -> dict[str, object]:
     import torch
 
+    from bert_pretraining.runtime import device as devices
+
     description: dict[str, object] = dict.fromkeys(FIELDS, "")
     description["number_of_nodes"] = "1"
     description |= processors(_tool("lscpu", "-J"), os.sysconf("SC_NPROCESSORS_ONLN"))
     description["host_memory_capacity"] = memory(_read(Path("/proc/meminfo")))
     description |= storage(_tool("lsblk", "-d", "-b", "-J", "-o", "NAME,ROTA,TRAN,SIZE,TYPE"))
     description["host_networking"] = networking(Path("/sys/class"))
-    count = torch.cuda.device_count()
-    properties = torch.cuda.get_device_properties(0) if count else None
+    kind = devices.seen()
+    first = torch.device(kind, 0) if kind else None
     description |= accelerators(
-        count,
-        properties and (properties.name, properties.total_memory),
+        devices.count(kind) if kind else 0,
+        first and (devices.name(first), devices.memory(first).total),
         _tool("nvidia-smi", f"--query-gpu={NVIDIA_QUERY}", "--format=csv,noheader"),
     )
     description["framework"] = f"PyTorch {torch.__version__}"
-    description["other_software_stack"] = _software(torch, description)
+    description["other_software_stack"] = _software(devices.versions(kind) if kind else {})
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', _read(Path("/etc/os-release")), re.M))
     description["operating_system"] = release.get("PRETTY_NAME", platform.system())
     return {field: description[field] for field in FIELDS}
@@ -150,12 +151,15 @@ def networking(classes: Path) -> str:
     return ", ".join(found)
 
 
-def accelerators(count: int, device: tuple[str, int] | None, nvidia_smi: str) -> dict[str, str]:
+def accelerators(
+    count: int, device: tuple[str, int | None] | None, nvidia_smi: str
+) -> dict[str, str]:
     """The accelerators of one machine.
 
     Args:
         count: as PyTorch sees them.
-        device: name and bytes of memory of the first, as PyTorch sees it.
+        device: name and bytes of memory of the first, as PyTorch sees it; None for bytes that it
+            does not tell.
         nvidia_smi: lines of NVIDIA_QUERY, "" where there is no such tool.
     """
     if not count or device is None:
@@ -164,7 +168,7 @@ def accelerators(count: int, device: tuple[str, int] | None, nvidia_smi: str) ->
     found = {
         "accelerators_per_node": str(count),
         "accelerator_model_name": device[0],
-        "accelerator_memory_capacity": f"{device[1] / 2**20:.0f} MiB",
+        "accelerator_memory_capacity": f"{device[1] / 2**20:.0f} MiB" if device[1] else "",
     }
     if nvidia_smi.strip():
         values = [value.strip() for value in nvidia_smi.splitlines()[0].split(",")]
@@ -183,8 +187,11 @@ def accelerators(count: int, device: tuple[str, int] | None, nvidia_smi: str) ->
     return found
 
 
-def _software(torch: ModuleType, description: dict[str, object]) -> dict[str, str]:
-    """The versions of the other software: Python, kernel, packages, CUDA libraries, driver."""
+def _software(below_pytorch: dict[str, str]) -> dict[str, str]:
+    """The versions of the other software: Python, kernel, packages, libraries of devices, driver.
+
+    below_pytorch: the libraries of the devices that are there.
+    """
     versions = {
         "python": platform.python_version(),
         "kernel_version": f"{platform.system()} {platform.release()}",
@@ -193,11 +200,8 @@ def _software(torch: ModuleType, description: dict[str, object]) -> dict[str, st
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    if description["accelerators_per_node"] != "0":
-        versions["cuda_version"] = str(torch.version.cuda)
-        versions["cudnn_version"] = str(torch.backends.cudnn.version())
-        if torch.distributed.is_nccl_available():
-            versions["nccl_version"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if below_pytorch:
+        versions |= below_pytorch
         driver = _tool("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if driver:
             versions["nvidia_kernel_driver"] = driver.split()[0]

@@ -9,6 +9,7 @@ from bert_pretraining.topology.accelerators import (
     describe,
     find_accelerators,
     hidden_by,
+    visible_devices,
 )
 from bert_pretraining.topology.machine import (
     Core,
@@ -36,4 +37,5 @@ __all__ = [
     "query_nvidia_smi",
     "read_machine",
     "table",
+    "visible_devices",
 ]

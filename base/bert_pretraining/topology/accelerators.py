@@ -61,7 +61,8 @@ TOOLS = {
     "xpu-smi": ("Intel", "discovery", r"Device Name:"),
 }
 TOOL_TIMEOUT = 10.0  # seconds; a tool hangs where its driver does
-# Variables by which users choose devices. No device in one hides all of them.
+# Variables by which users choose devices; each belongs to a vendor's libraries. No device in one
+# hides all of them.
 VISIBILITY_VARIABLES = (
     "CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES "
     "MUSA_VISIBLE_DEVICES MLU_VISIBLE_DEVICES HABANA_VISIBLE_DEVICES ZE_AFFINITY_MASK"
@@ -140,6 +141,11 @@ def ask_tools() -> tuple[Accelerator, ...]:
             count = len(re.findall(line, done.stdout, re.MULTILINE))
             found += [Accelerator(vendor, f"{name} {arguments}")] * count
     return tuple(found)
+
+
+def visible_devices(environment: Mapping[str, str]) -> str | None:
+    """The value of the first variable by which the user chooses devices; None without one."""
+    return next((environment[name] for name in VISIBILITY_VARIABLES if name in environment), None)
 
 
 def hidden_by(environment: Mapping[str, str]) -> str | None:

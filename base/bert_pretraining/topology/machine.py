@@ -76,7 +76,7 @@ def read_machine(
 
     Args:
         nvidia_smi: what `query_nvidia_smi` returned, None where there is none.
-        visible_devices: CUDA_VISIBLE_DEVICES, None where it is not set.
+        visible_devices: what `accelerators.visible_devices` returned.
         allowed: CPUs; None reads them from /proc/self/status.
     """
     system = root / "sys/devices/system"
@@ -109,7 +109,7 @@ def query_nvidia_smi() -> str | None:
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], visible_devices: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order.
+    """The GPUs that a variable such as CUDA_VISIBLE_DEVICES leaves, in its order.
 
     As CUDA reads it: indices or the beginnings of UUIDs, up to the first that is neither.
     """

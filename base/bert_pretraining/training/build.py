@@ -24,6 +24,7 @@ from bert_pretraining.optim import (
     Sharing,
     create_optimizer,
 )
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
@@ -117,8 +118,12 @@ def _precision(setup: Setup) -> str:
     precision, say = setup.config.resolved_precision, setup.log.say
     if setup.config.loss_scale and precision != "fp16":
         say(f"Notice: loss_scale has no effect: precision is {precision}")
-    if precision == "fp16" and setup.ranks.device.type == "cpu":
+    device = setup.ranks.device
+    if precision == "fp16" and device.type == "cpu":
         say("Notice: fp16 needs a GPU; training in fp32 on this CPU")
+        return "fp32"
+    if not devices.supports(device, DTYPES[precision]):
+        say(f"Notice: {device.type} devices do not compute in {precision}; training in fp32")
         return "fp32"
     return precision
 

@@ -10,6 +10,7 @@ import torch
 from bert_pretraining.data.loader import EvaluationSet
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossMeans, LossTotals
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import rank_reports
 from bert_pretraining.runtime.process_group import Ranks, sum_over_ranks
 
@@ -42,16 +43,15 @@ def evaluate(model: BertForPreTraining, evaluation_set: EvaluationSet, ranks: Ra
     was_training = model.training
     model.eval()
     columns = LossTotals.columns(model.losses) + 1
-    rows = torch.zeros(
-        evaluation_set.num_batches, columns, dtype=torch.float64, device=ranks.device
-    )
+    dtype = devices.wide(ranks.device)
+    rows = torch.zeros(evaluation_set.num_batches, columns, dtype=dtype, device=ranks.device)
     for number, batch in evaluation_set.batches:
-        totals = LossTotals(model.losses, ranks.device, torch.float64)
-        totals.add(model(batch.to(ranks.device)), batch)
+        totals = LossTotals(model.losses, ranks.device, dtype)
+        totals.add(model(batch.to(ranks.device, non_blocking=True)), batch)
         totals.write_to(rows[number, :-1])
         rows[number, -1] = batch.num_sequences
         rank_reports.heartbeat()
-    *sums, sequences = sum_over_ranks(rows).cpu().sum(dim=0).tolist()
+    *sums, sequences = sum_over_ranks(rows).cpu().double().sum(dim=0).tolist()
     model.train(was_training)
     return Evaluation(
         LossMeans.of(model.losses, sums), int(sequences), time.perf_counter() - started

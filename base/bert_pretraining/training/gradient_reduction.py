@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining.model.batch import smallest_batch
 from bert_pretraining.optim import Optimizer, scale_down
-from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.process_group import Ranks, all_reduce, sends_from_device
 
 
 class Reduction(Protocol):
@@ -64,11 +65,11 @@ class DdpReduction:
     name = "DuringBackward"
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        device_ids = [device.index] if device.type == "cuda" else None
+        device_ids = None if device.type == "cpu" else [device.index]
         self.model = DistributedDataParallel(
             module, device_ids=device_ids, gradient_as_bucket_view=True
         )
-        with torch.random.fork_rng(devices=device_ids or []):
+        with devices.generators_kept(device):
             for _ in range(2):  # the new buckets are made as the second pass begins
                 sums = self.model(smallest_batch(device))
                 sum(task.loss for task in sums.values()).backward()
@@ -82,18 +83,17 @@ class DdpReduction:
         """See `Reduction`."""
 
 
-class ClippedReduction:
-    """Each rank clips its gradient by its own norm; then the gradients are all-reduced.
+class LateReduction:
+    """The gradients are all-reduced one by one after the last backward pass.
 
-    limit: the norm. The mean's norm is not above it, so that the optimizer clips no more.
+    For backends that do not take the device's tensors, which DDP would give them.
     """
 
-    name = "AfterClipping"
+    name = "AfterBackward"
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
         self.model = module
         self._optimizer = optimizer
-        self._limit = limit
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
@@ -102,11 +102,27 @@ class ClippedReduction:
     def finish(self, loss_scale: Tensor) -> None:
         """See `Reduction`."""
         gradients = self._optimizer.gradients()
-        scale_down(gradients, self._limit * loss_scale)
         torch._foreach_mul_(gradients, 1.0 / dist.get_world_size())
-        works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
-        for work in works:
-            work.wait()
+        for reduction in [all_reduce(gradient) for gradient in gradients]:
+            reduction.wait()
+
+
+class ClippedReduction(LateReduction):
+    """Each rank clips its gradient by its own norm; then the gradients are all-reduced.
+
+    limit: the norm. The mean's norm is not above it, so that the optimizer clips no more.
+    """
+
+    name = "AfterClipping"
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float) -> None:
+        super().__init__(module, optimizer)
+        self._limit = limit
+
+    def finish(self, loss_scale: Tensor) -> None:
+        """See `Reduction`."""
+        scale_down(self._optimizer.gradients(), self._limit * loss_scale)
+        super().finish(loss_scale)
 
 
 class OptimizerReduction:
@@ -144,4 +160,6 @@ def make_reduction(
         return OptimizerReduction(module, optimizer, clip_first)
     if clip_first is not None:
         return ClippedReduction(module, optimizer, clip_first)
+    if not sends_from_device(ranks.device):
+        return LateReduction(module, optimizer)
     return DdpReduction(module, ranks.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks, sum_over_ranks
 
 
@@ -40,7 +41,5 @@ def loss_weights(
 
 
 def _on_device(counts: list, device: torch.device) -> Tensor:
-    """float32 on the device; the copy does not wait for earlier work on the device."""
-    pinned = device.type == "cuda"
-    counted = torch.tensor(counts, dtype=torch.float32, pin_memory=pinned)
-    return counted.to(device, non_blocking=True)
+    """float32 on the device; where memory can be pinned, nothing waits for earlier work there."""
+    return devices.sent(torch.tensor(counts, dtype=torch.float32), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.training.static_batch import Budget, StaticBatch
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
@@ -57,7 +59,7 @@ class MicroStep:
         self._model, self._device = model, device
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
         self._weights = {name: torch.ones((), device=device) for name in losses}
-        self._captures: list[tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]] = []
+        self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
         self._graph = graph
         self._instead = instead
 
@@ -110,43 +112,31 @@ class MicroStep:
         """
         for static in self._static:
             _dummies_only(static)
-            side = torch.cuda.Stream() if self._graph else None
             for _ in range(WARM_UP_STEPS):
-                if side is None:
+                # A capture needs that what came before ran on another stream than the usual one.
+                with devices.side_stream(self._device) if self._graph else nullcontext():
                     forward_backward(self._model, static.batch, self._weights)
-                    continue
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    forward_backward(self._model, static.batch, self._weights)
-                torch.cuda.current_stream().wait_stream(side)
             if self._graph:
                 zero_grad()
                 self._captures.append(self._capture(static))
             zero_grad()
 
-    def _capture(self, static: StaticBatch) -> tuple[torch.cuda.CUDAGraph, dict[str, LossSum]]:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, static: StaticBatch) -> tuple[devices.Graph, dict[str, LossSum]]:
+        graphs = devices.graphs(self._device)
+        graph = graphs.create()
         # Only one graph runs at a time, so that all can use the same memory.
         pool = self._captures[0][0].pool() if self._captures else None
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with graphs.capture(graph, pool=pool):
                 sums = forward_backward(self._model, static.batch, self._weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            self._end_capture_of_random_numbers()
+            devices.end_failed_capture(self._device)
             raise UserError(
                 f"use_cuda_graph: these kernels and settings cannot be captured ({reason})",
                 "leave it out, or try --kernels triton without --checkpoint_activations",
             ) from error
         return graph, sums
-
-    def _end_capture_of_random_numbers(self) -> None:
-        """After a capture that failed, the generator would refuse to draw outside of a graph.
-
-        A copy of its state does not have that mark.
-        """
-        generator = torch.cuda.default_generators[self._device.index or 0]
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _dummies_only(static: StaticBatch) -> None:

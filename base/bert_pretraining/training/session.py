@@ -130,7 +130,9 @@ class Session:
             self.log.start_evaluated(self.run, self.evaluate().seconds)
             return None
         self.run.take_over(self._saved.run)
-        differences = self._saved.differences(self._state.settings, self._state.order)
+        differences = self._saved.differences(
+            self._state.settings, self._state.order, self.ranks.device.type
+        )
         self.log.resumed(self._resumed_from, self.run, differences)
         self._saved.restore_generators(self.ranks)
         return self.stop_reason()
@@ -141,7 +143,7 @@ class Session:
             self._loader_config(self.config.train_batch_size),
             batching=self.config.resolved_batching,
             samples_seen=self.run.samples_seen,
-            pin_memory=self.ranks.device.type == "cuda",
+            pin_for=self.ranks.device,
         )
         loader = TrainingLoader(self._shards, self.order, loader_config)
         return on_device(iter(loader), self.ranks.device)

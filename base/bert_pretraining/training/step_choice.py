@@ -19,9 +19,9 @@ from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
-from bert_pretraining.runtime.random_state import random_state_kept
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
 from bert_pretraining.training.static_batch import Budget, budgets
 from bert_pretraining.training.step_proof import difference, sample_batch
@@ -91,7 +91,7 @@ def best_that_works(
     compiled = _compiled(way, model, say)
     while way != EAGER:
         step = _make(way, config, model, compiled, ranks, say)
-        with random_state_kept(ranks.device):
+        with devices.generators_kept(ranks.device):
             batch = _sample(way, max_seqlen, ranks.device) if proves else None
             fault, blamed = _prepare(step, batch, zero_grad)
             if fault is None and batch is not None:
@@ -183,7 +183,7 @@ def _compile_failed(reason: str, config: Config, say: Callable[[str], None]) -> 
 
 def _asked(config: Config, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]) -> Way:
     """What the settings ask for and the device allows."""
-    on_gpu = ranks.device.type == "cuda"
+    on_gpu = devices.is_cuda(ranks.device)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
     if compiled and on_gpu and importlib.util.find_spec("triton") is None:
         if config.compile == "on":
@@ -192,7 +192,7 @@ def _asked(config: Config, max_seqlen: int, ranks: Ranks, say: Callable[[str], N
         compiled = False
     balanced = config.resolved_batching == "balanced"
     obstacles = {
-        "it needs a GPU": not on_gpu,
+        "it needs a device that captures graphs": devices.graphs(ranks.device) is None,
         "it needs --batching balanced": not balanced,
         "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
     }

@@ -11,6 +11,7 @@ from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.losses import LossMeans, LossTotals
 from bert_pretraining.progress import RunState
 from bert_pretraining.report.after_run import report_on
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
@@ -31,9 +32,11 @@ def main(resolved: Resolved) -> int:
         ranks = process_group.start(config.device, config.dist_backend, dataclasses.asdict(config))
         config = _with_the_ranks_there_are(config, ranks)
         resolved = dataclasses.replace(resolved, config=config)
-        log = RunLog(resolved, ranks.rank, ranks.device_name, ranks.world_size)
+        log = RunLog(resolved, ranks.rank, devices.name(ranks.device), ranks.world_size)
         run = RunState()
         try:
+            for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
+                log.say(f"Notice: {notice}")
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
             reason = train(session, stop)

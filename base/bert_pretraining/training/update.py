@@ -18,6 +18,7 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossTotals
 from bert_pretraining.optim import LossScale, Optimizer, Schedule
 from bert_pretraining.optim.loss_scale import MAX_SKIPPED_IN_A_ROW
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.diagnosis import first_non_finite
@@ -109,7 +110,8 @@ class Update:
         self._unread = []
         scale = self._loss_scale
         figures = [*flags, scale.skipped_in_a_row, scale.scale]
-        *finite, in_a_row, value = torch.stack([one.double() for one in figures]).tolist()
+        dtype = devices.wide(self._ranks.device)
+        *finite, in_a_row, value = torch.stack([one.to(dtype) for one in figures]).tolist()
         made = int(sum(finite))
         if not scale.dynamic and made < len(flags):
             fix = "--learning_rate or --precision fp32"
