@@ -10,7 +10,15 @@ import torch
 
 from bert_pretraining.config import FIELDS
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import OPERATORS, PROVIDERS, select, torch_provider, triton_provider
+from bert_pretraining.kernels import (
+    OPERATORS,
+    PROVIDERS,
+    Target,
+    select,
+    torch_provider,
+    triton_provider,
+)
+from bert_pretraining.kernels.table import Candidates, candidates
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -30,6 +38,23 @@ def test_every_operator_has_a_flag() -> None:
     assert flags == set(OPERATORS)
     for name in ("kernels", *(f"kernels_{operator}" for operator in OPERATORS)):
         assert FIELDS[name].metadata["choices"] == ("auto", *PROVIDERS)
+
+
+def test_candidates_for_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs on the device to find them: this machine may have none."""
+    monkeypatch.setattr(triton_provider.importlib.util, "find_spec", lambda name: object())
+    for device, operator, names in (
+        (CUDA, "attention", ("torch", "triton")),
+        (CUDA, "bias_gelu", ("triton", "torch")),
+        (CPU, "bias_gelu", ("torch",)),
+    ):
+        target = Target(device, torch.float16, 64)
+        assert candidates(operator, "auto", target) == Candidates(names)
+        assert candidates(operator, "torch", target) == Candidates(("torch",), "--kernels torch")
+        named = candidates(operator, "auto", target, {operator: "reference"})
+        assert named == Candidates(("reference",), f"--kernels.{operator} reference")
+    with pytest.raises(UserError, match="--kernels cuda: no such provider"):
+        candidates("attention", "cuda", target)
 
 
 def test_one_operator_of_another_provider() -> None:

@@ -13,7 +13,8 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime.process_group import Ranks
-from bert_pretraining.training.micro_step import choose_step, forward_backward
+from bert_pretraining.training.micro_step import forward_backward
+from bert_pretraining.training.step_choice import choose_step
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 SWITCHES = (

@@ -59,6 +59,14 @@ class Config(UpstreamSwitches):
     )
     kernels_embedding_layer_norm_dropout: str | None = _operator("embedding_layer_norm_dropout")
     kernels_masked_cross_entropy: str | None = _operator("masked_cross_entropy")
+    prove_kernels: str = setting(
+        "auto",
+        "run",
+        "run every operator once at the start, compare it with the reference in float64, and "
+        "choose the fastest of the right ones; auto: on a device that is no CPU; on: on a CPU "
+        "too, and try again what was wrong before",
+        choices=("auto", "on", "off"),
+    )
     compile: str = setting(
         "auto", "run", "torch.compile the model; auto: on a GPU only", choices=("auto", "on", "off")
     )

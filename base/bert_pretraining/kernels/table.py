@@ -30,6 +30,7 @@ PROVIDERS: dict[str, Provider] = {
     )
 }
 FALLBACK = "torch"  # it has every operator on every device
+LAST_RESORT = "reference"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
@@ -69,19 +70,25 @@ def select(
         operator: _choose(operator, (per_operator or {}).get(operator), provider, target)
         for operator in OPERATORS
     }
+    return assemble(chosen)
+
+
+def assemble(found: Mapping[str, Implementation]) -> Kernels:
+    """The operators in use, from each operator's implementation."""
     return Kernels(
-        choice={operator: found.description for operator, found in chosen.items()},
-        **{operator: found.function for operator, found in chosen.items()},
+        choice={operator: one.description for operator, one in found.items()},
+        **{operator: one.function for operator, one in found.items()},
     )
 
 
 def unavailable(provider: str, operator: str, target: Target) -> Unavailable | None:
     """Why a provider cannot run an operator on the target, or None if it can."""
-    found = _find(provider, operator, target)
+    found = find(provider, operator, target)
     return found if isinstance(found, Unavailable) else None
 
 
-def _find(name: str, operator: str, target: Target) -> Implementation | Unavailable:
+def find(name: str, operator: str, target: Target) -> Implementation | Unavailable:
+    """A provider's implementation of an operator, or why it cannot run on the target."""
     provider = PROVIDERS[name]
     problem = provider.unavailable(target)
     if problem is None and operator not in provider.operators:
@@ -89,22 +96,71 @@ def _find(name: str, operator: str, target: Target) -> Implementation | Unavaila
     return problem or provider.find(operator, target)
 
 
-def _choose(operator: str, named: str | None, general: str, target: Target) -> Implementation:
+@dataclass(frozen=True)
+class Candidates:
+    """The providers to prove for an operator, the preferred one first.
+
+    flag: "--kernels NAME" where the user asked for this one by name, else "".
+    """
+
+    names: tuple[str, ...]
+    flag: str = ""
+
+
+def candidates(
+    operator: str, provider: str, target: Target, per_operator: Mapping[str, str] | None = None
+) -> Candidates:
+    """Which providers may run an operator; arguments and errors as for `select`.
+
+    Nothing runs on the device, so that a provider that hangs or breaks there does no harm.
+    """
+    named = (per_operator or {}).get(operator)
+    wanted, flag = _wanted(operator, named, provider)
+    if wanted != "auto":
+        chosen = PROVIDERS[wanted]
+        if named or operator in chosen.operators or chosen.unavailable(target):
+            return Candidates((wanted,), f"{flag} {wanted}")
+    preferred = [FALLBACK]
+    if target.device.type != "cpu" and wanted == "auto":
+        # PyTorch's hand-tuned attention is preferred to our own kernel.
+        preferred = [FALLBACK, "triton"] if operator == "attention" else ["triton", FALLBACK]
+    on_cpu = ("triton", "apex") if target.device.type == "cpu" else ()
+    others = [name for name in PROVIDERS if name not in (*preferred, *on_cpu, LAST_RESORT)]
+    return Candidates(
+        tuple(
+            name
+            for name in (*preferred, *others)
+            if operator in PROVIDERS[name].operators and not PROVIDERS[name].unavailable(target)
+        )
+    )
+
+
+def _wanted(operator: str, named: str | None, general: str) -> tuple[str, str]:
+    """The provider that was asked for, or "auto", and by which flag."""
     wanted = named or general
     flag = f"--kernels.{operator}" if named else "--kernels"
     if wanted not in ("auto", *PROVIDERS):
         raise UserError(
             f"{flag} {wanted}: no such provider", f"choose one of auto, {', '.join(PROVIDERS)}"
         )
+    return wanted, flag
+
+
+def others(provider: str) -> str:
+    """What to choose in place of a provider, as an order."""
+    return f"choose another of auto, {', '.join(name for name in PROVIDERS if name != provider)}"
+
+
+def _choose(operator: str, named: str | None, general: str, target: Target) -> Implementation:
+    wanted, flag = _wanted(operator, named, general)
     if wanted == "auto":
         return _automatic(operator, target)
-    found = _find(wanted, operator, target)
+    found = find(wanted, operator, target)
     if isinstance(found, Implementation):
         return found
     declared = operator in PROVIDERS[wanted].operators
     if named or declared or PROVIDERS[wanted].unavailable(target):
-        others = ", ".join(other for other in PROVIDERS if other != wanted)
-        choose = f"choose another of auto, {others}"
+        choose = others(wanted)
         fix = f"{found.fix}, or {choose}" if found.fix else choose
         raise UserError(f"{flag} {wanted}: {found.reason}", fix)
     return _fallback(operator, target, f"{wanted} {found}")
@@ -120,7 +176,7 @@ def _automatic(operator: str, target: Target) -> Implementation:
         found = PROVIDERS[FALLBACK].find(operator, target)
         if found.function is not torch_provider.padded_attention:
             return found
-    found = _find("triton", operator, target)
+    found = find("triton", operator, target)
     if isinstance(found, Implementation):
         return found
     return _fallback(operator, target, str(found))

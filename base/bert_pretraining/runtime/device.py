@@ -295,6 +295,16 @@ def graphs(device: torch.device) -> Graphs | None:
     return Graphs(create, capture) if create and capture and streams(device) else None
 
 
+def end_failed_capture(device: torch.device) -> None:
+    """Let the device draw random numbers again after a capture that failed.
+
+    Its generator would go on to refuse it outside of a graph. A copy of its state does not.
+    """
+    generators = getattr(module_of(device.type), "default_generators", ())
+    for generator in generators[device.index or 0 :][:1]:
+        generator.graphsafe_set_state(generator.clone_state())
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work that was given to it."""
     wait = None if device.type == "cpu" else function_of(device.type, "synchronize")

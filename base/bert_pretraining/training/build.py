@@ -11,7 +11,7 @@ from torch import Tensor
 from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
-from bert_pretraining.kernels import DTYPES, select
+from bert_pretraining.kernels import DTYPES
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
@@ -28,7 +28,8 @@ from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
-from bert_pretraining.training.micro_step import choose_step
+from bert_pretraining.training.kernel_choice import choose_kernels
+from bert_pretraining.training.step_choice import prepared_step
 from bert_pretraining.training.update import Update
 
 
@@ -85,8 +86,8 @@ def build(setup: Setup) -> Training:
     reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
     longest = setup.bert_config.max_position_embeddings
-    micro_step = choose_step(config, reduction.model, longest, ranks, log.say)
-    micro_step.prepare(functools.partial(optimizer.zero_grad, set_to_none=False))
+    zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
+    micro_step = prepared_step(config, reduction.model, longest, ranks, log.say, zero_grad)
     update = Update(
         module=module,
         micro_step=micro_step,
@@ -130,14 +131,7 @@ def _precision(setup: Setup) -> str:
 def _model(setup: Setup, precision: str) -> BertForPreTraining:
     """The model on this rank's device, in float32, with its start weights if there are any."""
     config, bert_config, log = setup.config, setup.bert_config, setup.log
-    kernels = select(
-        config.kernels,
-        setup.ranks.device,
-        DTYPES[precision],
-        bert_config.head_size,
-        config.kernels_by_operator,
-    )
-    log.say(f"Kernels: {kernels.describe()}")
+    kernels = choose_kernels(config, bert_config, DTYPES[precision], setup.ranks.device, log.say)
     module = BertForPreTraining(
         bert_config,
         kernels,

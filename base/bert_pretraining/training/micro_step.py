@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime.process_group import Ranks
-from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
+from bert_pretraining.training.static_batch import Budget, StaticBatch
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
 
@@ -31,7 +26,10 @@ def forward_backward(
     weights: by the loss's name, 0-d float32, what its sum is multiplied by (loss scale included).
     Returns the sums by name, detached.
     """
-    sums = model(batch)
+    return _backward(model(batch), weights)
+
+
+def _backward(sums: dict[str, LossSum], weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
     torch.stack([part.loss * weights[name] for name, part in sums.items()]).sum().backward()
     return {name: LossSum(part.loss.detach(), part.correct.detach()) for name, part in sums.items()}
 
@@ -45,6 +43,8 @@ class MicroStep:
             own shape; without budgets, every batch does.
         graph: replay captured CUDA graphs, one for each budget. `prepare` captures them.
         losses: the names of the model's losses.
+        instead: called with the error when a compiled model fails in its forward pass, such as
+            for a new shape. It returns the model to go on with, or raises.
     """
 
     def __init__(
@@ -54,13 +54,14 @@ class MicroStep:
         budgets: tuple[Budget, ...],
         graph: bool,
         losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
+        instead: Callable[[Exception], nn.Module] | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._device = model, device
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
         self._weights = {name: torch.ones((), device=device) for name in losses}
         self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
         self._graph = graph
-        self._device = device
+        self._instead = instead
 
     @property
     def keeps_gradients(self) -> bool:
@@ -73,13 +74,36 @@ class MicroStep:
             if static.budget.fits(batch):
                 loaded = static.load(batch)
                 if not self._graph:
-                    return forward_backward(self._model, loaded, weights)
+                    return self._step(loaded, weights)
                 for name, weight in self._weights.items():
                     weight.copy_(weights[name])
                 graph, sums = self._captures[index]
                 graph.replay()
                 return sums
-        return forward_backward(self._model, batch, weights)
+        return self._step(batch, weights)
+
+    def _step(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
+        if self._instead is None:
+            return forward_backward(self._model, batch, weights)
+        try:
+            sums = self._model(batch)
+        except Exception as error:
+            # No gradient was added yet, so that another model can do the whole step. An error of
+            # the batch or the device comes again there.
+            self._model, self._instead = self._instead(error), None
+            return forward_backward(self._model, batch, weights)
+        return _backward(sums, weights)
+
+    def forward(self, batch: PackedBatch | None) -> None:
+        """The forward pass for every budget, or for this batch without budgets; no gradients.
+
+        A compiled model is compiled in it. batch: None: nothing runs without budgets.
+        """
+        for static in self._static:
+            _dummies_only(static)
+            self._model(static.batch)
+        if not self._static and batch is not None:
+            self._model(batch)
 
     def prepare(self, zero_grad: Callable[[], None]) -> None:
         """Compile and capture for every budget, with dummy tokens only, before time counts.
@@ -107,6 +131,7 @@ class MicroStep:
                 sums = forward_backward(self._model, static.batch, self._weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
+            devices.end_failed_capture(self._device)
             raise UserError(
                 f"use_cuda_graph: these kernels and settings cannot be captured ({reason})",
                 "leave it out, or try --kernels triton without --checkpoint_activations",
@@ -119,44 +144,3 @@ def _dummies_only(static: StaticBatch) -> None:
     budget, batch = static.budget, static.batch
     ends = torch.linspace(0, budget.tokens, len(batch.cu_seqlens), device=batch.cu_seqlens.device)
     batch.cu_seqlens.copy_(ends.to(torch.int32))
-
-
-def choose_step(
-    config: Config, model: nn.Module, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
-) -> MicroStep:
-    """Choose eager, compiled or captured, as the settings ask and the device allows.
-
-    Compiled and captured steps may use constant shapes.
-
-    max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
-    UserError if compiling was asked for and cannot be.
-    """
-    on_gpu = devices.is_cuda(ranks.device)
-    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
-    if compiled and on_gpu and importlib.util.find_spec("triton") is None:
-        if config.compile == "on":
-            raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
-        say("Notice: not compiled: triton is not installed")
-        compiled = False
-    balanced = config.resolved_batching == "balanced"
-    obstacles = {
-        "it needs a device that captures graphs": devices.graphs(ranks.device) is None,
-        "it needs --batching balanced": not balanced,
-        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
-    }
-    why_not = next((why for why, holds in obstacles.items() if holds), None)
-    if config.use_cuda_graph and why_not:
-        say(f"Notice: use_cuda_graph has no effect: {why_not}")
-    sizes: tuple[Budget, ...] = ()
-    if balanced and (compiled or (config.use_cuda_graph and not why_not)):
-        sizes = budgets(config.train_batch_size, max_seqlen, config.static_tokens)
-        say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
-    if compiled:
-        if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise UserError(
-                "--compile on: on a CPU it needs a C++ compiler", "install g++ or set CXX"
-            )
-        say("Compiling the model with torch.compile")
-        model = torch.compile(model, dynamic=not sizes)
-    graph = config.use_cuda_graph and not why_not
-    return MicroStep(model, ranks.device, sizes, graph, OBJECTIVES[config.objective])
