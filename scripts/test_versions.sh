@@ -63,12 +63,13 @@ fi
 
 venv=$root/.venv-versions/torch-$wanted
 log=$venv/pip.log
+[ "$wanted" != NEWEST ] || rm -f "$venv/complete" # there may be a newer one
 if [ ! -e "$venv/complete" ]; then
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
+    [ "$wanted" = NEWEST ] || rm -rf "$venv"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     say "installing PyTorch $wanted for $("$python" --version) into $venv (up to 5 GB)"
     # shellcheck disable=SC2086  # a list of words
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check $packages $tools tomli >"$log" 2>&1; then
+    if ! "$venv/bin/python" -m pip install --upgrade --disable-pip-version-check $packages $tools tomli >"$log" 2>&1; then
         tail -n 3 "$log"
         say "NOT RUN: the packages could not be fetched; pip's whole output is in $log"
         exit $not_possible

@@ -175,3 +175,17 @@ def test_what_fails_is_left_out_with_one_notice(
     expected = gradients_of(lambda *given: forward_backward(model, *given), model)
     for ours, theirs in zip(gradients_of(step, model), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_model_that_fails_at_the_large_shape_is_not_captured_again_and_again() -> None:
+    """Nothing was compiled, so that the notice is about the graph."""
+    way = Way(False, True, budgets(6, 64, 200))
+    model = Wrong(tiny(), fails_from=way.sizes[1].tokens)
+    chosen = config.resolve({"train_batch_size": 6}).config
+    said: list[str] = []
+    step = best_that_works(
+        way, chosen, model, 64, ALONE, said.append, lambda: model.zero_grad(set_to_none=False)
+    )
+    (notice,) = said
+    assert notice.startswith("Notice: use_cuda_graph: the run goes on without it (RuntimeError: ")
+    assert not step.keeps_gradients

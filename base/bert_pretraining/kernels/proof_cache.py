@@ -56,10 +56,10 @@ def load(provider: str, operator: str, target: Target, sizes: Sizes) -> Verdict 
 
 
 def store(provider: str, operator: str, target: Target, sizes: Sizes, verdict: Verdict) -> None:
-    """Keep a verdict, if something can be written. What cannot run here is not kept."""
+    """Keep a verdict, if something can be written; but not what may be another one next time."""
     key = _key(provider, operator, target, sizes)
     path = _path(key)
-    if path is None or verdict.unavailable:
+    if path is None or verdict.unavailable or verdict.may_pass:
         return
     content = json.dumps({"key": key, "verdict": dataclasses.asdict(verdict)}, indent=1)
     # Machines may share the folder, so that each process writes under a name of its own first.

@@ -195,9 +195,10 @@ class CrossEntropy(Problem):
         rows, columns = sizes.masked, sizes.vocabulary
         labels = torch.randint(columns, (rows,))
         logits = local(self.random(rows, columns))
-        raised = torch.arange(0, rows, 2)  # the label surely has the highest logit there
-        where = logits.device
-        logits[raised.to(where), labels[raised].to(where)] = 8.0
+        # The label surely has the highest logit in even rows, and surely not in odd ones.
+        where = torch.arange(rows), labels
+        where = [index.to(logits.device) for index in where]
+        logits[where[0], where[1]] = 8.0 - 16.0 * (where[0] % 2).to(logits.dtype)
         self.inputs = {"logits": logits.to(device).requires_grad_()}
         compared = spread(rows, COMPARED // columns, device)
         compared = compared[: max(1, len(compared) - 1)]  # the last row is ignored too

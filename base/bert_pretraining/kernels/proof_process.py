@@ -49,12 +49,14 @@ class Verdict:
     """What became of one provider's operator.
 
     fault: what is wrong with it; "" if nothing is. unavailable: why it cannot run at all, or "".
-    seconds: of forward and backward at the run's sizes, if measured.
+    seconds: of forward and backward at the run's sizes, if measured. may_pass: the same kernel may
+    pass another time, as after an error for want of memory or an answer that came too late.
     """
 
     fault: str = ""
     unavailable: str = ""
     seconds: float | None = None
+    may_pass: bool = False
 
     @property
     def passed(self) -> bool:
@@ -131,8 +133,8 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     try:
         # The type's extension package comes first: without it torch.device does not know the type.
-        devices.resolve(job["device"].partition(":")[0])
-        device = torch.device(job["device"])
+        kind, _, index = job["device"].partition(":")
+        device = devices.choose(kind, int(index or 0)).device
         (torch.ones(8, device=device) * 2).sum().item()
     except Exception as error:
         tell({"unusable": str(error).strip().splitlines()[0][:200]})
@@ -264,7 +266,8 @@ class Prover:
 
     def _answer(self, provider: str, case: proof.Case, measure: bool) -> Verdict:
         if self._hangs.get(provider, 0) >= HANGS:
-            return Verdict(fault=f"not tried, because {provider} hung in {HANGS} operators")
+            fault = f"not tried, because {provider} hung in {HANGS} operators"
+            return Verdict(fault=fault, may_pass=True)
         question = {
             "operator": case.operator,
             "provider": provider,
@@ -279,10 +282,10 @@ class Prover:
             self.close()
             if error.hung:
                 self._hangs[provider] = self._hangs.get(provider, 0) + 1
-            return Verdict(fault=f"{error} {where}")
+            return Verdict(fault=f"{error} {where}", may_pass=True)
         if "raised" in answer:
             self.close()  # the device may be in error until the process ends
-            return Verdict(fault=f"{answer['raised']} {where}")
+            return Verdict(fault=f"{answer['raised']} {where}", may_pass=True)
         fault = answer.get("fault")
         return Verdict(
             fault=f"{fault} {where}" if fault else "",
@@ -309,8 +312,15 @@ class Prover:
         self._answered = True
         if self._child is not None:
             return self._child.ask(question, self._limits.case)
-        with devices.generators_kept(self._target.device):
-            return self._here(question)
+        try:
+            with devices.generators_kept(self._target.device):
+                return self._here(question)
+        except RuntimeError as error:  # after a kernel's error a device may refuse everything
+            raise UserError(
+                f"{self._target.device} cannot be used any more after {question['provider']}'s "
+                f"{question['operator']} ({str(error).splitlines()[0][:200]})",
+                f"choose other --kernels than {question['provider']}",
+            ) from error
 
 
 if __name__ == "__main__":

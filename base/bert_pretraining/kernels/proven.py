@@ -17,6 +17,9 @@ from bert_pretraining.kernels.provider import OPERATORS, Implementation, Target
 from bert_pretraining.kernels.table import LAST_RESORT, Candidates, Kernels
 from bert_pretraining.runtime import process_group
 
+FASTER = 0.9  # of the preferred provider's time: less counts as faster, not as noise
+NOT_EVERYWHERE = Verdict(unavailable="it is not installed on every machine")
+
 Verdicts = dict[str, dict[str, Verdict]]  # operator -> provider -> its verdict
 
 
@@ -117,7 +120,9 @@ def _on_all_ranks(prove: Callable[[], tuple[Verdicts, list[str]]]) -> tuple[Verd
     notices = list(dict.fromkeys(notice for _, lines in machines for notice in lines))
     merged = {
         operator: {
-            provider: _worst([verdicts[operator][provider] for verdicts, _ in machines])
+            provider: _worst(
+                [verdicts[operator].get(provider, NOT_EVERYWHERE) for verdicts, _ in machines]
+            )
             for provider in providers
         }
         for operator, providers in machines[0][0].items()
@@ -156,7 +161,7 @@ def _choose(
             f"no provider's {operator} is right on {target.device} ({'; '.join(faults)})",
             "pass --device cpu, or --prove_kernels off to train all the same",
         )
-    best = min(passing, key=lambda name: passing[name].seconds or 0.0)
+    best = _fastest(passing)
     notices += [f"{fault}: passed over, {best} runs it" for fault in faults]
     found = table.find(best, operator, target)
     times = [
@@ -167,6 +172,17 @@ def _choose(
     if len(times) < 2:
         return found
     return found._replace(description=f"{found.description} ({', '.join(times)})")
+
+
+def _fastest(passing: dict[str, Verdict]) -> str:
+    """The first provider, unless another one is faster beyond the noise of timings.
+
+    So a tie is chosen alike in every run: a resumed run computes with the same kernels.
+    """
+    times = {name: verdict.seconds or 0.0 for name, verdict in passing.items()}
+    first = next(iter(times))
+    fastest = min(times, key=lambda name: times[name])
+    return fastest if times[fastest] < FASTER * times[first] else first
 
 
 def _reasons(

@@ -12,7 +12,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.device_types import (
     DEVICE_TYPES,
     DeviceType,
+    Graphs,
     function_of,
     import_package,
     import_packages,
@@ -257,22 +258,6 @@ def streams(device: torch.device) -> ModuleType | None:
     return module if all(hasattr(module, name) for name in needed) else None
 
 
-class Graph(Protocol):
-    """Captured work: `replay` does it again; `pool` names its memory, which others may share."""
-
-    def replay(self) -> None: ...
-
-    def pool(self) -> object: ...
-
-
-class Graphs(NamedTuple):
-    """How work is captured: `create()` gives an empty graph, and `capture(graph, pool=...)` is a
-    context in which work is captured, not done."""
-
-    create: Callable[[], Graph]
-    capture: Callable[..., contextlib.AbstractContextManager[None]]
-
-
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
     """Work goes to a stream of its own, between what was given to the usual one before and after.
@@ -295,11 +280,21 @@ def graphs(device: torch.device) -> Graphs | None:
     return Graphs(create, capture) if create and capture and streams(device) else None
 
 
-def end_failed_capture(device: torch.device) -> None:
-    """Let the device draw random numbers again after a capture that failed.
+def current_stream(device: torch.device) -> Any:
+    """The stream to which the device's work goes now; None for a device without streams."""
+    module = streams(device)
+    return module.current_stream(device) if module else None
 
-    Its generator would go on to refuse it outside of a graph. A copy of its state does not.
+
+def end_failed_capture(device: torch.device, stream: Any) -> None:
+    """Let the device work on after a capture that failed.
+
+    PyTorch leaves the capture's stream as the current one; stream: the one before. Its generator
+    would go on to refuse random numbers outside of a graph. A copy of its state does not.
     """
+    select = function_of(device.type, "set_stream")
+    if select is not None and stream is not None:
+        select(stream)
     generators = getattr(module_of(device.type), "default_generators", ())
     for generator in generators[device.index or 0 :][:1]:
         generator.graphsafe_set_state(generator.clone_state())

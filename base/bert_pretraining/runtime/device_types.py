@@ -8,12 +8,14 @@ serves one type. `device.py` is what the rest of the package uses.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -116,3 +118,19 @@ def import_packages() -> tuple[str, ...]:
         except UserError as error:
             faults.append(error.problem)
     return tuple(faults)
+
+
+class Graph(Protocol):
+    """Captured work: `replay` does it again; `pool` names its memory, which others may share."""
+
+    def replay(self) -> None: ...
+
+    def pool(self) -> object: ...
+
+
+class Graphs(NamedTuple):
+    """How work is captured: `create()` gives an empty graph, and `capture(graph, pool=...)` is a
+    context in which work is captured, not done."""
+
+    create: Callable[[], Graph]
+    capture: Callable[..., contextlib.AbstractContextManager[None]]

@@ -104,7 +104,9 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
 def _connect(backend: str, device: torch.device) -> None:
     """Connect all ranks, and test the connection by an all-reduce."""
     device_id = device if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=CONNECT_TIMEOUT, device_id=device_id)
+    # Later PyTorch may not know how to change the timeout of other backends.
+    timeout = CONNECT_TIMEOUT if backend in ("nccl", "gloo") else COLLECTIVE_TIMEOUT
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     total = sum_over_ranks(torch.ones((), device=device)).item()
     if total != dist.get_world_size():
         raise RuntimeError(f"{dist.get_world_size()} ranks summed 1 to {total}")
@@ -130,6 +132,7 @@ def stop() -> None:
     """Leave the process group, if there is one, together with all other ranks."""
     if dist.is_initialized():
         dist.barrier()  # no rank closes a connection from which another rank still reads
+        compat.let_gloo_finish()
         dist.destroy_process_group()
 
 

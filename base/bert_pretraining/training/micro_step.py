@@ -87,6 +87,8 @@ class MicroStep:
             return forward_backward(self._model, batch, weights)
         try:
             sums = self._model(batch)
+        except torch.OutOfMemoryError:
+            raise  # the eager model needs more memory still
         except Exception as error:
             # No gradient was added yet, so that another model can do the whole step. An error of
             # the batch or the device comes again there.
@@ -112,9 +114,9 @@ class MicroStep:
         """
         for static in self._static:
             _dummies_only(static)
-            for _ in range(WARM_UP_STEPS):
-                # A capture needs that what came before ran on another stream than the usual one.
-                with devices.side_stream(self._device) if self._graph else nullcontext():
+            # A capture needs that what came before ran on another stream than the usual one.
+            with devices.side_stream(self._device) if self._graph else nullcontext():
+                for _ in range(WARM_UP_STEPS):
                     forward_backward(self._model, static.batch, self._weights)
             if self._graph:
                 zero_grad()
@@ -126,12 +128,13 @@ class MicroStep:
         graph = graphs.create()
         # Only one graph runs at a time, so that all can use the same memory.
         pool = self._captures[0][0].pool() if self._captures else None
+        stream = devices.current_stream(self._device)
         try:
             with graphs.capture(graph, pool=pool):
                 sums = forward_backward(self._model, static.batch, self._weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            devices.end_failed_capture(self._device)
+            devices.end_failed_capture(self._device, stream)
             raise UserError(
                 f"use_cuda_graph: these kernels and settings cannot be captured ({reason})",
                 "leave it out, or try --kernels triton without --checkpoint_activations",

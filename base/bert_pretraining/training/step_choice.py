@@ -93,10 +93,10 @@ def best_that_works(
         step = _make(way, config, model, compiled, ranks, say)
         with devices.generators_kept(ranks.device):
             batch = _sample(way, max_seqlen, ranks.device) if proves else None
-            fault, blamed = _prepare(step, batch, zero_grad)
+            fault, blamed = _prepare(step, way, batch, zero_grad)
             if fault is None and batch is not None:
                 blamed = str(way)
-                fault = _difference(step, model, batch, config, zero_grad)
+                fault = _difference(step, way, model, batch, config, zero_grad, say)
             zero_grad()
         if fault is None:
             return step
@@ -112,7 +112,7 @@ def best_that_works(
 
 
 def _prepare(
-    step: MicroStep, batch: PackedBatch | None, zero_grad: Callable[[], None]
+    step: MicroStep, way: Way, batch: PackedBatch | None, zero_grad: Callable[[], None]
 ) -> tuple[str | None, str]:
     """Compile and capture; why that failed, or None, and what failed. The same on every rank.
 
@@ -121,17 +121,18 @@ def _prepare(
     """
     fault = _first_fault(lambda: step.forward(batch))
     if fault:
-        return fault, "torch.compile"
-    fault = _first_fault(lambda: step.prepare(zero_grad))
-    return fault, "use_cuda_graph" if step.keeps_gradients else "torch.compile"
+        return fault, "torch.compile" if way.compiled else "use_cuda_graph"
+    return _first_fault(lambda: step.prepare(zero_grad)), str(way)
 
 
 def _difference(
     step: MicroStep,
+    way: Way,
     model: nn.Module,
     batch: PackedBatch,
     config: Config,
     zero_grad: Callable[[], None],
+    say: Callable[[str], None],
 ) -> str | None:
     """How the step differs from the eager model, or None; the same on every rank."""
     losses = OBJECTIVES[config.objective]
@@ -142,14 +143,18 @@ def _difference(
     found: list[str | None] = []
 
     def compare() -> None:
-        found.append(
-            difference(
-                model,
-                lambda: forward_backward(model, batch, weights),
-                lambda: step(batch, weights),
-                zero_grad,
+        try:
+            found.append(
+                difference(
+                    model,
+                    lambda: forward_backward(model, batch, weights),
+                    lambda: step(batch, weights),
+                    zero_grad,
+                )
             )
-        )
+        except torch.OutOfMemoryError:  # two models' gradients at once; the step alone may fit
+            say(f"Notice: {way} is not compared with the eager model: too little memory for both")
+            found.append(None)
 
     fault = _first_fault(compare)
     return fault or next(filter(None, process_group.gather(found[0])), None)
