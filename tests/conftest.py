@@ -47,9 +47,13 @@ not_run_key = pytest.StashKey[int]()
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a killed program leaves in the folder of temporary files goes with pytest's own."""
+    """What a killed program leaves in the folder of temporary files goes with pytest's own.
+
+    So do the verdicts on kernels, which are kept in the user's cache folder.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(tempfile, "tempdir", None)
         yield
 

@@ -1,7 +1,7 @@
 """The device type `testdev` of tests, as an extension package such as torch_npu brings its own.
 
 Importing it makes `torch.device("testdev")` and `torch.testdev` work. The compiled part lies beside
-it; `accelerator.build` makes it. Streams, pinned memory, graphs and collectives are missing on
+it; `tests/testdev_build.py` makes it. Streams, pinned memory, graphs and collectives are missing on
 purpose: the package has to do without them.
 """
 

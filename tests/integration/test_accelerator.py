@@ -53,6 +53,12 @@ def figures(output: str) -> list[float]:
     return [value[key] for event, value in events for key in names.get(event, ())]
 
 
+@pytest.fixture(autouse=True)
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter, which other tests switch on, would run Triton's kernels here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def with_dropout(mini_data: Path, tmp_path: Path) -> Path:
     """bert_config.json of the mini model, with dropout; its own has none."""

@@ -38,6 +38,7 @@ NOT_HERE = {
     "python -m pytest": "run_tests.sh runs these tests too",
     "export PYTHONPATH": "sets variables of the reader's shell",
     "python3 -m pip install": "needs a network",
+    'python3 -c "import torch': "asks the torch of the reader's python3",
     "bash benchmarks/gpu_check.sh": "needs a GPU",
     "bash run_training.sh --name mini --config CPUx1x2 --nnodes 2": MACHINES,
     "bash examples/train_ssh.sh": MACHINES,

@@ -129,9 +129,10 @@ def main() -> None:
         print(json.dumps(answer), file=pipe, flush=True)
 
     job = json.loads(sys.stdin.readline())
-    device = torch.device(job["device"])
     try:
-        devices.resolve(device.type)  # imports the type's extension package
+        # The type's extension package comes first: without it torch.device does not know the type.
+        devices.resolve(job["device"].partition(":")[0])
+        device = torch.device(job["device"])
         (torch.ones(8, device=device) * 2).sum().item()
     except Exception as error:
         tell({"unusable": str(error).strip().splitlines()[0][:200]})
