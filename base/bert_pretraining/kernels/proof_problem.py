@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from bert_pretraining.runtime import device as devices
 
-# Elements of the widest tensor that are compared. The exact results then take 0.1 s for each
-# operator and dropout on two cores (docs/LOG.md has the measurement).
+# Elements of the widest tensor that are compared. For BERT-large the exact results of all cases of
+# a provider then take 0.3 s on one core (measured on an AMD EPYC), for a batch of any size.
 COMPARED = 2**19
 SEED = 1234
 
