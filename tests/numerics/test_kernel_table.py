@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bert_pretraining.kernels import (
     torch_provider,
     triton_provider,
 )
+from bert_pretraining.kernels.reference import attention as reference_attention
 from bert_pretraining.kernels.table import Candidates, candidates
 
 CPU = torch.device("cpu")
@@ -191,6 +193,10 @@ def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch
     def padded(qkv: torch.Tensor, *_: object) -> torch.Tensor:
         return qkv[:, 2]
 
+    def try_there(attention: Callable, *_: object) -> None:
+        attention(torch.ones(16, 3, 2, 64, device=meta))  # its results cannot be compared
+
+    monkeypatch.setattr(torch_provider, "try_attention", try_there)
     monkeypatch.setattr(torch_provider, "flash_attention", refuse)
     monkeypatch.setattr(torch_provider, "efficient_attention", refuse)
     monkeypatch.setattr(torch_provider, "padded_attention", padded)
@@ -200,3 +206,24 @@ def test_an_attention_that_is_refused_falls_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch_provider, "padded_attention", refuse)
     with pytest.raises(UserError, match="no attention runs on meta"):
         torch_provider.attention_for(meta, torch.float16, 64)
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient", "nan", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_grossly_wrong_is_refused(fault: str, dtype: torch.dtype) -> None:
+    """So that the next variant is tried: flash may run on a device, and be wrong there."""
+
+    def attention(qkv: torch.Tensor, *others: object) -> torch.Tensor:
+        if fault == "gradient":
+            # The values are right, and half of each value's gradient is missing.
+            kept = (qkv[:, 2] + qkv[:, 2].detach()) / 2
+            qkv = torch.stack([qkv[:, 0], qkv[:, 1], kept], dim=1)
+        context = reference_attention(qkv, *others)
+        factor = {"output": 0.5, "nan": float("nan")}.get(fault, 1.0)
+        return context * factor
+
+    if fault:
+        with pytest.raises(RuntimeError, match="its results are wrong"):
+            torch_provider.try_attention(attention, torch.device("cpu"), dtype, 16)
+    else:
+        torch_provider.try_attention(attention, torch.device("cpu"), dtype, 16)

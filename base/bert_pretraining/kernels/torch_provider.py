@@ -15,8 +15,10 @@ from bert_pretraining.kernels.dropout import dropout as fast_dropout
 from bert_pretraining.kernels.dropout import dropout_add
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.kernels.reference import attention as reference_attention
 
 NAME = "torch"
+GROSS = 0.05  # of the largest number: an error far beyond the rounding of 16-bit numbers
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Callable, str]:
@@ -45,10 +47,27 @@ def attention_for(device: torch.device, dtype: torch.dtype, head_size: int) -> t
 def try_attention(
     attention: Callable, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> None:
-    """Run attention forward and backward on two small sequences; its errors pass through."""
-    cu_seqlens = torch.tensor([0, 5, 16], dtype=torch.int32, device=device)
-    qkv = torch.ones(16, 3, 2, head_size, device=device, dtype=dtype, requires_grad=True)
-    attention(qkv, cu_seqlens, 11, 0.1).sum().backward()
+    """Run attention forward and backward on two small sequences; its errors pass through.
+
+    Raises RuntimeError too where a result is grossly wrong or not finite, so that the next variant
+    is tried; `proof.py` looks closer. Nothing is drawn from the CPU's generator.
+    """
+    generator = torch.Generator().manual_seed(1)
+    exact = torch.randn(16, 3, 2, head_size, generator=generator).to(dtype).double()
+    direction = torch.randn(16, 2, head_size, generator=generator).to(dtype).double()
+    ours = exact.to(device, dtype).requires_grad_()
+    exact.requires_grad_()
+    ends = torch.tensor([0, 5, 16], dtype=torch.int32)
+    attention(ours, ends.to(device), 11, 0.1).sum().backward()
+    ours.grad = None
+    context = attention(ours, ends.to(device), 11, 0.0)
+    context.backward(direction.to(device, dtype))
+    expected = reference_attention(exact, ends, 11, 0.0)
+    expected.backward(direction)
+    for found, right in ((context, expected), (ours.grad, exact.grad)):
+        difference = (found.detach().cpu().double() - right.detach()).abs().max()
+        if not difference <= GROSS * right.detach().abs().max():  # NaN is not
+            raise RuntimeError("its results are wrong")
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
