@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import forward_backward
-from bert_pretraining.training.step_choice import choose_step
+from bert_pretraining.training.step_choice import prepared_step
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 SWITCHES = (
@@ -54,7 +55,7 @@ def test_every_combination_of_switches_trains(whole: bool) -> None:
             tiny_config(num_hidden_layers=1), kernels, 1, chosen.checkpoint_activations
         )
         said: list[str] = []
-        step = choose_step(chosen, model, 512, ALONE, said.append)
+        step = prepared_step(chosen, model, 512, ALONE, said.append, model.zero_grad)
         torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
         norms = [parameter.grad.norm() for parameter in model.parameters()]
         torch.testing.assert_close(torch.stack(norms).norm(), norm, rtol=1e-4, atol=1e-6)
@@ -88,8 +89,8 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     expected = forward_backward(model, BATCH, WEIGHTS)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     said: list[str] = []
-    step = choose_step(chosen, model, 64, ALONE, said.append)
-    step.prepare(lambda: model.zero_grad(set_to_none=False))
+    zero_grad = functools.partial(model.zero_grad, set_to_none=False)
+    step = prepared_step(chosen, model, 64, ALONE, said.append, zero_grad)
     torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
@@ -100,7 +101,8 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     chosen = config.resolve({"compile": "on"}).config
     with pytest.raises(UserError, match=r"needs a C.. compiler; install"):
-        choose_step(chosen, make_model(tiny_config()), 512, ALONE, print)
+        model = make_model(tiny_config())
+        prepared_step(chosen, model, 512, ALONE, print, model.zero_grad)
 
 
 def test_compiling_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,4 +110,5 @@ def test_compiling_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> N
     chosen = config.resolve({"compile": "on"}).config
     on_gpu = Ranks(0, 1, torch.device("cuda", 0))
     with pytest.raises(UserError, match="--compile on: on a GPU it needs triton; pip install"):
-        choose_step(chosen, make_model(tiny_config()), 512, on_gpu, print)
+        model = make_model(tiny_config())
+        prepared_step(chosen, model, 512, on_gpu, print, model.zero_grad)

@@ -348,6 +348,10 @@ class Config(UpstreamSwitches):
         """`batching`, or what `exchange_padding` means if that is not set."""
         return self.batching or ("balanced" if self.exchange_padding else "random")
 
+    def proves_kernels_on(self, device_type: str) -> bool:
+        """Whether kernels are proven on a type of device, such as "cpu"."""
+        return self.prove_kernels == "on" or (self.prove_kernels == "auto" and device_type != "cpu")
+
     @property
     def kernels_by_operator(self) -> dict[str, str]:
         """Operator -> provider, for the operators whose own setting is set."""

@@ -22,10 +22,12 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from bert_pretraining.runtime import packages
+
 
 def release(version: str) -> tuple[int, ...]:
     """The first two numbers of a version: "2.4.1+corex.4.3.0" -> (2, 4)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return packages.release(version)[:2]
 
 
 TORCH = release(torch.__version__)

@@ -13,7 +13,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-# What training imports, and the oldest version that was tried.
+# What training imports, and the oldest version that the tests were run with.
 REQUIRED = {
     "torch": "2.4",
     "numpy": "1.24",
@@ -64,10 +64,11 @@ def folder_of(module: str) -> Path | None:
 
 def is_older(version: str, than: str) -> bool:
     """Compare releases: 2.10.0+cpu is not older than 2.9. UNKNOWN is not older."""
-    return version != UNKNOWN and _release(version) < _release(than)
+    return version != UNKNOWN and release(version) < release(than)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """The numbers at a version's beginning: "2.4.1+corex.4.3.0" -> (2, 4, 1)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in found[0].split(".")) if found else ()
 

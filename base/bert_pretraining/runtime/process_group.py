@@ -104,7 +104,7 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
 def _connect(backend: str, device: torch.device) -> None:
     """Connect all ranks, and test the connection by an all-reduce."""
     device_id = device if backend == "nccl" else None
-    # Later PyTorch may not know how to change the timeout of other backends.
+    # PyTorch may not be able to change the timeout of other backends later.
     timeout = CONNECT_TIMEOUT if backend in ("nccl", "gloo") else COLLECTIVE_TIMEOUT
     dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     total = sum_over_ranks(torch.ones((), device=device)).item()

@@ -28,11 +28,8 @@ def choose_kernels(
 
     UserError for a provider that cannot run, or that was asked for by name and is wrong.
     """
-    proves = config.prove_kernels == "on" or (
-        config.prove_kernels == "auto" and device.type != "cpu"
-    )
     named = config.kernels_by_operator
-    if proves:
+    if config.proves_kernels_on(device.type):
         target = Target(device, dtype, bert_config.head_size)
         again = config.prove_kernels == "on"
         sizes = batch_sizes(config, bert_config)

@@ -42,20 +42,6 @@ class Way:
 EAGER = Way(False, False, ())
 
 
-def choose_step(
-    config: Config, model: nn.Module, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
-) -> MicroStep:
-    """Choose eager, compiled or captured, as the settings ask and the device allows.
-
-    Compiled and captured steps may use constant shapes.
-
-    max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
-    UserError if compiling was asked for and cannot be.
-    """
-    way = _asked(config, max_seqlen, ranks, say)
-    return _make(way, config, model, _compiled(way, model, say), ranks, say)
-
-
 def prepared_step(
     config: Config,
     model: nn.Module,
@@ -64,12 +50,16 @@ def prepared_step(
     say: Callable[[str], None],
     zero_grad: Callable[[], None],
 ) -> MicroStep:
-    """As `choose_step`, compiled and captured; what fails there is left out. On all ranks at once.
+    """Choose eager, compiled or captured, as the settings ask and the device allows.
 
-    With `prove_kernels`, loss and gradients are also compared with the eager model's. Random
-    states stay as they were. zero_grad leaves every parameter's gradient in place, zeroed.
+    It is compiled and captured here, on all ranks at once; what fails is left out. With
+    `prove_kernels`, loss and gradients are also compared with the eager model's. Random states
+    stay as they were. Compiled and captured steps may use constant shapes.
 
-    UserError if `--compile on` fails.
+    max_seqlen: the longest sequence that the model takes. say: is told what was chosen. zero_grad
+    leaves every parameter's gradient in place, zeroed.
+
+    UserError if compiling was asked for and cannot be, or fails.
     """
     way = _asked(config, max_seqlen, ranks, say)
     return best_that_works(way, config, model, max_seqlen, ranks, say, zero_grad)
@@ -85,9 +75,7 @@ def best_that_works(
     zero_grad: Callable[[], None],
 ) -> MicroStep:
     """`prepared_step`, beginning with this way."""
-    proves = config.prove_kernels == "on" or (
-        config.prove_kernels == "auto" and ranks.device.type != "cpu"
-    )
+    proves = config.proves_kernels_on(ranks.device.type)
     compiled = _compiled(way, model, say)
     while way != EAGER:
         step = _make(way, config, model, compiled, ranks, say)
