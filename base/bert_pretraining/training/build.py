@@ -167,8 +167,7 @@ def _optimizer(
         config.max_gradient_norm,
     )
     sharing: Sharing = "sharded" if config.distributed_lamb else "replicated"
-    without_ddp = sharing == "replicated" and setup.clips_before_reduction
-    if setup.ranks.world_size == 1 or without_ddp:
+    if setup.ranks.world_size == 1:
         sharing = "alone"
     optimizer = create_optimizer(
         config.optimizer, module.parameters_in_memory_order(), settings, masters, sharing
