@@ -8,6 +8,8 @@ reads them, so that nothing is copied or added afterwards. What it computes is w
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,16 +27,21 @@ if TYPE_CHECKING:
 SEEDS = 3  # of a layer: attention, and the dropout before each of the two LayerNorms
 
 
-def draw_seeds(num_layers: int, device: torch.device) -> Tensor:
-    """The seeds of all layers, (num_layers, SEEDS, 2) int32: one draw from the generator."""
-    shape = (num_layers, SEEDS, 2)
-    return torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32)
+Seeds = tuple[Tensor | None, ...]  # SEEDS tensors, (2,) int32 each; None where nothing is dropped
+NO_SEEDS: Seeds = (None,) * SEEDS
+
+
+def draw_seeds(num_layers: int, device: torch.device) -> list[Seeds]:
+    """The seeds of each layer: one draw from the device's generator for all of them."""
+    shape = (num_layers * SEEDS, 2)
+    drawn = torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32).unbind()
+    return [drawn[start : start + SEEDS] for start in range(0, len(drawn), SEEDS)]
 
 
 class Saved(NamedTuple):
     """What the backward pass reads: activations, (T, size) each, and what operators keep.
 
-    hidden: the layer's input. inner: before GELU, without its bias. seeds: None without dropout.
+    hidden: the layer's input. inner: before GELU, without its bias.
     """
 
     hidden: Tensor
@@ -44,22 +51,24 @@ class Saved(NamedTuple):
     inner: Tensor
     activated: Tensor
     cu_seqlens: Tensor
-    seeds: Tensor | None
+    seeds: Seeds
     attention: tuple[Tensor, ...]
     first_norm: tuple[Tensor, ...]
     second_norm: tuple[Tensor, ...]
 
     def flat(self) -> tuple[list[Tensor | None], list[int]]:
-        """All tensors in one list, and how many the last three fields have."""
-        kept = self[-3:]
-        return [*self[:-3], *kept[0], *kept[1], *kept[2]], [len(one) for one in kept]
+        """All tensors in one list, and how many each of the last four fields has."""
+        kept = self[-4:]
+        tensors = [*self[:-4], *(tensor for field in kept for tensor in field)]
+        return tensors, [len(field) for field in kept]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> Saved:
         """The inverse of `flat`."""
-        first, second, _ = counts
-        kept = tensors[8:]
-        return cls(*tensors[:8], kept[:first], kept[first : first + second], kept[first + second :])
+        start = len(cls._fields) - len(counts)
+        ends = itertools.accumulate(counts, initial=start)
+        kept = (tensors[first:end] for first, end in itertools.pairwise(ends))
+        return cls(*tensors[:start], *kept)
 
 
 class _Norm(NamedTuple):
@@ -99,13 +108,13 @@ class FusedLayer:
         self.qkv_biases = tuple(part.bias for part in parts)
         self.qkv_weight, self.qkv_bias = map(side_by_side, (self.qkv_weights, self.qkv_biases))
         self.inner_weight, self.inner_bias = projection.weight, projection.bias
+        self._targets: dict[tuple[nn.Parameter, ...], _Targets] = {}
         self.first, self.second = _Norm.of(layer.attention.output), _Norm.of(layer.output)
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> Tensor:
         """Run the layer. hidden: (T, hidden size). Returns the same shape.
 
-        seeds: (SEEDS, 2) int32 on the device, from which the dropout masks follow; None without
-        dropout.
+        seeds: those of this layer, from which the dropout masks follow.
         """
         return _FusedLayer.apply(hidden, seeds, batch, self)
 
@@ -114,11 +123,9 @@ class FusedLayer:
         weight = torch.cat(self.qkv_weights) if self.qkv_weight is None else self.qkv_weight
         return weight, torch.cat(self.qkv_biases) if self.qkv_bias is None else self.qkv_bias
 
-    def forward(
-        self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None
-    ) -> tuple[Tensor, Saved]:
+    def forward(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> tuple[Tensor, Saved]:
         """The layer's output, and what `backward` needs."""
-        one, two, three = (None,) * SEEDS if seeds is None else seeds.unbind()
+        one, two, three = seeds
         weight, bias = self._stacked()
         qkv = torch.addmm(bias, hidden, weight.t())
         context, attention_saved = self.pairs.attention.forward(
@@ -137,6 +144,18 @@ class FusedLayer:
             hidden, qkv, context, middle, inner, activated, batch.cu_seqlens, seeds,
             attention_saved, first_saved, second_saved,
         )  # fmt: skip
+
+    def _target(self, group: tuple[nn.Parameter, ...]) -> _Targets:
+        """Where to add the gradients of parameters of equal shape all at once."""
+        apart = [self.sink.target(parameter) for parameter in group]
+        known = self._targets.get(group)
+        if known is None or not all(map(operator.is_, known.apart, apart)):
+            together = side_by_side(apart)
+            shared = together is not None
+            if not shared:
+                together = apart[0].new_zeros(len(group) * len(apart[0]), *apart[0].shape[1:])
+            known = self._targets[group] = _Targets(apart, together, shared)
+        return known
 
     def _norm(
         self, norm: _Norm, x: Tensor, residual: Tensor, seed: Tensor | None
@@ -158,7 +177,7 @@ class FusedLayer:
         gradient: of the output, (T, hidden size). Every tensor called "..._gradient" is the
         gradient of the tensor whose name it begins with.
         """
-        one, two, three = (None,) * SEEDS if saved.seeds is None else saved.seeds.unbind()
+        one, two, three = saved.seeds
         target = self.sink.target
         activated_gradient, middle_gradient = self._norm_backward(
             self.second, gradient, saved.activated, saved.second_norm, three
@@ -184,12 +203,11 @@ class FusedLayer:
             saved.context.view(heads),
             saved.attention,
         ).view(saved.qkv.shape)
-        weights, apart = _together([target(part) for part in self.qkv_weights])
-        add_product(weights, qkv_gradient, saved.hidden)
-        _spread(weights, apart)
-        biases, apart = _together([target(part) for part in self.qkv_biases])
-        self.pairs.column_sum(qkv_gradient, biases)
-        _spread(biases, apart)
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
+        add_product(weights.together, qkv_gradient, saved.hidden)
+        self.pairs.column_sum(qkv_gradient, biases.together)
+        for added in (weights, biases):
+            added.spread()
         return hidden_gradient.addmm_(qkv_gradient, self._stacked()[0])
 
     def _norm_backward(
@@ -222,7 +240,7 @@ class FusedLayer:
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, seeds: Tensor | None, batch: PackedBatch, layer: FusedLayer
+        ctx: Any, hidden: Tensor, seeds: Seeds, batch: PackedBatch, layer: FusedLayer
     ) -> Tensor:
         output, saved = layer.forward(hidden, batch, seeds)
         tensors, ctx.counts = saved.flat()
@@ -248,15 +266,21 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.add_(torch.mm(left.t(), right))
 
 
-def _together(targets: list[Tensor]) -> tuple[Tensor, list[Tensor] | None]:
-    """One tensor to add to in place of several, and these if it is not their memory."""
-    together = side_by_side(targets)
-    if together is not None:
-        return together, None
-    first = targets[0]
-    return first.new_zeros(len(targets) * first.shape[0], *first.shape[1:]), targets
+class _Targets(NamedTuple):
+    """Gradients of equal shape, and one tensor to add to in place of them.
 
+    shared: whether that is their own memory.
+    """
 
-def _spread(together: Tensor, apart: list[Tensor] | None) -> None:
-    for target, part in zip(apart or (), together.split(len(together) // 3), strict=False):
-        target.add_(part)
+    apart: list[Tensor]
+    together: Tensor
+    shared: bool
+
+    def spread(self) -> None:
+        """Bring what was added to `together` into `apart`."""
+        if not self.shared:
+            for target, part in zip(
+                self.apart, self.together.split(len(self.apart[0])), strict=True
+            ):
+                target.add_(part)
+            self.together.zero_()
