@@ -91,6 +91,15 @@ def scaled_mm(left: torch.Tensor, right: torch.Tensor, **options: typing.Any) ->
     return product[0] if isinstance(product, tuple) else product
 
 
+def compile_once_for_equal_modules() -> None:
+    """torch.compile makes one program for all modules of one class, not one for each.
+
+    Before 2.5 this has to be switched on.
+    """
+    if TORCH < (2, 5):
+        torch._dynamo.config.inline_inbuilt_nn_modules = True
+
+
 def called_functions(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """The functions that a file of torch.save would call; [] where they are not known.
 
