@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,22 @@ from torch import Tensor, nn
 from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
 from bert_pretraining.config import FIELDS, Config, without_switches
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.optim import LossScale, Optimizer
 from bert_pretraining.progress import RunState
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.files import checkpoint_kind
 from bert_pretraining.runtime.process_group import Ranks
+
+
+class Scales(Protocol):
+    """The scales of layers that compute in fp8."""
+
+    def state_dict(self) -> dict:
+        """This rank's scales, in main memory."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. UserError if it is another model's."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class TrainingState:
     loss_scale: LossScale
     order: DataOrder
     settings: dict[str, object]
-    fp8: Fp8State | None = None
+    fp8: Scales | None = None
 
     def capture(
         self, counters: dict[str, object], versions: dict[str, str], ranks: Ranks
@@ -167,7 +177,7 @@ class Saved:
         self,
         optimizer: Optimizer,
         loss_scale: LossScale,
-        fp8: Fp8State | None = None,
+        fp8: Scales | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """Weights, the optimizer's slots and loss scale. UserError if they are another model's.
