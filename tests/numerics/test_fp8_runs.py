@@ -9,10 +9,13 @@ import torch
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.fp8 import GRADIENT, Fp8State
+from bert_pretraining.model.gradient_sink import OwnGradients
+from bert_pretraining.model.layer_form import PLAIN, FusedForm
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.training.micro_step import MicroStep
+from bert_pretraining.training.micro_step import MicroStep, forward_backward
 from bert_pretraining.training.static_batch import Budget
 from helpers import in_process, make_model, packed, padded_arrays, perf_events, tiny_config
+from reference_pairs import PAIRS
 
 CPU = torch.device("cpu")
 FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--seed", 5, "--log_freq", 1,
@@ -32,6 +35,31 @@ def test_only_the_encoder_computes_in_fp8() -> None:
     plain = model(batch)["mlm"].loss.item()
     assert in_fp8 != plain
     assert in_fp8 == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fused_layers_are_the_modules_in_fp8_too(recompute: bool) -> None:
+    """In float64, so that no other rounding can push a number over an edge of fp8's."""
+    model = make_model(tiny_config(), dtype=torch.float64)
+    model.bert.encoder.checkpoint_activations = recompute
+    batches = [packed(padded_arrays([9, 16, 3], 16, 101, seed=seed)) for seed in (1, 2)]
+    weights = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
+    results = []
+    for fuses in (False, True):
+        state = Fp8State.of(model.bert.encoder, CPU)
+        layers = model.bert.encoder.layer
+        form = FusedForm(layers, PAIRS, OwnGradients()) if fuses else PLAIN
+        model.zero_grad()
+        with model.layers_as(form):
+            for batch in batches:  # measured, then delayed
+                sums = forward_backward(model, batch, weights)
+                state.update()
+            with torch.no_grad():
+                model(batches[0])
+        assert not state.table[2].any(), "an evaluation moved the maxima"
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append((sums, gradients, state.table))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 def test_state_is_restored_bit_for_bit_and_only_for_the_same_layers() -> None:

@@ -93,7 +93,8 @@ class _Linear(torch.autograd.Function):
             )
         bias_gradient = None
         if ctx.has_bias:
-            bias_gradient = gradient.sum(0, dtype=torch.float32).to(gradient.dtype)
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            bias_gradient = gradient.sum(0, dtype=wide).to(gradient.dtype)
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 

@@ -245,7 +245,6 @@ def _asked(
     fuses = trained.module.kernels.pairs is not None and trained.reduces_later
     forms = ["fused"] if fuses else []
     if trained.fp8 is not None:
-        forms = []  # only the plain modules know of scales
         if config.compile == "on":
             say("Notice: --compile on has no effect: layers in fp8 are not compiled")
     elif config.compile == "on":
