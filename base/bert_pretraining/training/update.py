@@ -94,9 +94,7 @@ class Update:
             with self._reduction.overlap(last):
                 totals.add(self._micro_step(batch, weight), batch)
         self._reduction.finish(scale)
-        rate = self._schedule.at(self._optimizer.num_updates)
-        finite = self._optimizer.step(rate, 1.0 / scale)
-        self._loss_scale.update(finite)
+        finite = self._optimizer.scheduled_step(self._schedule, self._loss_scale)
         self._unread.append((finite, micro_batches))
         return totals
 
