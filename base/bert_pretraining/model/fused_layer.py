@@ -9,6 +9,7 @@ reads them, so that nothing is copied or added afterwards. What it computes is w
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,24 +29,29 @@ if TYPE_CHECKING:
 SEEDS = 3  # of a layer: attention, and the dropout before each of the two LayerNorms
 
 
-def draw_seeds(num_layers: int, device: torch.device) -> Tensor:
-    """The seeds of all layers, (num_layers, SEEDS, 2) int32: one draw from the generator."""
-    shape = (num_layers, SEEDS, 2)
-    return torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32)
+Seeds = tuple[Tensor | None, ...]  # SEEDS tensors, (2,) int32 each; None where nothing is dropped
+NO_SEEDS: Seeds = (None,) * SEEDS
+
+
+def draw_seeds(num_layers: int, device: torch.device) -> list[Seeds]:
+    """The seeds of each layer: one draw from the device's generator for all of them."""
+    shape = (num_layers * SEEDS, 2)
+    drawn = torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32).unbind()
+    return [drawn[start : start + SEEDS] for start in range(0, len(drawn), SEEDS)]
 
 
 class Saved(NamedTuple):
     """What the backward pass reads: activations, (T, size) each, and what operators keep.
 
-    inner: before GELU, without its bias. seeds: None without dropout. The fields after it: what the
-    operators keep, those named after a projection for its products.
+    inner: before GELU, without its bias. The fields after cu_seqlens: the layer's seeds, and what
+    the operators keep, those named after a projection for its products.
     """
 
     qkv: Tensor
     context: Tensor
     inner: Tensor
     cu_seqlens: Tensor
-    seeds: Tensor | None
+    seeds: Seeds
     attention: tuple[Tensor, ...]
     first_norm: tuple[Tensor, ...]
     second_norm: tuple[Tensor, ...]
@@ -55,7 +61,7 @@ class Saved(NamedTuple):
     to_output: tuple[Tensor, ...]
 
     def flat(self) -> tuple[list[Tensor | None], list[int]]:
-        """All tensors in one list, and how many each of the fields after `seeds` has."""
+        """All tensors in one list, and how many each field after `cu_seqlens` has."""
         single, kept = self[:SINGLE], self[SINGLE:]
         return [*single, *itertools.chain(*kept)], [len(one) for one in kept]
 
@@ -67,7 +73,7 @@ class Saved(NamedTuple):
         return cls(*tensors[:SINGLE], *kept)
 
 
-SINGLE = Saved._fields.index("attention")  # the fields before it are one tensor each
+SINGLE = Saved._fields.index("seeds")  # the fields before it are one tensor each
 
 
 class Product:
@@ -168,13 +174,13 @@ class FusedLayer:
         self.to_qkv, self.to_inner = map(
             product_of, (attention.scaling, layer.intermediate.scaling)
         )
+        self._targets: dict[tuple[nn.Parameter, ...], _Targets] = {}
         self.first, self.second = _Norm.of(layer.attention.output), _Norm.of(layer.output)
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> Tensor:
         """Run the layer. hidden: (T, hidden size). Returns the same shape.
 
-        seeds: (SEEDS, 2) int32 on the device, from which the dropout masks follow; None without
-        dropout.
+        seeds: those of this layer, from which the dropout masks follow.
         """
         return _FusedLayer.apply(hidden, seeds, batch, self, torch.is_grad_enabled())
 
@@ -184,10 +190,10 @@ class FusedLayer:
         return weight, torch.cat(self.qkv_biases) if self.qkv_bias is None else self.qkv_bias
 
     def forward(
-        self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None, record: bool = True
+        self, hidden: Tensor, batch: PackedBatch, seeds: Seeds, record: bool = True
     ) -> tuple[Tensor, Saved]:
         """The layer's output, and what `backward` needs. record: whether that will follow."""
-        one, two, three = (None,) * SEEDS if seeds is None else seeds.unbind()
+        one, two, three = seeds
         qkv, to_qkv = self.to_qkv.forward(hidden, *self._stacked(), record)
         context, attention_saved = self.pairs.attention.forward(
             qkv.view(hidden.shape[0], 3, self.num_heads, -1),
@@ -212,6 +218,18 @@ class FusedLayer:
             second_saved, to_qkv, to_middle, to_inner, to_output,
         )  # fmt: skip
 
+    def _target(self, group: tuple[nn.Parameter, ...]) -> _Targets:
+        """Where to add the gradients of parameters of equal shape all at once."""
+        apart = [self.sink.target(parameter) for parameter in group]
+        known = self._targets.get(group)
+        if known is None or not all(map(operator.is_, known.apart, apart)):
+            together = side_by_side(apart)
+            shared = together is not None
+            if not shared:
+                together = apart[0].new_zeros(len(group) * len(apart[0]), *apart[0].shape[1:])
+            known = self._targets[group] = _Targets(apart, together, shared)
+        return known
+
     def _norm(
         self, norm: _Norm, projected: Tensor, residual: Tensor, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -232,7 +250,7 @@ class FusedLayer:
         gradient: of the output, (T, hidden size). Every tensor called "..._gradient" is the
         gradient of the tensor whose name it begins with.
         """
-        one, two, three = (None,) * SEEDS if saved.seeds is None else saved.seeds.unbind()
+        one, two, three = saved.seeds
         target = self.sink.target
         activated_gradient, middle_gradient = self._norm_backward(
             self.second, gradient, saved.to_output, saved.second_norm, three
@@ -263,13 +281,12 @@ class FusedLayer:
             saved.context.view(heads),
             saved.attention,
         ).view(saved.qkv.shape)
-        weights, apart = _together([target(part) for part in self.qkv_weights])
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         weight = self._stacked()[0]
-        self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights, hidden_gradient)
-        _spread(weights, apart)
-        biases, apart = _together([target(part) for part in self.qkv_biases])
-        self.pairs.column_sum(qkv_gradient, biases)
-        _spread(biases, apart)
+        self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights.together, hidden_gradient)
+        self.pairs.column_sum(qkv_gradient, biases.together)
+        for added in (weights, biases):
+            added.spread()
         return hidden_gradient
 
     def _norm_backward(
@@ -306,7 +323,7 @@ class _FusedLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        seeds: Tensor | None,
+        seeds: Seeds,
         batch: PackedBatch,
         layer: FusedLayer,
         record: bool,
@@ -335,15 +352,21 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.add_(torch.mm(left.t(), right))
 
 
-def _together(targets: list[Tensor]) -> tuple[Tensor, list[Tensor] | None]:
-    """One tensor to add to in place of several, and these if it is not their memory."""
-    together = side_by_side(targets)
-    if together is not None:
-        return together, None
-    first = targets[0]
-    return first.new_zeros(len(targets) * first.shape[0], *first.shape[1:]), targets
+class _Targets(NamedTuple):
+    """Gradients of equal shape, and one tensor to add to in place of them.
 
+    shared: whether that is their own memory.
+    """
 
-def _spread(together: Tensor, apart: list[Tensor] | None) -> None:
-    for target, part in zip(apart or (), together.split(len(together) // 3), strict=False):
-        target.add_(part)
+    apart: list[Tensor]
+    together: Tensor
+    shared: bool
+
+    def spread(self) -> None:
+        """Bring what was added to `together` into `apart`."""
+        if not self.shared:
+            for target, part in zip(
+                self.apart, self.together.split(len(self.apart[0])), strict=True
+            ):
+                target.add_(part)
+            self.together.zero_()
