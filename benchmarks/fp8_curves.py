@@ -36,7 +36,8 @@ def one_run(data_dir: Path, output_dir: Path, precision: str, seed: int, config:
     done = subprocess.run(
         module("launch", "--name", "mini", "--config", config, "--device", "cpu",
                "--data_dir", data_dir, "--output_dir", output_dir, "--seed", seed,
-               "--log_freq", 1, "--eval_steps", EVAL_STEPS, "--precision", precision),
+               "--threads", 1, "--log_freq", 1, "--eval_steps", EVAL_STEPS,
+               "--precision", precision),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode not in (0, 3):
