@@ -20,7 +20,8 @@ from torch import nn
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.optimizer import seconds_of_updates, shapes_of
-from bert_pretraining.bench.workload import BERT_LARGE, timed
+from bert_pretraining.bench.timing import timed
+from bert_pretraining.bench.workload import BERT_LARGE
 
 CPU = torch.device("cpu")
 
