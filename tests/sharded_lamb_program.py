@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bert_pretraining.optim import Optimizer, ShardedLamb, create_optimizer, sharded_lamb
+from bert_pretraining.optim.buckets import AT_A_TIME
 from bert_pretraining.optim.flat_torch import TorchKernels
-from bert_pretraining.optim.sharded_lamb import AT_A_TIME
 from bert_pretraining.runtime import process_group
 from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
 

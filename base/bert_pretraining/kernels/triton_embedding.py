@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import (
+    NOT_SPECIALISED,
     divide_up,
     drop_threshold,
     keep_scale,
@@ -41,7 +42,7 @@ def _gather(table_ptr, ids_ptr, rows, num_rows, columns, COLUMNS: tl.constexpr):
     return tl.load(table_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     word_ids_ptr,
     position_ids_ptr,
@@ -85,7 +86,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, output, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,
     word_ids_ptr,

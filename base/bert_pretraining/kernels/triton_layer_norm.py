@@ -5,12 +5,13 @@ a row, dx = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(variance + epsilon).
 
 The forward pass saves residual + dropout(x + bias), its mean and 1 / standard deviation; the
 backward pass recomputes the dropout mask from the seed. Parameter gradients are summed in float32
-in a fixed order: each program sums a group of rows, then torch.sum adds the groups. Without
-atomics, the same input always gives the same bits.
+in a fixed order: each program sums a group of rows, then `triton_sums.add_partial_sums` adds the
+groups. Without atomics, the same input always gives the same bits.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bert_pretraining.kernels.pairs import Pair, Saved
 from bert_pretraining.kernels.triton_common import (
+    NOT_SPECIALISED,
     divide_up,
-    drop_threshold,
-    keep_scale,
     kept,
+    mask_constants,
     only_stream_keys,
     power_of_two_at_least,
 )
+from bert_pretraining.kernels.triton_sums import add_partial_sums
 from bert_pretraining.runtime.compat import custom_op
 
 # The backward pass aims at this many programs: a few for each multiprocessor of a large GPU, but
@@ -53,7 +56,7 @@ def normalise_backward(gradient, weight, normal, inverse_deviation, COLUMNS: tl.
     return centred * inverse_deviation[:, None]
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     x_ptr,
     bias_ptr,
@@ -96,7 +99,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, normal * weight[None, :] + norm_bias[None, :], mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,
     summed_ptr,
@@ -152,6 +155,7 @@ def backward_kernel(
     tl.store(partial_ptr + 2 * COLUMNS, norm_bias_sum, mask=column_inside)
 
 
+@functools.cache
 def row_blocks(num_columns: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a block of whole rows: about 32 numbers per thread."""
     columns = power_of_two_at_least(num_columns, 16)
@@ -162,6 +166,108 @@ def row_blocks(num_columns: int) -> tuple[int, int, int]:
 def program_rows(num_rows: int, block_rows: int) -> int:
     """Rows that a backward program sums: a power of two, so that few variants are compiled."""
     return power_of_two_at_least(divide_up(num_rows, BACKWARD_PROGRAMS), block_rows)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    epsilon: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Saved]:
+    """LayerNorm(residual + dropout(x + bias)), and what `backward` needs.
+
+    x, residual: (T, C); bias, weight, norm_bias: (C,); all contiguous. seed: (2,) int32, or None
+    without dropout. Returns the output, (T, C), and residual + dropout(x + bias), (T, C), with
+    each row's mean and 1 / standard deviation, (T,) float32.
+    """
+    num_rows, num_columns = x.shape
+    output, summed, mean, inverse_deviation = _empty_outputs(x, residual)
+    if num_rows:
+        block_rows, block_columns, num_warps = row_blocks(num_columns)
+        forward_kernel[(divide_up(num_rows, block_rows),)](
+            x,
+            bias,
+            residual,
+            weight,
+            norm_bias,
+            seed,
+            output,
+            summed,
+            mean,
+            inverse_deviation,
+            num_rows,
+            epsilon,
+            num_columns,
+            *mask_constants(dropout),
+            block_rows,
+            block_columns,
+            num_warps=num_warps,
+        )
+    return output, (summed, mean, inverse_deviation)
+
+
+def _empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:1], dtype=torch.float32),
+        x.new_empty(x.shape[:1], dtype=torch.float32),
+    )
+
+
+def backward(
+    gradient: Tensor,
+    weight: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    saved: Saved,
+    bias_gradient: Tensor,
+    weight_gradient: Tensor,
+    norm_bias_gradient: Tensor,
+    add: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the residual, (T, C) each; the same tensor without dropout.
+
+    Their dtype is that of the sum of x and residual. The gradients of bias, weight and norm_bias
+    are added to the last three tensors, or written over them without `add`. All are contiguous.
+    """
+    summed, mean, inverse_deviation = saved
+    num_rows, num_columns = gradient.shape
+    block_rows, block_columns, num_warps = row_blocks(num_columns)
+    rows = program_rows(num_rows, block_rows)
+    programs = divide_up(num_rows, rows)
+    residual_gradient = torch.empty_like(summed)
+    x_gradient = torch.empty_like(summed) if dropout else residual_gradient
+    partial = mean.new_empty((programs, 3, num_columns))
+    if num_rows:
+        backward_kernel[(programs,)](
+            gradient,
+            summed,
+            mean,
+            inverse_deviation,
+            weight,
+            seed,
+            x_gradient,
+            residual_gradient,
+            partial,
+            num_rows,
+            num_columns,
+            *mask_constants(dropout),
+            rows,
+            block_rows,
+            block_columns,
+            num_warps=num_warps,
+        )
+    add_partial_sums(partial, (bias_gradient, weight_gradient, norm_bias_gradient), add)
+    return x_gradient, residual_gradient
+
+
+PAIR = Pair(forward, backward)
 
 
 @custom_op("bert_pretraining::residual_layer_norm")
@@ -175,53 +281,15 @@ def residual_layer_norm(
     epsilon: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm(residual + dropout(x + bias)), and what the backward pass needs.
-
-    x, residual: (T, C); bias, weight, norm_bias: (C,); seed: (2,) int32, or None without
-    dropout. Returns the output (T, C), residual + dropout(x + bias) (T, C), and each row's mean
-    and 1 / standard deviation, (T,) float32.
-    """
-    x, residual = x.contiguous(), residual.contiguous()
-    num_rows, num_columns = x.shape
-    output, summed, mean, inverse_deviation = _empty_outputs(x, residual)
-    block_rows, block_columns, num_warps = row_blocks(num_columns)
-    if num_rows:
-        forward_kernel[(divide_up(num_rows, block_rows),)](
-            x,
-            bias.contiguous(),
-            residual,
-            weight.contiguous(),
-            norm_bias.contiguous(),
-            seed,
-            output,
-            summed,
-            mean,
-            inverse_deviation,
-            num_rows,
-            epsilon,
-            COLUMNS=num_columns,
-            THRESHOLD=drop_threshold(dropout),
-            KEEP_SCALE=keep_scale(dropout),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=num_warps,
-        )
-    return output, summed, mean, inverse_deviation
+    """`forward` for any strides; the output and what is saved in one tuple."""
+    tensors = (each.contiguous() for each in (x, bias, residual, weight, norm_bias))
+    output, saved = forward(*tensors, epsilon, dropout, seed)
+    return output, *saved
 
 
 @residual_layer_norm.register_fake
 def _(x: Tensor, bias: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _empty_outputs(x, residual)
-
-
-def _empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[:1], dtype=torch.float32),
-        x.new_empty(x.shape[:1], dtype=torch.float32),
-    )
 
 
 @custom_op("bert_pretraining::residual_layer_norm_backward")
@@ -231,54 +299,50 @@ def residual_layer_norm_backward(
     mean: Tensor,
     inverse_deviation: Tensor,
     weight: Tensor,
+    bias: Tensor,
+    norm_bias: Tensor,
     seed: Tensor | None,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `residual_layer_norm`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `residual_layer_norm`: of x, residual, bias, weight and norm_bias.
 
-    Returns the gradient of x, (T, C), or empty, (0, C), without dropout, where it equals the
-    residual's; the gradient of the residual, (T, C); and the gradients of bias, weight and
-    norm_bias, (3, C) float32.
+    The gradient of x is empty, (0, C), without dropout, where it equals the residual's: an operator
+    must not return one tensor twice.
     """
-    gradient = gradient.contiguous()
-    num_rows, num_columns = gradient.shape
-    block_rows, block_columns, num_warps = row_blocks(num_columns)
-    rows = program_rows(num_rows, block_rows)
-    programs = divide_up(num_rows, rows)
-    x_gradient, residual_gradient = _empty_gradients(summed, dropout)
-    partial = summed.new_empty((programs, 3, num_columns), dtype=torch.float32)
-    if num_rows:
-        backward_kernel[(programs,)](
-            gradient,
-            summed,
-            mean,
-            inverse_deviation,
-            weight.contiguous(),
-            seed,
-            x_gradient,
-            residual_gradient,
-            partial,
-            num_rows,
-            COLUMNS=num_columns,
-            THRESHOLD=drop_threshold(dropout),
-            KEEP_SCALE=keep_scale(dropout),
-            PROGRAM_ROWS=rows,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-            num_warps=num_warps,
-        )
-    return x_gradient, residual_gradient, partial.sum(0)
+    x_gradient, residual_gradient, *parameters = _gradients(
+        gradient, summed, mean, inverse_deviation, weight, bias, norm_bias, seed, dropout
+    )
+    if not dropout:
+        x_gradient = x_gradient.new_empty((0, x_gradient.shape[1]))
+    return x_gradient, residual_gradient, *parameters
 
 
 @residual_layer_norm_backward.register_fake
-def _(gradient: Tensor, summed: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    parameters = summed.new_empty((3, summed.shape[1]), dtype=torch.float32)
-    return *_empty_gradients(summed, others[-1]), parameters
-
-
-def _empty_gradients(summed: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, summed: Tensor, _mean: Tensor, _deviation: Tensor, weight: Tensor,
+      bias: Tensor, norm_bias: Tensor, _seed: Tensor | None, dropout: float):  # fmt: skip
     rows, columns = summed.shape
-    return summed.new_empty((rows if dropout else 0, columns)), summed.new_empty((rows, columns))
+    return (
+        summed.new_empty((rows if dropout else 0, columns)),
+        summed.new_empty((rows, columns)),
+        *(each.new_empty(each.shape) for each in (bias, weight, norm_bias)),
+    )
+
+
+def _gradients(
+    gradient: Tensor,
+    summed: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    parameters = [each.new_empty(each.shape) for each in (bias, weight, norm_bias)]
+    saved = (summed, mean, inverse_deviation)
+    inputs = (gradient.contiguous(), weight.contiguous(), dropout, seed, saved)
+    return *backward(*inputs, *parameters, add=False), *parameters
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -286,24 +350,18 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, summed, mean, inverse_deviation = output
     ctx.mark_non_differentiable(summed, mean, inverse_deviation)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(summed, mean, inverse_deviation, weight, seed)
-    ctx.dropout = dropout
-    ctx.dtypes = (x.dtype, bias.dtype, residual.dtype, weight.dtype, norm_bias.dtype)
+    ctx.save_for_backward(summed, mean, inverse_deviation, weight, bias, norm_bias, seed)
+    ctx.dropout, ctx.dtypes = dropout, (x.dtype, residual.dtype)
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *_: object) -> tuple:
+def _differentiate(ctx: Any, gradient: Tensor | None, *_: object) -> tuple:
     if gradient is None:
         return (None,) * 8
-    summed, mean, inverse_deviation, weight, seed = ctx.saved_tensors
-    x_gradient, residual_gradient, parameters = residual_layer_norm_backward(
-        gradient, summed, mean, inverse_deviation, weight, seed, ctx.dropout
+    x, residual, bias, weight, norm_bias = residual_layer_norm_backward(
+        gradient, *ctx.saved_tensors, ctx.dropout
     )
-    if not ctx.dropout:
-        x_gradient = residual_gradient
-    bias, weight_gradient, norm_bias = parameters
-    gradients = (x_gradient, bias, residual_gradient, weight_gradient, norm_bias)
-    typed = (each.to(dtype) for each, dtype in zip(gradients, ctx.dtypes, strict=True))
-    return *typed, None, None, None
+    x, residual = (x if ctx.dropout else residual).to(ctx.dtypes[0]), residual.to(ctx.dtypes[1])
+    return x, bias, residual, weight, norm_bias, None, None, None
 
 
-residual_layer_norm.register_autograd(_backward, setup_context=_save)
+residual_layer_norm.register_autograd(_differentiate, setup_context=_save)

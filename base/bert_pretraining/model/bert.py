@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bert_pretraining.kernels import Kernels
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.layer_form import PLAIN, LayerForm
 
 
 class LayerNormParameters(nn.Module):
@@ -68,12 +69,17 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.kernels = kernels
 
+    def groups(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        """The weights of query, key and value, and their biases.
+
+        They are separate parameters, because LAMB has one trust ratio per published tensor.
+        """
+        parts = (self.query, self.key, self.value)
+        return tuple(part.weight for part in parts), tuple(part.bias for part in parts)
+
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (T, hidden)."""
-        # Query, key and value are separate parameters, because LAMB has one trust ratio per
-        # published tensor.
-        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        weight, bias = map(torch.cat, self.groups())
         qkv = F.linear(hidden, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
         dropout = self.dropout if self.training else 0.0
         context = self.kernels.attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout)
@@ -135,6 +141,11 @@ class Layer(nn.Module):
         self.intermediate = DenseGelu(config.hidden_size, config.intermediate_size, kernels)
         self.output = ResidualOutput(config.intermediate_size, config, kernels)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.attention.self.dropout > 0 or self.output.dropout > 0
+
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         hidden = self.attention(hidden, batch)
         return self.output(self.intermediate(hidden), hidden)
@@ -148,9 +159,9 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: PackedBatch, form: LayerForm) -> Tensor:
         recompute = self.checkpoint_activations and self.training
-        for layer in self.layer:
+        for layer in form.layers(self.layer, batch):
             if recompute:
                 hidden = checkpoint(layer, hidden, batch, use_reentrant=False)
             else:
@@ -169,15 +180,15 @@ class Pooler(nn.Module):
         """hidden: (T, hidden). Returns (B, hidden)."""
         # An empty sequence at the end, which only pads a batch, has no first token. It gets the
         # last token, to stay within bounds.
-        first_tokens = batch.cu_seqlens[:-1].long().clamp(max=hidden.shape[0] - 1)
-        return torch.tanh(self.dense(hidden[first_tokens]))
+        first_tokens = batch.cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
+        return torch.tanh(self.dense(hidden.index_select(0, first_tokens)))
 
 
 class Bert(nn.Module):
     """Embeddings and encoder, and a pooler if a head needs it.
 
     forward returns the hidden state of every token; `pooler` computes one vector per sequence from
-    these.
+    these. `form` is how its parts run; see `layer_form.py`.
     """
 
     def __init__(
@@ -188,7 +199,9 @@ class Bert(nn.Module):
         self.encoder = Encoder(config, kernels, checkpoint_activations)
         if with_pooler:
             self.pooler = Pooler(config)
+        self.form: LayerForm = PLAIN
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns (T, hidden)."""
-        return self.encoder(self.embeddings(batch), batch)
+        embedded = self.form.call(Embeddings.forward, self.embeddings, batch)
+        return self.encoder(embedded, batch, self.form)

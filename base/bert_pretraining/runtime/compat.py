@@ -81,6 +81,15 @@ def _tags_added(tags: tuple[torch.Tag, ...]) -> Iterator[None]:
         yield
 
 
+def compile_once_for_equal_modules() -> None:
+    """torch.compile makes one program for all modules of one class, not one for each.
+
+    Before 2.5 this has to be switched on.
+    """
+    if TORCH < (2, 5):
+        torch._dynamo.config.inline_inbuilt_nn_modules = True
+
+
 def called_functions(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """The functions that a file of torch.save would call; [] where they are not known.
 

@@ -29,7 +29,7 @@ from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
-from bert_pretraining.training.step_choice import prepared_step
+from bert_pretraining.training.step_choice import Trained, prepared_step
 from bert_pretraining.training.update import Update
 
 
@@ -86,8 +86,14 @@ def build(setup: Setup) -> Training:
     reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
     longest = setup.bert_config.max_position_embeddings
-    zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
-    micro_step = prepared_step(config, reduction.model, longest, ranks, log.say, zero_grad)
+    trained = Trained(
+        module=module,
+        model=reduction.model,
+        zero_grad=functools.partial(optimizer.zero_grad, set_to_none=False),
+        sink=optimizer.sink,
+        reduces_later=reduction.can_follow,
+    )
+    micro_step = prepared_step(config, trained, longest, ranks, log.say)
     update = Update(
         module=module,
         micro_step=micro_step,
@@ -161,11 +167,10 @@ def _optimizer(
         config.max_gradient_norm,
     )
     sharing: Sharing = "sharded" if config.distributed_lamb else "replicated"
-    without_ddp = sharing == "replicated" and setup.clips_before_reduction
-    if setup.ranks.world_size == 1 or without_ddp:
+    if setup.ranks.world_size == 1:
         sharing = "alone"
     optimizer = create_optimizer(
-        config.optimizer, module.named_parameters(), settings, masters, sharing
+        config.optimizer, module.parameters_in_memory_order(), settings, masters, sharing
     )
     setup.log.say(f"Optimizer: {optimizer.choice}")
     setup.log.built("CREATE_OPTIMIZER", optimizer, provider=optimizer.choice)

@@ -87,9 +87,11 @@ class Update:
         losses, scale = self._module.losses, self._loss_scale.scale
         weights = loss_weights(micro_batches, losses, self._normalization, self._ranks, scale)
         totals = LossTotals(losses, self._ranks.device)
-        self._optimizer.zero_grad(set_to_none=not self._micro_step.keeps_gradients)
+        captured = self._micro_step.captured
+        self._optimizer.zero_grad(set_to_none=not captured)
         for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
-            with self._reduction.overlap(last=number == len(micro_batches)):
+            last = number == len(micro_batches) and not captured
+            with self._reduction.overlap(last):
                 totals.add(self._micro_step(batch, weight), batch)
         self._reduction.finish(scale)
         rate = self._schedule.at(self._optimizer.num_updates)
