@@ -260,8 +260,9 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
             n for key, n in pretended.counters().counts().items() if key.startswith("CAPTURE:K:")
         ]
         figures["launches_captured"] = sum(inside)  # by all graphs of the run together
-    if any("goes on without" in line or "has no effect" in line for line in log.lines):
-        raise UserError(f"{way}: {log.lines[-1]}", "leave this way out")
+    lost = [line for line in log.lines if "goes on without" in line or "graph has no" in line]
+    if lost:
+        raise RuntimeError("; ".join(lost))
     training.module.train()
     given = batches(flags, device)
 

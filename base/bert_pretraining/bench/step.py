@@ -30,7 +30,7 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.static_batch import budgets
-from bert_pretraining.training.step_choice import prepared_step
+from bert_pretraining.training.step_choice import Trained, prepared_step
 
 
 def step_parser(prog: str, description: str) -> FlagParser:
@@ -71,6 +71,7 @@ class OurStep:
     Attributes:
         prepared_mib: the most memory that compiling and capturing took; a replayed graph works in
             that memory. 0 for an eager step.
+        said: what `train` would have said of the choice of the step.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class OurStep:
     ) -> None:
         kernels = select(provider, device, dtype, config.head_size)
         module = BertForPreTraining(config, kernels, seed=1).to(device, dtype)
-        self._zero_grad = partial(module.zero_grad, set_to_none=not graph)
+        # On a device `train` keeps the gradients where they are, and zeroes them.
+        self._zero_grad = partial(module.zero_grad, set_to_none=device.type == "cpu")
         longest = config.max_position_embeddings
         usual = budgets(batch.num_sequences, longest)[0]
         settings = Config(
@@ -96,22 +98,24 @@ class OurStep:
             use_cuda_graph=graph,
             prove_kernels="off",
         )
-        said: list[str] = []
+        self.said: list[str] = []
 
         def say(text: str) -> None:
-            said.append(text)
+            self.said.append(text)
             announce(text)
 
         def prepare() -> None:
-            keep_zeroed = partial(module.zero_grad, set_to_none=False)
-            self._step = prepared_step(
-                settings, module, longest, Ranks(0, 1, device), say, keep_zeroed
-            )
+            trained = Trained(module, module, partial(module.zero_grad, set_to_none=False))
+            try:
+                self._step = prepared_step(settings, trained, longest, Ranks(0, 1, device), say)
+            except UserError as error:
+                raise RuntimeError(error.problem) from error
 
         is_prepared = compiled or graph
         self.prepared_mib = peak_memory(prepare, device) if is_prepared else prepare() or 0.0
-        if graph and not self._step.keeps_gradients:
-            raise RuntimeError(said[-1])
+        lost = [line for line in self.said if line.startswith("Notice: use_cuda_graph")]
+        if graph and lost:
+            raise RuntimeError(lost[0].removeprefix("Notice: "))
         self._weights = {
             name: torch.tensor(1.0 / batch.num_predictions(name), device=device)
             for name in module.losses
@@ -145,6 +149,7 @@ def compare(
     rate = matrix_rate(device, dtype)
     flops = step_flops(lengths, num_masked, config)
     memory: dict[str, float] = {}
+    said: dict[str, list[str]] = {}
     failed: dict[str, dict] = {}
 
     def figures_of(name: str, times: Times) -> dict:
@@ -156,6 +161,7 @@ def compare(
             "flop_per_second": flops / median,
             "share_of_matrix_rate": flops / median / rate,
             "peak_memory_mib": memory[name],
+            "said": said[name],
         }
 
     def all_figures(times: dict[str, Times]) -> dict[str, dict]:
@@ -166,6 +172,7 @@ def compare(
         announce(f"{name}: making a model of {config.num_hidden_layers} layers")
         try:
             call = make()
+            said[name] = getattr(call, "said", [])
             call()
             announce(f"{name}: measuring memory")
             memory[name] = max(peak_memory(call, device), getattr(call, "prepared_mib", 0.0))
