@@ -63,7 +63,7 @@ class Case:
         self.device, self.config, self.batch = device, config, batch
         self.dtype = torch.bfloat16
         self.repeats = flags.repeats
-        self._keep = keep
+        self.keep = keep
 
     def measure(
         self,
@@ -92,7 +92,7 @@ class Case:
                 found[name] = {"failed": f"{type(error).__name__}: {reason[0]}"}
                 line = found[name]["failed"]
             print(f"  {name:<52} {line}", flush=True)
-            self._keep(found)
+            self.keep(found)
         return found
 
     def _time(self, call: Callable[[], object]) -> Times:
@@ -107,17 +107,18 @@ class Case:
 def proof(case: Case) -> Found:
     """Which kernels prove right, and which was taken why; "failed" names those that are wrong."""
     found: Found = {}
-    for precision, dtype in DTYPES.items():
+    for precision in ("bf16", "fp16", "fp32"):
         said: list[str] = []
         config = Config(
             precision=precision, train_batch_size=case.batch.num_sequences, prove_kernels="on"
         )
-        choose_kernels(config, case.config, dtype, case.device, said.append)
+        choose_kernels(config, case.config, DTYPES[precision], case.device, said.append)
         print(*(f"  {precision}: {line}" for line in said), sep="\n", flush=True)
         found[precision] = {"said": said}
         faults = [line for line in said if line.startswith("Notice: ")]
         if faults:
             found[precision]["failed"] = "; ".join(faults)
+        case.keep(found)
     return found
 
 

@@ -36,7 +36,7 @@ class NoNumbers(Exception):
 def run_attention(
     attention: Callable, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> None:
-    """Run attention forward and backward; its errors pass through, its results are not looked at."""
+    """Run attention forward and backward; its errors pass through, its results are not compared."""
     qkv = torch.zeros(16, 3, 2, head_size, device=device, dtype=dtype, requires_grad=True)
     ends = torch.tensor([0, 5, 16], dtype=torch.int32).to(device)
     attention(qkv, ends, 11, 0.1).sum().backward()

@@ -55,6 +55,7 @@ WAYS = {  # name -> the settings that stand for it
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
 GIB = 2**30
 
@@ -112,9 +113,8 @@ def _of_stubs(found: dict[str, int], calls: int) -> Counts:
 
 
 def _profiled(call: Callable[[], object], device: torch.device, calls: int) -> Counter[str]:
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     devices.synchronize(device)
-    with profile(activities=activities) as profiled:
+    with profile(activities=ACTIVITIES) as profiled:
         for _ in range(calls):
             call()
         devices.synchronize(device)
@@ -292,9 +292,24 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
         figures["device_seconds"] = record.spread(times)
         rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
         figures["sequences_per_second_a_gpu"] = rate
+    if flags.trace and ranks.is_main:
+        _trace(read_update, device, flags.trace / f"{way}_{flags.batch_size}")
     figures["kernels"] = counted.kernels if flags.list else {}
     figures |= _other_figures(training, update, flags, ranks, given)
     return figures
+
+
+def _trace(update: Callable[[], object], device: torch.device, name: Path) -> None:
+    """Write NAME.trace.json.gz, for Chrome or Perfetto, and NAME.profile.txt."""
+    with profile(activities=ACTIVITIES) as profiled:
+        for _ in range(2):
+            update()
+        devices.synchronize(device)
+    profiled.export_chrome_trace(f"{name}.trace.json.gz")
+    rows = profiled.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80
+    )
+    Path(f"{name}.profile.txt").write_text(rows)
 
 
 def _other_figures(
@@ -355,6 +370,9 @@ def parser() -> FlagParser:
     made.add_argument("--repeats", type=int, default=10)
     made.add_argument("--ranks", type=int, default=1, help="more than 1: each rank has a GPU")
     made.add_argument("--distributed_lamb", action="store_true", help="LAMB's state is shared out")
+    made.add_argument(
+        "--trace", type=Path, metavar="FOLDER", help="a trace of two updates, and its table"
+    )
     made.add_argument("--list", action="store_true", help="name the kernels of an update")
     return made
 
