@@ -140,6 +140,29 @@ def backward(
 PAIR = Pair(forward, backward)
 
 
+def _gradients(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the bias, for any strides."""
+    bias_gradient = bias.new_empty(bias.shape)
+    tensors = (gradient.contiguous(), x.contiguous(), bias.contiguous())
+    return backward(*tensors, bias_gradient, add=False), bias_gradient
+
+
+class BiasGelu(torch.autograd.Function):
+    """`forward` and `backward` with autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return forward(x.contiguous(), bias.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return _gradients(gradient, *ctx.saved_tensors)
+
+
+# The same for torch.compile, which needs operators.
+
+
 @custom_op("bert_pretraining::bias_gelu")
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias). x: (..., C); bias: (C,). Returns (..., C) of the dtype of x."""
@@ -153,21 +176,13 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
 
 @custom_op("bert_pretraining::bias_gelu_backward")
 def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `bias_gelu`: of x and of the bias."""
+    """The gradients of x and the bias."""
     return _gradients(gradient, x, bias)
 
 
 @bias_gelu_backward.register_fake
 def _(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
-
-
-def _gradients(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    bias_gradient = bias.new_empty(bias.shape)
-    x_gradient = backward(
-        gradient.contiguous(), x.contiguous(), bias.contiguous(), bias_gradient, add=False
-    )
-    return x_gradient, bias_gradient
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

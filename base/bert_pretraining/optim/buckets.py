@@ -47,12 +47,19 @@ class Buckets:
     So the sums do not depend on the order in which gradients become complete.
 
     Args:
+        names: of the parameters, for messages.
         length: elements of each bucket; the last one may be shorter.
         send: begins to send the bucket of this number.
     """
 
-    def __init__(self, layout: FlatLayout, length: int, send: Callable[[int], InProgress]) -> None:
-        self._send = send
+    def __init__(
+        self,
+        names: list[str],
+        layout: FlatLayout,
+        length: int,
+        send: Callable[[int], InProgress],
+    ) -> None:
+        self._names, self._send = names, send
         self._count = -(-layout.length // length)
         self._of_parameter = [
             range(offset // length, (offset + max(elements, 1) - 1) // length + 1)
@@ -83,7 +90,10 @@ class Buckets:
         if not self._overlapping:
             return
         if self._has_arrived[index]:
-            raise RuntimeError(f"the gradient of parameter {index} was complete before, and sent")
+            raise RuntimeError(
+                f"the gradient of {self._names[index]} came twice in one micro-batch: by autograd "
+                "and by hand, or twice by hand"
+            )
         self._has_arrived[index] = True
         for bucket in self._of_parameter[index]:
             self._missing[bucket] -= 1

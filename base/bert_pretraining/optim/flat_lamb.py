@@ -84,7 +84,9 @@ class FlatLamb(Optimizer):
 
     def _create_gradient(self, bucket: int) -> None:
         """Create the flat gradient, and what sends it in buckets of this length."""
-        self._buckets = Buckets(self.layout, bucket, self._send) if self.reduces_gradients else None
+        self._buckets = None
+        if self.reduces_gradients:
+            self._buckets = Buckets(self.names, self.layout, bucket, self._send)
         dtype = self._gradient_dtype or self.parameters[0].dtype
         self.sink = FlatGradient(self.parameters, self.layout, dtype, self._buckets)
         self._bucket_views = self.sink.flat.split(bucket)
