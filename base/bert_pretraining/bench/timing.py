@@ -28,6 +28,7 @@ from bert_pretraining.bench import record
 from bert_pretraining.runtime import device as devices
 
 ENOUGH = 0.02  # seconds between the two events, to be long beside their own error of microseconds
+LEAST_CALLS = 4  # between them: the host and the device overlap only from the second call on
 MOST_CALLS = 1000  # between the two events
 MOST_HOST_SECONDS = 1.0  # for the host to queue them
 IN_A_GRAPH = 20  # calls in one graph, so that its launch counts little
@@ -130,7 +131,7 @@ class Stopwatch:
     def _choose(self) -> None:
         """Find how to measure, and with how many calls."""
         self.times.method = "events"
-        self._find_calls(1, MOST_CALLS)
+        self._find_calls(1, LEAST_CALLS)
         seconds, host = self._between_events(self.times.calls)
         if host < HOST_BOUND * seconds:
             return
@@ -140,17 +141,17 @@ class Stopwatch:
         self._replay = captured(self._call, self._device, IN_A_GRAPH)
         if self._replay is not None:
             self.times.method = "graph"
-            self._find_calls(IN_A_GRAPH, MOST_CALLS)
+            self._find_calls(IN_A_GRAPH, IN_A_GRAPH)
 
-    def _find_calls(self, step: int, most: int) -> None:
+    def _find_calls(self, step: int, least: int) -> None:
         """Let so many calls, a multiple of step, lie between the events that they take ENOUGH."""
-        calls = step
+        calls, most = least, MOST_CALLS
         for _ in range(3):
             seconds, host = self._between_events(calls)
             if seconds * calls >= ENOUGH:
                 break
             if self._replay is None:
-                most = min(most, max(1, int(MOST_HOST_SECONDS / host)))
+                most = min(most, max(least, int(MOST_HOST_SECONDS / host)))
             wanted = min(most, math.ceil(1.2 * ENOUGH / max(seconds, 1e-9)))
             calls = max(calls, math.ceil(wanted / step) * step)
         self.times.calls = calls
