@@ -152,7 +152,7 @@ def compile_kernel(
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         if name.endswith(("_ptr", "_stride")):
             aligned.append(name)
-    source = ast_source(kernel, signature, constants, aligned)
+    source = ast_source(getattr(kernel, "kernel", kernel), signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assembly = compiled.asm["ptx"]
     return {

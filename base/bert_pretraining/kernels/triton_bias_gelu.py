@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bert_pretraining.kernels.pairs import Pair
 from bert_pretraining.kernels.triton_common import NOT_SPECIALISED, divide_up
+from bert_pretraining.kernels.triton_launch import launched_directly
 from bert_pretraining.kernels.triton_sums import add_partial_sums, block_shape
 from bert_pretraining.runtime.compat import custom_op
 
@@ -43,6 +44,7 @@ def _sigmoid_of_twice_u(z):
     return 1.0 / (1.0 + tl.exp(-twice_u)), slope
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     x_ptr,
@@ -63,6 +65,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, z * sigmoid, mask=inside)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bert_pretraining.kernels.fp8 import LARGEST, MAX_SCALE, MULTIPLE, Quantised
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.kernels.triton_launch import launched_directly
 
 # A block's lines have 64 bytes in one order and 128 in the other: whole sectors of memory in both.
 BLOCK = (64, 128)
@@ -24,6 +25,7 @@ _LARGEST_E5M2 = tl.constexpr(LARGEST[2])
 _MAX_SCALE = tl.constexpr(MAX_SCALE)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["num_rows"])
 def cast_kernel(
     x_ptr,
@@ -82,16 +84,16 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Q
             None if amax is None else amax.view(torch.int32),
             num_rows,
             padded,
-            E5M2=dtype == torch.float8_e5m2,
-            RECORD=amax is not None,
-            COLUMNS=num_columns,
-            BLOCK_ROWS=BLOCK[0],
-            BLOCK_COLUMNS=BLOCK[1],
+            dtype == torch.float8_e5m2,
+            amax is not None,
+            num_columns,
+            *BLOCK,
             num_warps=NUM_WARPS,
         )
     return Quantised(rows, columns)
 
 
+@launched_directly
 @triton.jit
 def update_kernel(table_ptr, COUNT: tl.constexpr, BLOCK_COUNT: tl.constexpr):
     places = tl.arange(0, BLOCK_COUNT)
@@ -111,4 +113,4 @@ def update(table: Tensor) -> None:
     count = table[0].numel()
     if count:
         block = power_of_two_at_least(count)
-        update_kernel[(1,)](table, COUNT=count, BLOCK_COUNT=block)
+        update_kernel[(1,)](table, count, block)

@@ -20,6 +20,7 @@ from bert_pretraining.kernels.triton_common import (
     divide_up,
     power_of_two_at_least,
 )
+from bert_pretraining.kernels.triton_launch import launched_directly
 
 # A row of 32 float32 numbers is the 128 bytes that a warp reads at once. With few columns per
 # program, even the 1,024 columns of one parameter occupy many multiprocessors.
@@ -35,6 +36,7 @@ def _write(output_ptr, columns, sums, inside, ADD: tl.constexpr):
     tl.store(output_ptr + columns, sums, mask=inside)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["num_parts"])
 def add_partial_sums_kernel(
     partial_ptr,
@@ -71,6 +73,7 @@ def add_partial_sums_kernel(
             _write(third_ptr + (row - 2) * COLUMNS, columns, sums, inside, ADD)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def partial_sums_kernel(
     x_ptr,
