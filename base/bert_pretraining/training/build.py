@@ -11,6 +11,7 @@ from torch import Tensor
 from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
+from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import DTYPES
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
@@ -116,6 +117,8 @@ def _say_what_has_no_effect(setup: Setup) -> None:
 
 def _precision(setup: Setup) -> str:
     precision, say = setup.config.resolved_precision, setup.log.say
+    if precision not in DTYPES:
+        raise UserError(f"--precision {precision}: not available", "pass --precision bf16")
     if setup.config.loss_scale and precision != "fp16":
         say(f"Notice: loss_scale has no effect: precision is {precision}")
     device = setup.ranks.device
