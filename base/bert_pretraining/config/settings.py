@@ -173,7 +173,8 @@ class Config(LogSettings, UpstreamSwitches):
     precision: str | None = setting(
         None,
         "training",
-        "dtype of weights and activations; by default fp32, or fp16 with --fp16",
+        "dtype of weights and activations; by default fp32, or fp16 with --fp16. fp8: the "
+        "matrix products of the encoder in 8 bits, all else in bf16, or fp16 where that is missing",
         choices=("fp32", "bf16", "fp16", "fp8"),
     )
     allow_tf32: bool = setting(

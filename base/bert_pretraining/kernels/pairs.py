@@ -11,9 +11,11 @@ operator that draws its masks by itself ignores it and keeps what it needs in `s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Saved = tuple[Tensor, ...]
@@ -90,10 +92,14 @@ class ColumnSum(Protocol):
 
 
 class Pair(NamedTuple):
-    """One operator: its forward and its backward function."""
+    """One operator: its forward and its backward function.
+
+    column_sum: of the same provider, where it has one.
+    """
 
     forward: AttentionForward | GeluForward | NormForward
     backward: AttentionBackward | GeluBackward | NormBackward
+    column_sum: ColumnSum | None = None
 
 
 @dataclass(frozen=True)
@@ -104,3 +110,18 @@ class LayerPairs:
     bias_gelu: Pair
     bias_dropout_residual_layer_norm: Pair
     column_sum: ColumnSum
+
+
+def layer_pairs(pairs: Mapping[str, Pair | None]) -> LayerPairs | None:
+    """The pairs of a layer's operators, from those of all operators; None if one has no pair."""
+    names = ("attention", "bias_gelu", "bias_dropout_residual_layer_norm")
+    chosen = {name: pairs.get(name) for name in names}
+    if None in chosen.values():
+        return None
+    column_sum = chosen["bias_dropout_residual_layer_norm"].column_sum or plain_column_sum
+    return LayerPairs(**chosen, column_sum=column_sum)
+
+
+def plain_column_sum(x: Tensor, out: Tensor) -> None:
+    """See `ColumnSum`."""
+    out.add_(x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)))

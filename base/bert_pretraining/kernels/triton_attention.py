@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bert_pretraining.kernels.pairs import Pair, Saved
 from bert_pretraining.kernels.triton_attention_kernels import (
     forward_kernel,
     key_value_gradient_kernel,
@@ -15,8 +17,7 @@ from bert_pretraining.kernels.triton_attention_kernels import (
 )
 from bert_pretraining.kernels.triton_common import (
     divide_up,
-    drop_threshold,
-    keep_scale,
+    mask_constants,
     power_of_two_at_least,
 )
 from bert_pretraining.runtime.compat import custom_op
@@ -47,6 +48,21 @@ def tiling(head_size: int, dtype: torch.dtype) -> Tiling:
     return _SMALL_HEAD_TILING if head_size <= 64 else _LARGE_HEAD_TILING
 
 
+@functools.cache
+def _constants(
+    num_heads: int, head_size: int, dtype: torch.dtype, dropout: float
+) -> tuple[Tiling, float, tuple, dict[str, int]]:
+    """The tiling, the scale of scores, and a kernel's constants and compile options."""
+    if head_size > _LARGEST_HEAD:
+        raise ValueError(f"head size {head_size} is larger than {_LARGEST_HEAD}")
+    sizes = tiling(head_size, dtype)
+    block_size = power_of_two_at_least(head_size, 16)
+    blocks = (block_size, sizes.block_queries, sizes.block_keys)
+    constants = (num_heads, head_size, *blocks, *mask_constants(dropout), "ieee")
+    options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+    return sizes, 1.0 / math.sqrt(head_size), constants, options
+
+
 def _launch(
     kernel: Any,
     programs_over: str,
@@ -58,62 +74,39 @@ def _launch(
 ) -> None:
     """Run a kernel with one program per block of `programs_over` ("queries" or "keys")."""
     num_tokens, _, num_heads, head_size = qkv.shape
-    num_sequences = cu_seqlens.shape[0] - 1
-    sizes = tiling(head_size, qkv.dtype)
-    block = sizes.block_queries if programs_over == "queries" else sizes.block_keys
-    num_blocks = max(divide_up(max_seqlen, block), 1)
+    sizes, scale, constants, options = _constants(num_heads, head_size, qkv.dtype, dropout)
     if num_tokens == 0:
         return
+    num_sequences = cu_seqlens.shape[0] - 1
+    block = sizes.block_queries if programs_over == "queries" else sizes.block_keys
+    num_blocks = max(divide_up(max_seqlen, block), 1)
     kernel[((num_sequences + 1) * num_heads * num_blocks,)](
         *pointers,
         num_tokens,
         num_sequences,
         num_blocks,
-        qkv.stride(0),
-        qkv.stride(1),
-        qkv.stride(2),
-        1.0 / math.sqrt(head_size),
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=power_of_two_at_least(head_size, 16),
-        BLOCK_QUERIES=sizes.block_queries,
-        BLOCK_KEYS=sizes.block_keys,
-        THRESHOLD=drop_threshold(dropout),
-        KEEP_SCALE=keep_scale(dropout),
-        PRECISION="ieee",
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
+        *qkv.stride()[:3],
+        scale,
+        *constants,
+        **options,
     )
 
 
-def _readable(qkv: Tensor) -> Tensor:
-    """qkv with stride 1 in the last dimension; the kernels accept any other strides."""
-    return qkv if qkv.stride(3) == 1 else qkv.contiguous()
-
-
-@custom_op("bert_pretraining::packed_attention")
-def packed_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Saved]:
     """softmax(Q K' / sqrt(D)) V inside each sequence, with dropout of the attention weights.
 
-    qkv: (T, 3, heads, D), D up to 128; cu_seqlens: (B + 1,) int32, the first is 0, sequences may be
-    empty; max_seqlen: at least the longest length; seed: (2,) int32, or None without dropout.
+    qkv: (T, 3, heads, D), D up to 128, of stride 1 in the last dimension; cu_seqlens: (B + 1,)
+    int32, the first is 0, sequences may be empty; max_seqlen: at least the longest length; seed:
+    (2,) int32, or None without dropout.
     Returns the context (T, heads, D), 0 from row cu_seqlens[-1] on, and the log-sum-exp to base 2,
     log2 sum 2^(scores * log2 e), (heads, T) float32, undefined from that row on.
     """
-    if qkv.shape[3] > _LARGEST_HEAD:
-        raise ValueError(f"head size {qkv.shape[3]} is larger than {_LARGEST_HEAD}")
-    qkv, cu_seqlens = _readable(qkv), cu_seqlens.contiguous()
     context, log_sum_exp = _empty_outputs(qkv)
     pointers = (qkv, cu_seqlens, seed, context, log_sum_exp)
     _launch(forward_kernel, "queries", pointers, qkv, cu_seqlens, max_seqlen, dropout)
-    return context, log_sum_exp
-
-
-@packed_attention.register_fake
-def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(qkv)
+    return context, (log_sum_exp,)
 
 
 def _empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,19 +117,18 @@ def _empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@custom_op("bert_pretraining::packed_attention_backward")
-def packed_attention_backward(
+def backward(
     gradient: Tensor,
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    seed: Tensor | None,
     dropout: float,
+    seed: Tensor | None,
     context: Tensor,
-    log_sum_exp: Tensor,
+    saved: Saved,
 ) -> Tensor:
-    """The gradient with respect to qkv, (T, 3, heads, D), 0 after the last sequence."""
-    gradient, qkv, cu_seqlens = gradient.contiguous(), _readable(qkv), cu_seqlens.contiguous()
+    """The gradient of qkv, (T, 3, heads, D), 0 after the last sequence. gradient: contiguous."""
+    (log_sum_exp,) = saved
     qkv_gradient = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(log_sum_exp)
     inputs = (gradient, qkv, cu_seqlens, seed)
@@ -157,6 +149,95 @@ def packed_attention_backward(
     return qkv_gradient
 
 
+PAIR = Pair(forward, backward)
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    """qkv with stride 1 in the last dimension; the kernels accept any other strides."""
+    return qkv if qkv.stride(3) == 1 else qkv.contiguous()
+
+
+def _forward_any(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Saved]:
+    """`forward` for any strides."""
+    return forward(_readable(qkv), cu_seqlens.contiguous(), max_seqlen, dropout, seed)
+
+
+def _gradient(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seed: Tensor | None,
+    dropout: float,
+    context: Tensor,
+    log_sum_exp: Tensor,
+) -> Tensor:
+    """`backward` for any strides."""
+    inputs = (_readable(qkv), cu_seqlens.contiguous(), max_seqlen, dropout, seed)
+    return backward(gradient.contiguous(), *inputs, context, (log_sum_exp,))
+
+
+class PackedAttention(torch.autograd.Function):
+    """`forward` and `backward` with autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        seed: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        context, saved = _forward_any(qkv, cu_seqlens, max_seqlen, seed, dropout)
+        ctx.save_for_backward(qkv, cu_seqlens, seed, context, *saved)
+        ctx.max_seqlen, ctx.dropout = max_seqlen, dropout
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return _gradient(gradient, *_backward_inputs(ctx)), None, None, None, None
+
+
+def _backward_inputs(ctx: Any) -> tuple:
+    qkv, cu_seqlens, seed, context, log_sum_exp = ctx.saved_tensors
+    return qkv, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout, context, log_sum_exp
+
+
+# The same for torch.compile, which needs operators.
+
+
+@custom_op("bert_pretraining::packed_attention")
+def packed_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The context and the log-sum-exp; see `forward`."""
+    context, (log_sum_exp,) = _forward_any(qkv, cu_seqlens, max_seqlen, seed, dropout)
+    return context, log_sum_exp
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(qkv)
+
+
+@custom_op("bert_pretraining::packed_attention_backward")
+def packed_attention_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seed: Tensor | None,
+    dropout: float,
+    context: Tensor,
+    log_sum_exp: Tensor,
+) -> Tensor:
+    """The gradient of qkv; see `backward`."""
+    return _gradient(gradient, qkv, cu_seqlens, max_seqlen, seed, dropout, context, log_sum_exp)
+
+
 @packed_attention_backward.register_fake
 def _(gradient: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
@@ -171,14 +252,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.max_seqlen, ctx.dropout = max_seqlen, dropout
 
 
-def _backward(ctx: Any, gradient: Tensor | None, _: object) -> tuple:
+def _differentiate(ctx: Any, gradient: Tensor | None, _: object) -> tuple:
     if gradient is None:
         return (None,) * 5
-    qkv, cu_seqlens, seed, context, log_sum_exp = ctx.saved_tensors
-    qkv_gradient = packed_attention_backward(
-        gradient, qkv, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout, context, log_sum_exp
-    )
-    return qkv_gradient, None, None, None, None
+    return packed_attention_backward(gradient, *_backward_inputs(ctx)), None, None, None, None
 
 
-packed_attention.register_autograd(_backward, setup_context=_save)
+packed_attention.register_autograd(_differentiate, setup_context=_save)

@@ -26,8 +26,9 @@ import triton.language as tl
 from bert_pretraining.kernels.triton_common import add_dot, dot, exp2, kept, log2, stream_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# These arguments change with every batch, so Triton must not compile variants for special values.
-COUNTS = ("num_tokens", "num_sequences", "num_blocks")
+# Arguments for whose special values Triton must not compile variants, since they change with every
+# batch; for the seed see `triton_common`.
+NOT_SPECIALISED = ("num_tokens", "num_sequences", "num_blocks", "seed_ptr")
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def _store_zeros(
         _store_tile(pointer, rows, row_stride, length, zeros, HEAD_SIZE, BLOCK_SIZE)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr, num_tokens, num_sequences,
     num_blocks, token_stride, part_stride, head_stride, softmax_scale,
@@ -144,7 +145,7 @@ def forward_kernel(
     tl.store(log_sum_exp_ptr + queries, largest + log2(total), mask=queries < length)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def query_gradient_kernel(
     output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr,
     delta_ptr, qkv_gradient_ptr, num_tokens, num_sequences, num_blocks, token_stride,
@@ -211,7 +212,7 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def key_value_gradient_kernel(
     output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, log_sum_exp_ptr, delta_ptr,
     qkv_gradient_ptr, num_tokens, num_sequences, num_blocks, token_stride, part_stride,

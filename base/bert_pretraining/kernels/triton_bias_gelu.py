@@ -3,8 +3,8 @@
 Hendrycks and Gimpel 2016, section 2: 0.5 z (1 + tanh(u)), u = sqrt(2 / pi) (z + 0.044715 z^3).
 Since 0.5 (1 + tanh(u)) = sigmoid(2u) = s, this is z s, and its derivative is
 s + z s (1 - s) 2u'. The forward pass saves only x and the bias. The bias gradient is summed in
-float32 in a fixed order without atomics: each program sums a group of rows, then torch.sum adds the
-groups.
+float32 in a fixed order without atomics: each program sums a group of rows, then
+`triton_sums.add_partial_sums` adds the groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.kernels.pairs import Pair
+from bert_pretraining.kernels.triton_common import NOT_SPECIALISED, divide_up
+from bert_pretraining.kernels.triton_sums import add_partial_sums, block_shape
 from bert_pretraining.runtime.compat import custom_op
 
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -41,7 +43,7 @@ def _sigmoid_of_twice_u(z):
     return 1.0 / (1.0 + tl.exp(-twice_u)), slope
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     x_ptr,
     bias_ptr,
@@ -61,7 +63,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, z * sigmoid, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,
     x_ptr,
@@ -92,32 +94,79 @@ def backward_kernel(
     tl.store(partial_ptr + program * COLUMNS + columns, bias_sum, mask=column_inside)
 
 
-def block_shape(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
-    """(rows, columns) of a block. If there are few columns, it has more rows instead."""
-    columns = min(block[1], power_of_two_at_least(num_columns, 16))
-    return min(block[0] * block[1] // columns, 64), columns
+def forward(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias). x: (..., C), contiguous; bias: (C,). Returns (..., C) of the dtype of x."""
+    output = torch.empty_like(x)
+    num_columns = bias.shape[0]
+    num_rows = x.numel() // num_columns
+    if num_rows:
+        block_rows, block_columns = block_shape(FORWARD_BLOCK, num_columns)
+        forward_kernel[(divide_up(num_rows, block_rows), divide_up(num_columns, block_columns))](
+            x, bias, output, num_rows, num_columns, block_rows, block_columns
+        )
+    return output
+
+
+def backward(
+    gradient: Tensor, x: Tensor, bias: Tensor, bias_gradient: Tensor, add: bool = True
+) -> Tensor:
+    """The gradient of x. All tensors are contiguous.
+
+    The gradient of the bias is added to bias_gradient, (C,), or written over it without `add`.
+    """
+    num_columns = bias.shape[0]
+    num_rows = x.numel() // num_columns
+    programs = divide_up(num_rows, _PROGRAM_ROWS)
+    x_gradient = torch.empty_like(x)
+    partial = x.new_empty((programs, num_columns), dtype=torch.float32)
+    if num_rows:
+        block_rows, block_columns = block_shape(BACKWARD_BLOCK, num_columns)
+        backward_kernel[(programs, divide_up(num_columns, block_columns))](
+            gradient,
+            x,
+            bias,
+            x_gradient,
+            partial,
+            num_rows,
+            num_columns,
+            _PROGRAM_ROWS,
+            block_rows,
+            block_columns,
+        )
+    add_partial_sums(partial, (bias_gradient,), add)
+    return x_gradient
+
+
+PAIR = Pair(forward, backward)
+
+
+def _gradients(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the bias, for any strides."""
+    bias_gradient = bias.new_empty(bias.shape)
+    tensors = (gradient.contiguous(), x.contiguous(), bias.contiguous())
+    return backward(*tensors, bias_gradient, add=False), bias_gradient
+
+
+class BiasGelu(torch.autograd.Function):
+    """`forward` and `backward` with autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return forward(x.contiguous(), bias.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return _gradients(gradient, *ctx.saved_tensors)
+
+
+# The same for torch.compile, which needs operators.
 
 
 @custom_op("bert_pretraining::bias_gelu")
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias). x: (..., C); bias: (C,). Returns (..., C) of the dtype of x."""
-    x = x.contiguous()
-    num_columns = bias.shape[0]
-    num_rows = x.numel() // num_columns
-    output = torch.empty_like(x)
-    block_rows, block_columns = block_shape(FORWARD_BLOCK, num_columns)
-    if num_rows:
-        grid = (divide_up(num_rows, block_rows), divide_up(num_columns, block_columns))
-        forward_kernel[grid](
-            x,
-            bias.contiguous(),
-            output,
-            num_rows,
-            COLUMNS=num_columns,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-        )
-    return output
+    return forward(x.contiguous(), bias.contiguous())
 
 
 @bias_gelu.register_fake
@@ -127,43 +176,21 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
 
 @custom_op("bert_pretraining::bias_gelu_backward")
 def bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `bias_gelu`: of x, and of the bias in float32."""
-    gradient, x = gradient.contiguous(), x.contiguous()
-    num_columns = bias.shape[0]
-    num_rows = x.numel() // num_columns
-    programs = divide_up(num_rows, _PROGRAM_ROWS)
-    x_gradient = torch.empty_like(x)
-    partial = x.new_empty((programs, num_columns), dtype=torch.float32)
-    block_rows, block_columns = block_shape(BACKWARD_BLOCK, num_columns)
-    if num_rows:
-        backward_kernel[(programs, divide_up(num_columns, block_columns))](
-            gradient,
-            x,
-            bias.contiguous(),
-            x_gradient,
-            partial,
-            num_rows,
-            COLUMNS=num_columns,
-            PROGRAM_ROWS=_PROGRAM_ROWS,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-        )
-    return x_gradient, partial.sum(0)
+    """The gradients of x and the bias."""
+    return _gradients(gradient, x, bias)
 
 
 @bias_gelu_backward.register_fake
 def _(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), bias.new_empty(bias.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    x, bias = ctx.saved_tensors
-    x_gradient, bias_gradient = bias_gelu_backward(gradient, x, bias)
-    return x_gradient, bias_gradient.to(bias.dtype)
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return bias_gelu_backward(gradient, *ctx.saved_tensors)
 
 
-bias_gelu.register_autograd(_backward, setup_context=_save)
+bias_gelu.register_autograd(_differentiate, setup_context=_save)

@@ -10,6 +10,7 @@ elements, which would be longer than the memory traffic of these kernels.
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -22,6 +23,10 @@ from torch import Tensor
 _ROW_STEP = tl.constexpr(0x9E3779B1)
 _FIRST_MULTIPLIER = tl.constexpr(0x7FEB352D)
 _SECOND_MULTIPLIER = tl.constexpr(0x846CA68B)
+
+# Arguments for whose special values Triton must not compile variants. The number of rows changes
+# with every batch. A seed may be one row of a tensor of seeds, at any multiple of 8 bytes.
+NOT_SPECIALISED = ("num_rows", "seed_ptr")
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,6 +54,12 @@ def drop_threshold(dropout: float) -> int:
 def keep_scale(dropout: float) -> float:
     """The factor for kept values, which preserves the mean."""
     return 1.0 / (1.0 - dropout)
+
+
+@functools.cache
+def mask_constants(dropout: float) -> tuple[int, float]:
+    """The constants THRESHOLD and KEEP_SCALE of a kernel that drops."""
+    return drop_threshold(dropout), keep_scale(dropout)
 
 
 def require_supported(*tensors: Tensor) -> None:

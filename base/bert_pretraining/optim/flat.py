@@ -32,13 +32,15 @@ class FlatLayout:
     Attributes:
         length: elements of a flat tensor, padding included; a multiple of `multiple`.
         offsets: first element of each parameter, in the order of `shapes`.
+        sizes: elements of each parameter without padding, in the order of `shapes`.
         blocks: number of blocks of each parameter, in the order of `shapes`.
     """
 
     def __init__(self, shapes: list[torch.Size], multiple: int = BLOCK) -> None:
         """multiple: a multiple of BLOCK."""
         self._shapes = shapes
-        self.blocks = [-(-shape.numel() // BLOCK) for shape in shapes]
+        self.sizes = [shape.numel() for shape in shapes]
+        self.blocks = [-(-size // BLOCK) for size in self.sizes]
         ends = list(itertools.accumulate(reversed(self.blocks), initial=0))
         self.length = -(-ends.pop() * BLOCK // multiple) * multiple
         self.offsets = [end * BLOCK for end in reversed(ends)]
@@ -88,7 +90,7 @@ def _has_segment_reduce(device: torch.device) -> bool:
 class Shard:
     """The flat tensors that one rank updates: n elements, a multiple of BLOCK.
 
-    gradient: (n,) of the parameters' dtype. A step may overwrite it.
+    gradient: (n,) of any dtype. A step may overwrite it.
     master, first, second: (n,) float32, or float64 for float64 parameters.
     rounded: (n,) `master` rounded to the parameters' dtype; None if the master is the parameter.
     parameter_of_block: (n / BLOCK,) int32.

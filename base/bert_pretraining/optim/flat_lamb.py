@@ -8,15 +8,21 @@ chunks of memory or ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim.adam import MOMENTS
+from bert_pretraining.optim.buckets import BUCKET, Buckets
 from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Shard, Step
+from bert_pretraining.optim.gradients import FlatGradient
+from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
+from bert_pretraining.runtime.process_group import InProgress, all_reduce
 
 BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
 
@@ -24,11 +30,14 @@ BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
 class FlatLamb(Optimizer):
     """LAMB whose parameters, gradients and state are views of flat tensors.
 
+    With `reduces_gradients` it sums the gradients over the ranks of the default process group: the
+    caller wraps each micro-batch in `overlap` and calls `finish_reduction` after the last one.
+
     Args:
         kernels: the three passes of a step over the flat tensors.
-        gradients_in_place: whether `zero_grad` makes the parameters' gradients views of the flat
-            tensor, so that backward adds to it. False if DistributedDataParallel owns the
-            gradients: each step then copies them.
+        gradient_dtype: of the flat gradient, in which micro-batches and ranks are summed; None for
+            the parameters' own.
+        bucket: elements in each message of the reduction, at most.
     """
 
     SLOTS = MOMENTS
@@ -40,10 +49,13 @@ class FlatLamb(Optimizer):
         masters: dict[str, Tensor] | None = None,
         *,
         kernels: FlatKernels,
-        gradients_in_place: bool = True,
+        gradient_dtype: torch.dtype | None = None,
+        reduces_gradients: bool = False,
+        bucket: int = BUCKET,
     ) -> None:
         self.kernels = kernels
-        self._gradients_in_place = gradients_in_place
+        self.reduces_gradients = reduces_gradients
+        self._gradient_dtype, self._bucket = gradient_dtype, bucket
         super().__init__(named_parameters, settings, masters)
 
     def _create_state(self, masters: list[Tensor]) -> None:
@@ -57,19 +69,27 @@ class FlatLamb(Optimizer):
         master = self.layout.filled(masters)
         dtype = self.parameters[0].dtype
         rounded = None if dtype == master.dtype else master.to(dtype)
-        self._gradient = torch.zeros_like(master if rounded is None else rounded)
         self._point_parameters_at(master if rounded is None else rounded)
-        self.shard = self._shard_of(self._gradient, master, rounded, slice(None))
+        self._create_gradient(self._bucket)
+        self.shard = self._shard_of(self.sink.flat, master, rounded, slice(None))
         self._prepare_sums()
         self.masters = self.layout.views(self.shard.master)
         moments = (self.shard.first, self.shard.second)
         self.slots = dict(zip(MOMENTS, map(self.layout.views, moments), strict=True))
 
     def _point_parameters_at(self, values: Tensor) -> None:
-        """Make the parameters views of `values`, and create their views of the flat gradient."""
+        """Make the parameters views of `values`."""
         for parameter, view in zip(self.parameters, self.layout.views(values), strict=True):
             parameter.data = view
-        self._gradient_views = self.layout.views(self._gradient)
+
+    def _create_gradient(self, bucket: int) -> None:
+        """Create the flat gradient, and what sends it in buckets of this length."""
+        self._buckets = None
+        if self.reduces_gradients:
+            self._buckets = Buckets(self.names, self.layout, bucket, self._send)
+        dtype = self._gradient_dtype or self.parameters[0].dtype
+        self.sink = FlatGradient(self.parameters, self.layout, dtype, self._buckets)
+        self._bucket_views = self.sink.flat.split(bucket)
 
     def _shard_of(
         self, gradient: Tensor, master: Tensor, rounded: Tensor | None, blocks: slice | Tensor
@@ -96,32 +116,41 @@ class FlatLamb(Optimizer):
         self._has_ratio = torch.tensor(self.decays, device=device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `Optimizer.zero_grad`, but gradients in place are always set to zero, not to None."""
-        if not self._gradients_in_place:
-            super().zero_grad(set_to_none)
-            return
-        self._gradient.zero_()
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            parameter.grad = view
+        """As `Optimizer.zero_grad`, but the flat gradient always keeps its place."""
+        self.sink.zero()
 
     def gradients(self) -> list[Tensor]:
         """The flat gradient in pieces, (blocks, BLOCK) each, once it holds all gradients."""
-        self._collect_gradient()
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            parameter.grad = view
-        return list(self._gradient.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
+        self.sink.collect()
+        return list(self.sink.flat.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
+
+    def gradients_by_name(self) -> dict[str, Tensor]:
+        """See `Optimizer`. The tensors are views of the flat gradient."""
+        self.sink.collect()
+        return dict(zip(self.names, self.sink.views, strict=True))
+
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """A context for one micro-batch. In the last one, backward sends complete buckets."""
+        return self._buckets.overlap(last)
+
+    def _send(self, bucket: int) -> InProgress:
+        return all_reduce(self._bucket_views[bucket].mul_(1.0 / dist.get_world_size()))
+
+    def finish_reduction(self, limit: Tensor | None = None) -> None:
+        """After the last backward pass, send the remaining buckets and wait for all.
+
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no limit.
+        With a limit, `overlap` must not have sent anything.
+        """
+        # Buckets with a parameter without a gradient were not sent yet; this sets it to zeros.
+        self.sink.collect()
+        if limit is not None:
+            scale_down([self.sink.flat.view(-1, BLOCK)], limit)
+        self._buckets.finish()
 
     def _collect_gradient(self) -> None:
-        """Copy gradients that are not in place into the flat gradient; zeros for None."""
-        views, gradients = [], []
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                views.append(view)
-                gradients.append(parameter.grad)
-        if views:
-            torch._foreach_copy_(views, gradients)
+        if not self.reduces_gradients:  # otherwise `finish_reduction` has done it
+            self.sink.collect()
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
         """(k, blocks of this shard) -> (k, blocks of the layout)."""
