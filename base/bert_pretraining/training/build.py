@@ -204,7 +204,12 @@ def _optimizer(
     if setup.ranks.world_size == 1:
         sharing = "alone"
     optimizer = create_optimizer(
-        config.optimizer, module.parameters_in_memory_order(), settings, masters, sharing
+        config.optimizer,
+        module.parameters_in_memory_order(),
+        settings,
+        masters,
+        sharing,
+        torch.float32 if config.gradient_dtype == "fp32" else None,
     )
     setup.log.say(f"Optimizer: {optimizer.choice}")
     setup.log.built("CREATE_OPTIMIZER", optimizer, provider=optimizer.choice)
