@@ -1,4 +1,4 @@
-"""distributed_lamb on real gloo processes: the updates of the unsharded optimizer, bit for bit."""
+"""LAMB that reduces gradients itself, on real gloo processes: the same updates, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import ROOT
 @pytest.mark.parametrize(
     "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
 )
-def test_sharded_lamb_is_the_unsharded_one(ranks: int) -> None:
+def test_reducing_and_sharded_lamb_are_the_plain_one(ranks: int) -> None:
     paths = os.pathsep.join(str(ROOT / part) for part in ("base", "tests"))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",

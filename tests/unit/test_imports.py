@@ -26,7 +26,7 @@ LEAVES = {
 ALLOWED = {
     **LEAVES,
     "__init__": set(),
-    "model": {"errors", "kernels"},
+    "model": {"errors", "kernels", "runtime"},
     "data": {"config", "errors", "model", "runtime"},
     "optim": {"errors", "runtime"},
     "checkpoint": {"config", "errors", "model", "optim", "progress", "runtime"},

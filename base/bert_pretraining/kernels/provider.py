@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from bert_pretraining.errors import Unavailable
+from bert_pretraining.kernels.pairs import Pair
 
 OPERATORS = (
     "attention",
@@ -32,10 +33,14 @@ class Target:
 
 
 class Implementation(NamedTuple):
-    """An operator's function for a target. description: the provider's name, and why if known."""
+    """An operator's function for a target. description: the provider's name, and why if known.
+
+    pair: the same operator without autograd, if the provider has it; see `pairs.py`.
+    """
 
     function: Callable
     description: str
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from bert_pretraining.kernels import (
     torch_provider,
     triton_provider,
 )
+from bert_pretraining.kernels.pairs import LayerPairs, layer_pairs
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
 
 PROVIDERS: dict[str, Provider] = {
@@ -36,7 +37,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operators in use. choice: for each operator, its provider and why it was chosen."""
+    """The operators in use.
+
+    choice: for each operator, its provider and why it was chosen. pairs: those of an encoder layer
+    without autograd; None where a provider does not have them.
+    """
 
     attention: Callable
     bias_gelu: Callable
@@ -44,6 +49,7 @@ class Kernels:
     embedding_layer_norm_dropout: Callable
     masked_cross_entropy: Callable
     choice: dict[str, str]
+    pairs: LayerPairs | None = None
 
     def describe(self) -> str:
         """One line: operator=provider (reason), ..."""
@@ -77,6 +83,7 @@ def assemble(found: Mapping[str, Implementation]) -> Kernels:
     """The operators in use, from each operator's implementation."""
     return Kernels(
         choice={operator: one.description for operator, one in found.items()},
+        pairs=layer_pairs({operator: one.pair for operator, one in found.items()}),
         **{operator: one.function for operator, one in found.items()},
     )
 

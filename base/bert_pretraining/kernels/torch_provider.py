@@ -10,7 +10,12 @@ from torch import Tensor
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.cpu_attention import cpu_attention, padded_attention
-from bert_pretraining.kernels.cuda_attention import efficient_attention, flash_attention
+from bert_pretraining.kernels.cuda_attention import (
+    EFFICIENT,
+    FLASH,
+    efficient_attention,
+    flash_attention,
+)
 from bert_pretraining.kernels.dropout import dropout as fast_dropout
 from bert_pretraining.kernels.dropout import dropout_add
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Provider, Target
@@ -126,7 +131,8 @@ def find(operator: str, target: Target) -> Implementation:
     if operator != "attention":
         return Implementation(globals()[operator], NAME)
     function, why = attention_for(target.device, target.dtype, target.head_size)
-    return Implementation(function, f"{NAME} ({why})")
+    pairs = {flash_attention: FLASH, efficient_attention: EFFICIENT}
+    return Implementation(function, f"{NAME} ({why})", pairs.get(function))
 
 
 PROVIDER = Provider(NAME, OPERATORS, find)

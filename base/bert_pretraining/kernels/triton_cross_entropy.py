@@ -21,12 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.kernels.triton_launch import launched_directly
 from bert_pretraining.runtime.compat import custom_op
 
 _LARGEST_BLOCK = 4096
 TOTAL_BLOCK = 1024  # rows that `total_kernel` reads at a time
 
 
+@launched_directly
 @triton.jit
 def forward_kernel(
     logits_ptr,
@@ -73,6 +75,7 @@ def forward_kernel(
     tl.store(correct_ptr + row, (counted & (beaten == 0)).to(tl.int32))
 
 
+@launched_directly
 @triton.jit(do_not_specialize=["num_rows"])
 def total_kernel(
     loss_ptr, correct_ptr, loss_sum_ptr, correct_sum_ptr, num_rows, BLOCK: tl.constexpr
@@ -88,6 +91,7 @@ def total_kernel(
     tl.store(correct_sum_ptr, tl.sum(correct, axis=0).to(tl.int64))
 
 
+@launched_directly
 @triton.jit
 def backward_kernel(
     loss_gradient_ptr,

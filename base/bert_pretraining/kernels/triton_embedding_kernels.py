@@ -21,6 +21,7 @@ from bert_pretraining.kernels.triton_common import (
     kept,
     only_stream_keys,
 )
+from bert_pretraining.kernels.triton_launch import launched_directly
 from bert_pretraining.kernels.triton_layer_norm_kernels import (
     load_statistics,
     normalise,
@@ -46,6 +47,7 @@ def _copy_keys(keys_ptr, ids_ptr, rows, num_rows, FIRST: tl.constexpr):
     tl.store(keys_ptr + rows, ids + FIRST, mask=rows < num_rows)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     word_ids_ptr,
@@ -88,6 +90,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, output, mask=inside)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,
@@ -173,6 +176,7 @@ def _add_by_key(
     _add_to_entries(segments_ptr, entries, chosen & segment, columns, sums, COLUMNS)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def entry_sums_kernel(
     keys_ptr,
@@ -224,6 +228,7 @@ def entry_sums_kernel(
     tl.store(partial_ptr + part[:, None] * COLUMNS + columns[None, :], sums, mask=mask)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def crossing_sums_kernel(
     keys_ptr,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from bert_pretraining.kernels.triton_common import NOT_SPECIALISED, kept, only_stream_keys
+from bert_pretraining.kernels.triton_launch import launched_directly
 
 
 @triton.jit
@@ -52,6 +53,7 @@ def load_statistics(statistics_ptr, rows, num_rows):
     return mean, tl.load(deviations_ptr, mask=rows < num_rows, other=0.0)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     x_ptr,
@@ -93,6 +95,7 @@ def forward_kernel(
     tl.store(output_ptr + offsets, normal * weight[None, :] + norm_bias[None, :], mask=inside)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def backward_kernel(
     gradient_ptr,

@@ -33,8 +33,12 @@ def find(operator: str, target: Target) -> Implementation | Unavailable:
     if compat.release(triton.__version__) < OLDEST:
         return Unavailable(f"triton {triton.__version__} is older than 2.1")
     from bert_pretraining.kernels import triton_operators
+    from bert_pretraining.kernels.triton_pairs import PAIRS
 
-    return Implementation(getattr(triton_operators, operator), NAME)
+    pair = getattr(PAIRS, operator, None)
+    if pair is not None:
+        pair = pair._replace(column_sum=PAIRS.column_sum, sums=PAIRS.sums)
+    return Implementation(getattr(triton_operators, operator), NAME, pair)
 
 
 PROVIDER = Provider(NAME, OPERATORS, find, unavailable)

@@ -2,18 +2,23 @@
 
 Modules have the names of the published checkpoints, so that `state_dict()` is in the apex format:
 `bert.embeddings...`, `bert.encoder.layer.N.attention.self.query...`, `cls....`.
+
+Modules with a product of matrices have an attribute `scaling`: None, or the scales with which they
+compute in fp8. `Fp8State.of` sets those of the encoder.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_pretraining.kernels import Kernels
+from bert_pretraining.kernels.fp8 import Scaling
+from bert_pretraining.kernels.fp8_linear import linear
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.layer_form import PLAIN, LayerForm
 
 
 class LayerNormParameters(nn.Module):
@@ -67,14 +72,21 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
         self.kernels = kernels
+        self.scaling: Scaling | None = None
+
+    def groups(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        """The weights of query, key and value, and their biases.
+
+        They are separate parameters, because LAMB has one trust ratio per published tensor.
+        """
+        parts = (self.query, self.key, self.value)
+        return tuple(part.weight for part in parts), tuple(part.bias for part in parts)
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (T, hidden)."""
-        # Query, key and value are separate parameters, because LAMB has one trust ratio per
-        # published tensor.
-        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-        qkv = F.linear(hidden, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
+        weight, bias = map(torch.cat, self.groups())
+        qkv = linear(hidden, weight, bias, self.scaling)
+        qkv = qkv.view(hidden.shape[0], 3, self.num_heads, -1)
         dropout = self.dropout if self.training else 0.0
         context = self.kernels.attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout)
         return context.reshape(hidden.shape)
@@ -90,11 +102,12 @@ class ResidualOutput(nn.Module):
         self.epsilon = config.layer_norm_epsilon
         self.dropout = config.hidden_dropout_prob
         self.kernels = kernels
+        self.scaling: Scaling | None = None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (T, in_features); residual: (T, hidden). Returns (T, hidden)."""
         return self.kernels.bias_dropout_residual_layer_norm(
-            F.linear(x, self.dense.weight),
+            linear(x, self.dense.weight, None, self.scaling),
             self.dense.bias,
             residual,
             self.LayerNorm.weight,
@@ -121,9 +134,11 @@ class DenseGelu(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
         self.kernels = kernels
+        self.scaling: Scaling | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias)
+        projected = linear(x, self.dense.weight, None, self.scaling)
+        return self.kernels.bias_gelu(projected, self.dense.bias)
 
 
 class Layer(nn.Module):
@@ -134,6 +149,11 @@ class Layer(nn.Module):
         self.attention = Attention(config, kernels)
         self.intermediate = DenseGelu(config.hidden_size, config.intermediate_size, kernels)
         self.output = ResidualOutput(config.intermediate_size, config, kernels)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.attention.self.dropout > 0 or self.output.dropout > 0
 
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         hidden = self.attention(hidden, batch)
@@ -148,9 +168,9 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: PackedBatch, form: LayerForm) -> Tensor:
         recompute = self.checkpoint_activations and self.training
-        for layer in self.layer:
+        for layer in form.layers(self.layer, batch):
             if recompute:
                 hidden = checkpoint(layer, hidden, batch, use_reentrant=False)
             else:
@@ -169,15 +189,15 @@ class Pooler(nn.Module):
         """hidden: (T, hidden). Returns (B, hidden)."""
         # An empty sequence at the end, which only pads a batch, has no first token. It gets the
         # last token, to stay within bounds.
-        first_tokens = batch.cu_seqlens[:-1].long().clamp(max=hidden.shape[0] - 1)
-        return torch.tanh(self.dense(hidden[first_tokens]))
+        first_tokens = batch.cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
+        return torch.tanh(self.dense(hidden.index_select(0, first_tokens)))
 
 
 class Bert(nn.Module):
     """Embeddings and encoder, and a pooler if a head needs it.
 
     forward returns the hidden state of every token; `pooler` computes one vector per sequence from
-    these.
+    these. `form` is how its parts run; see `layer_form.py`.
     """
 
     def __init__(
@@ -188,7 +208,13 @@ class Bert(nn.Module):
         self.encoder = Encoder(config, kernels, checkpoint_activations)
         if with_pooler:
             self.pooler = Pooler(config)
+        self.form: LayerForm = PLAIN
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns (T, hidden)."""
-        return self.encoder(self.embeddings(batch), batch)
+        embedded = self.form.call(_embed, self.embeddings, batch)
+        return self.encoder(embedded, batch, self.form)
+
+
+def _embed(embeddings: Embeddings, batch: PackedBatch) -> Tensor:
+    return embeddings(batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from bert_pretraining.kernels import Kernels
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert import Bert, DenseGelu, LayerNormParameters
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.layer_form import LayerForm
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
 
 
@@ -117,11 +119,46 @@ class BertForPreTraining(nn.Module):
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         return self
 
+    @contextlib.contextmanager
+    def layers_as(self, form: LayerForm) -> Iterator[None]:
+        """Run the model's parts in this form meanwhile."""
+        before, self.bert.form = self.bert.form, form
+        try:
+            yield
+        finally:
+            self.bert.form = before
+
+    def parameters_in_memory_order(self) -> list[tuple[str, nn.Parameter]]:
+        """The named parameters, as `named_parameters` gives them, but in another order.
+
+        The weights of value, key and query follow each other, and so do their biases. An optimizer
+        that lays out memory from the last parameter to the first puts query, key and value side
+        by side.
+        """
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        groups = {
+            group[0]: group[::-1]
+            for layer in self.bert.encoder.layer
+            for group in layer.attention.self.groups()
+        }
+        inside = {parameter for group in groups.values() for parameter in group[:-1]}
+        ordered = []
+        for parameter in names:
+            if parameter in groups:
+                ordered += groups[parameter]
+            elif parameter not in inside:
+                ordered.append(parameter)
+        return [(names[parameter], parameter) for parameter in ordered]
+
     def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
         """Each loss by name, summed over the batch, in the order of `losses`."""
         hidden = self.bert(batch)
+        return self.bert.form.call(BertForPreTraining.losses_of, self, hidden, batch)
+
+    def losses_of(self, hidden: Tensor, batch: PackedBatch) -> dict[str, LossSum]:
+        """What `forward` returns, from the hidden state of every token, (T, hidden)."""
         pooled = self.bert.pooler(hidden, batch) if "nsp" in self.losses else None
-        logits = self.cls.predictions(hidden[batch.masked_positions])
+        logits = self.cls.predictions(hidden.index_select(0, batch.masked_positions))
         sums = {"mlm": LossSum(*self.kernels.masked_cross_entropy(logits, batch.masked_labels))}
         if pooled is not None:
             logits, labels = self.cls.seq_relationship(pooled), batch.next_sentence_labels

@@ -8,15 +8,30 @@ chunks of memory or ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim.adam import MOMENTS
-from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Shard, Step
+from bert_pretraining.optim.buckets import BUCKET, Buckets
+from bert_pretraining.optim.flat import (
+    BLOCK,
+    FlatKernels,
+    FlatLayout,
+    ParameterTable,
+    Request,
+    Shard,
+)
+from bert_pretraining.optim.gradients import FlatGradient
+from bert_pretraining.optim.loss_scale import LossScale
+from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
+from bert_pretraining.optim.schedule import Schedule
+from bert_pretraining.runtime.process_group import InProgress, all_reduce
 
 BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
 
@@ -24,11 +39,14 @@ BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
 class FlatLamb(Optimizer):
     """LAMB whose parameters, gradients and state are views of flat tensors.
 
+    With `reduces_gradients` it sums the gradients over the ranks of the default process group: the
+    caller wraps each micro-batch in `overlap` and calls `finish_reduction` after the last one.
+
     Args:
         kernels: the three passes of a step over the flat tensors.
-        gradients_in_place: whether `zero_grad` makes the parameters' gradients views of the flat
-            tensor, so that backward adds to it. False if DistributedDataParallel owns the
-            gradients: each step then copies them.
+        gradient_dtype: of the flat gradient, in which micro-batches and ranks are summed; None for
+            the parameters' own.
+        bucket: elements in each message of the reduction, at most.
     """
 
     SLOTS = MOMENTS
@@ -40,10 +58,13 @@ class FlatLamb(Optimizer):
         masters: dict[str, Tensor] | None = None,
         *,
         kernels: FlatKernels,
-        gradients_in_place: bool = True,
+        gradient_dtype: torch.dtype | None = None,
+        reduces_gradients: bool = False,
+        bucket: int = BUCKET,
     ) -> None:
         self.kernels = kernels
-        self._gradients_in_place = gradients_in_place
+        self.reduces_gradients = reduces_gradients
+        self._gradient_dtype, self._bucket = gradient_dtype, bucket
         super().__init__(named_parameters, settings, masters)
 
     def _create_state(self, masters: list[Tensor]) -> None:
@@ -57,19 +78,27 @@ class FlatLamb(Optimizer):
         master = self.layout.filled(masters)
         dtype = self.parameters[0].dtype
         rounded = None if dtype == master.dtype else master.to(dtype)
-        self._gradient = torch.zeros_like(master if rounded is None else rounded)
         self._point_parameters_at(master if rounded is None else rounded)
-        self.shard = self._shard_of(self._gradient, master, rounded, slice(None))
+        self._create_gradient(self._bucket)
+        self.shard = self._shard_of(self.sink.flat, master, rounded, slice(None))
         self._prepare_sums()
         self.masters = self.layout.views(self.shard.master)
         moments = (self.shard.first, self.shard.second)
         self.slots = dict(zip(MOMENTS, map(self.layout.views, moments), strict=True))
 
     def _point_parameters_at(self, values: Tensor) -> None:
-        """Make the parameters views of `values`, and create their views of the flat gradient."""
+        """Make the parameters views of `values`."""
         for parameter, view in zip(self.parameters, self.layout.views(values), strict=True):
             parameter.data = view
-        self._gradient_views = self.layout.views(self._gradient)
+
+    def _create_gradient(self, bucket: int) -> None:
+        """Create the flat gradient, and what sends it in buckets of this length."""
+        self._buckets = None
+        if self.reduces_gradients:
+            self._buckets = Buckets(self.names, self.layout, bucket, self._send)
+        dtype = self._gradient_dtype or self.parameters[0].dtype
+        self.sink = FlatGradient(self.parameters, self.layout, dtype, self._buckets)
+        self._bucket_views = self.sink.flat.split(bucket)
 
     def _shard_of(
         self, gradient: Tensor, master: Tensor, rounded: Tensor | None, blocks: slice | Tensor
@@ -92,36 +121,44 @@ class FlatLamb(Optimizer):
     def _prepare_sums(self) -> None:
         device = self.shard.master.device
         self._sums = self.shard.master.new_zeros(2, len(self.shard.parameter_of_block))
-        self._blocks_of = torch.tensor(self.layout.blocks, device=device)
-        self._has_ratio = torch.tensor(self.decays, device=device)
+        self._table = ParameterTable.of(self.layout, self.decays, device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `Optimizer.zero_grad`, but gradients in place are always set to zero, not to None."""
-        if not self._gradients_in_place:
-            super().zero_grad(set_to_none)
-            return
-        self._gradient.zero_()
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            parameter.grad = view
+        """As `Optimizer.zero_grad`, but the flat gradient always keeps its place."""
+        self.sink.zero()
 
     def gradients(self) -> list[Tensor]:
         """The flat gradient in pieces, (blocks, BLOCK) each, once it holds all gradients."""
-        self._collect_gradient()
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            parameter.grad = view
-        return list(self._gradient.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
+        self.sink.collect()
+        return list(self.sink.flat.view(-1, BLOCK).split(BLOCKS_AT_A_TIME))
+
+    def gradients_by_name(self) -> dict[str, Tensor]:
+        """See `Optimizer`. The tensors are views of the flat gradient."""
+        self.sink.collect()
+        return dict(zip(self.names, self.sink.views, strict=True))
+
+    def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """A context for one micro-batch. In the last one, backward sends complete buckets."""
+        return self._buckets.overlap(last)
+
+    def _send(self, bucket: int) -> InProgress:
+        return all_reduce(self._bucket_views[bucket].mul_(1.0 / dist.get_world_size()))
+
+    def finish_reduction(self, limit: Tensor | None = None) -> None:
+        """After the last backward pass, send the remaining buckets and wait for all.
+
+        limit: 0-d; this rank's own gradient is first scaled down to that norm. None for no limit.
+        With a limit, `overlap` must not have sent anything.
+        """
+        # Buckets with a parameter without a gradient were not sent yet; this sets it to zeros.
+        self.sink.collect()
+        if limit is not None:
+            scale_down([self.sink.flat.view(-1, BLOCK)], limit)
+        self._buckets.finish()
 
     def _collect_gradient(self) -> None:
-        """Copy gradients that are not in place into the flat gradient; zeros for None."""
-        views, gradients = [], []
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                views.append(view)
-                gradients.append(parameter.grad)
-        if views:
-            torch._foreach_copy_(views, gradients)
+        if not self.reduces_gradients:  # otherwise `finish_reduction` has done it
+            self.sink.collect()
 
     def _of_all_blocks(self, sums: Tensor) -> Tensor:
         """(k, blocks of this shard) -> (k, blocks of the layout)."""
@@ -130,34 +167,30 @@ class FlatLamb(Optimizer):
     def _publish(self) -> None:
         """After an update, send the new parameters to the other ranks. Unsharded: nothing to do."""
 
-    def _sum_by_parameter(self, sums: Tensor) -> list[Tensor]:
-        """(k, blocks of this shard) -> k times (parameters,) float64."""
-        return [
-            self.layout.sum_by_parameter(row, self._blocks_of) for row in self._of_all_blocks(sums)
-        ]
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        return self._step(learning_rate, inverse_scale)
+
+    def scheduled_step(self, schedule: Schedule, loss_scale: LossScale) -> Tensor:
+        """See `Optimizer`."""
+        if self.kernels.takes_schedules:
+            return self._step(schedule, loss_scale)
+        return super().scheduled_step(schedule, loss_scale)
 
     @torch.no_grad()
-    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+    def _step(self, rate: float | Tensor | Schedule, scale: float | Tensor | LossScale) -> Tensor:
         self._collect_gradient()
-        shard, settings, kernels = self.shard, self.settings, self.kernels
+        shard, table, kernels = self.shard, self._table, self.kernels
         kernels.square_sums(shard, self._sums[0])
-        (squares,) = self._sum_by_parameter(self._sums[:1])
-        norm = squares.sum().sqrt() * inverse_scale
-        self.gradient_norm = norm.to(shard.master.dtype)
-        finite = torch.isfinite(self.gradient_norm)
-        if self.may_read and not finite:
-            return finite
-        self.num_updates += finite
-        factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)
-        step = Step(settings, factor, self.num_updates, finite)
+        squares = self._of_all_blocks(self._sums[:1])[0]
+        step = kernels.begin(squares, table, Request(self.settings, self.num_updates, rate, scale))
+        self.gradient_norm = step.norm
+        if self.may_read and not step.finite:
+            return step.finite
         kernels.first_stage(shard, step, self._sums)
-        weights, updates = self._sum_by_parameter(self._sums)
-        both = self._has_ratio & (weights > 0) & (updates > 0)
-        rates = torch.where(both, (weights / updates).sqrt(), 1.0) * learning_rate
-        rates = torch.cat([rates, rates.new_zeros(1)]).to(shard.master.dtype)
-        kernels.second_stage(shard, step, rates[shard.parameter_of_block.long()])
+        rates = kernels.rates(self._of_all_blocks(self._sums), table, step)
+        kernels.second_stage(shard, step, rates)
         self._publish()
-        return finite
+        return step.finite
 
     def _round_masters(self) -> None:
         if self.shard.rounded is not None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.norms import norm_of
+from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime import device as devices
 
 
@@ -33,6 +36,19 @@ class OptimizerSettings:
 def has_weight_decay(name: str) -> bool:
     """Whether a parameter of this name has weight decay (and, in LAMB, a trust ratio)."""
     return not (name.endswith("bias") or "LayerNorm" in name)
+
+
+class GradientSink(Protocol):
+    """Where code that computes gradients without autograd adds them."""
+
+    def target(self, parameter: nn.Parameter) -> Tensor:
+        """What to add the parameter's gradient to: of its shape, maybe of another dtype."""
+
+    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The gradients of these parameters have this micro-batch's part now, all of it.
+
+        Call it once a micro-batch for each parameter that autograd does not handle.
+        """
 
 
 class Optimizer:
@@ -57,11 +73,14 @@ class Optimizer:
         num_updates: 0-d int64 tensor on the parameters' device. Skipped steps do not count.
         may_read: whether the host may read values without waiting for the device, as on a CPU.
         choice: the provider's name and why it was chosen, for the log.
+        sink: where code that does without autograd adds gradients; None if the optimizer reads
+            only the parameters' `grad`.
     """
 
     SLOTS: tuple[str, ...] = ()
     reduces_gradients = False
     choice = ""
+    sink: GradientSink | None = None
 
     def __init__(
         self,
@@ -107,11 +126,15 @@ class Optimizer:
                 parameter.grad.zero_()
 
     def gradients(self) -> list[Tensor]:
-        """All gradients, not copied; a gradient of None becomes zeros."""
+        """All gradients, not copied, in pieces of any shape; a gradient of None becomes zeros."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self.parameters]
+
+    def gradients_by_name(self) -> dict[str, Tensor]:
+        """The sums of all micro-batches so far, by parameter; zeros for None. Not copied."""
+        return dict(zip(self.names, self.gradients(), strict=True))
 
     def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
         """One update with the gradients in the parameters' `grad`; None counts as zeros.
@@ -124,6 +147,16 @@ class Optimizer:
         not wait for a GPU, but reading `finite` does. The gradients may be overwritten.
         """
         raise NotImplementedError
+
+    def scheduled_step(self, schedule: Schedule, loss_scale: LossScale) -> Tensor:
+        """`step` with the schedule's rate and the inverse loss scale, which is updated afterwards.
+
+        Like `step`, it returns `finite` and does not wait for a GPU.
+        """
+        rate = schedule.at(self.num_updates)
+        finite = self.step(rate, 1.0 / loss_scale.scale)
+        loss_scale.update(finite)
+        return finite
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """With `reduces_gradients`: a context for forward and backward of one micro-batch.

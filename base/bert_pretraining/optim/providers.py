@@ -18,10 +18,11 @@ from bert_pretraining.optim.lamb import ForeachLamb, ReferenceLamb
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
 from bert_pretraining.optim.sharded_lamb import ShardedLamb
 
-# Where gradients and optimizer state are held:
-#   alone       the optimizer holds this rank's gradients, in its flat tensor if it has one
-#   replicated  DistributedDataParallel holds them, and every rank has the whole state
-#   sharded     the optimizer holds and reduces them, and every rank has a shard of the state
+# What the ranks share:
+#   alone       nothing: there is one rank, or the caller averages the gradients
+#   replicated  gradients, which an optimizer with a flat gradient averages itself; every rank has
+#               the whole state
+#   sharded     gradients, and every rank has a shard of the state
 Sharing = Literal["alone", "replicated", "sharded"]
 
 
@@ -29,19 +30,19 @@ Sharing = Literal["alone", "replicated", "sharded"]
 class OptimizerProvider:
     """One entry of OPTIMIZERS.
 
-    make: (parameters by name, settings, masters, sharing) -> the optimizer.
+    make: (parameters by name, settings, masters, sharing, gradient dtype) -> the optimizer.
     unavailable: device -> why it cannot run there, or None.
-    shards: whether it can shard its state over the ranks.
+    flat: whether it has a flat gradient, of any dtype, and can shard its state over the ranks.
     """
 
     make: Callable[..., Optimizer]
     unavailable: Callable[[torch.device], Unavailable | None] = lambda _: None
-    shards: bool = False
+    flat: bool = False
 
 
 def _unsharded(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """A `Provider.make` for an optimizer that is the same wherever gradients are held."""
-    return lambda named, settings, masters, sharing: optimizer(named, settings, masters)
+    """`OptimizerProvider.make` for an optimizer without a flat gradient."""
+    return lambda named, settings, masters, *_: optimizer(named, settings, masters)
 
 
 def _flat(
@@ -49,13 +50,14 @@ def _flat(
     settings: OptimizerSettings,
     masters: dict[str, Tensor] | None,
     sharing: Sharing,
+    gradient_dtype: torch.dtype | None,
     kernels: FlatKernels | None = None,
 ) -> Optimizer:
-    kernels = kernels or TorchKernels()
+    arguments = {"kernels": kernels or TorchKernels(), "gradient_dtype": gradient_dtype}
     if sharing == "sharded":
-        return ShardedLamb(named, settings, masters, kernels=kernels)
-    in_place = sharing == "alone"
-    return FlatLamb(named, settings, masters, kernels=kernels, gradients_in_place=in_place)
+        return ShardedLamb(named, settings, masters, **arguments)
+    reduces = sharing == "replicated"
+    return FlatLamb(named, settings, masters, reduces_gradients=reduces, **arguments)
 
 
 def _triton(named: list[tuple[str, nn.Parameter]], *arguments: object) -> Optimizer:
@@ -76,7 +78,7 @@ def _apex(
     named: list[tuple[str, nn.Parameter]],
     settings: OptimizerSettings,
     masters: dict[str, Tensor] | None,
-    sharing: Sharing,
+    *_: object,
 ) -> Optimizer:
     from bert_pretraining.optim.apex_lamb import ApexLamb
 
@@ -92,8 +94,8 @@ def _no_apex(device: torch.device) -> Unavailable | None:
 OPTIMIZERS: dict[str, OptimizerProvider] = {
     "reference": OptimizerProvider(_unsharded(ReferenceLamb)),
     "foreach": OptimizerProvider(_unsharded(ForeachLamb)),
-    "flat": OptimizerProvider(_flat, shards=True),
-    "triton": OptimizerProvider(_triton, _no_triton, shards=True),
+    "flat": OptimizerProvider(_flat, flat=True),
+    "triton": OptimizerProvider(_triton, _no_triton, flat=True),
     "apex": OptimizerProvider(_apex, _no_apex),
     "adamw": OptimizerProvider(_unsharded(AdamW)),
 }
@@ -122,8 +124,8 @@ def choose(name: str, device: torch.device, sharded: bool = False) -> Choice:
         raise UserError(
             f"--optimizer {name}: no such optimizer", f"choose one of auto, {', '.join(OPTIMIZERS)}"
         )
-    if sharded and not OPTIMIZERS[name].shards:
-        able = " or ".join(one for one, provider in OPTIMIZERS.items() if provider.shards)
+    if sharded and not OPTIMIZERS[name].flat:
+        able = " or ".join(one for one, provider in OPTIMIZERS.items() if provider.flat)
         raise UserError(
             f"--optimizer {name} cannot shard its state over ranks, which distributed_lamb needs",
             f"pass --optimizer auto, {able}; or pass --distributed_lamb false",
@@ -151,15 +153,25 @@ def create_optimizer(
     settings: OptimizerSettings,
     masters: dict[str, Tensor] | None = None,
     sharing: Sharing = "alone",
+    gradient_dtype: torch.dtype | None = None,
 ) -> Optimizer:
     """Create the optimizer called `name`; "auto" is the fastest LAMB on the parameters' device.
 
     masters: by name, the float32 weights of which 16-bit parameters are the rounding.
+    gradient_dtype: in which gradients are summed over micro-batches and ranks; None for the
+        parameters' own.
     The result's `choice` says which provider it is, and why. Raises UserError as `choose` does, and
     if the provider does not support the parameters' dtype.
     """
     named = list(named_parameters)
     choice = choose(name, named[0][1].device, sharing == "sharded")
-    optimizer = OPTIMIZERS[choice.name].make(named, settings, masters, sharing)
+    provider = OPTIMIZERS[choice.name]
+    if gradient_dtype not in (None, named[0][1].dtype) and not provider.flat:
+        able = " or ".join(one for one, provider in OPTIMIZERS.items() if provider.flat)
+        raise UserError(
+            f"--optimizer {choice.name} sums gradients in the parameters' dtype alone",
+            f"pass --gradient_dtype param, or --optimizer auto, {able}",
+        )
+    optimizer = provider.make(named, settings, masters, sharing, gradient_dtype)
     optimizer.choice = choice.describe()
     return optimizer

@@ -81,6 +81,25 @@ def _tags_added(tags: tuple[torch.Tag, ...]) -> Iterator[None]:
         yield
 
 
+def scaled_mm(left: torch.Tensor, right: torch.Tensor, **options: typing.Any) -> torch.Tensor:
+    """torch._scaled_mm: the product of two fp8 matrices.
+
+    Before 2.5 it returns the result's largest number too. There is no public function for it
+    before 2.10.
+    """
+    product = torch._scaled_mm(left, right, **options)
+    return product[0] if isinstance(product, tuple) else product
+
+
+def compile_once_for_equal_modules() -> None:
+    """torch.compile makes one program for all modules of one class, not one for each.
+
+    Before 2.5 this has to be switched on.
+    """
+    if TORCH < (2, 5):
+        torch._dynamo.config.inline_inbuilt_nn_modules = True
+
+
 def called_functions(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """The functions that a file of torch.save would call; [] where they are not known.
 

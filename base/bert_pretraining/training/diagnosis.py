@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.layer_form import PLAIN
 from bert_pretraining.model.losses import mean_loss
 
 
@@ -23,12 +25,22 @@ class NonFinite(NamedTuple):
     text: str
 
 
-def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float = 1.0) -> NonFinite:
+def first_non_finite(
+    model: BertForPreTraining, batches: list[PackedBatch], scale: float = 1.0
+) -> NonFinite:
     """Name what is not finite first: a parameter, an activation of these batches, a gradient.
 
     Runs the batches once more, with other dropout masks: forward, and if that is finite,
-    backward from the mean losses times `scale`. The gradients are lost.
+    backward from the mean losses times `scale`. Modules run one by one, whatever the model's
+    form, so that the first one is found.
     """
+    with model.layers_as(PLAIN):
+        return _first_non_finite(model, batches, scale)
+
+
+def _first_non_finite(
+    model: BertForPreTraining, batches: list[PackedBatch], scale: float
+) -> NonFinite:
     for name, parameter in model.named_parameters():
         if (what := _fault(parameter)) is not None:
             return NonFinite(0, f"parameter {name} holds {what}")
@@ -36,12 +48,15 @@ def first_non_finite(model: nn.Module, batches: list[PackedBatch], scale: float 
         found = _first_activation(model, batch)
         if found is not None:
             return NonFinite(0, found)
-    model.zero_grad()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for batch in batches:
-        (mean_loss(model(batch), batch) * scale / len(batches)).backward()
+        loss = mean_loss(model(batch), batch) * scale / len(batches)
+        added = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(gradients, added)
     # Backward goes from the last parameter to the first.
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and (what := _fault(parameter.grad)) is not None:
+    for name, gradient in reversed(list(zip(names, gradients, strict=True))):
+        if (what := _fault(gradient)) is not None:
             text = f"parameters and activations are finite; the gradient of {name} holds {what}"
             return NonFinite(1, text)
     return NonFinite(2, "parameters, activations and gradients were finite when tried again")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_pretraining.model.batch import smallest_batch
-from bert_pretraining.optim import Optimizer, scale_down
+from bert_pretraining.optim import Optimizer, ShardedLamb, scale_down
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks, all_reduce, sends_from_device
 
@@ -22,10 +22,13 @@ class Reduction(Protocol):
     Attributes:
         model: what to call in place of the module.
         name: what logs call this reduction; it stays the same if the class is renamed.
+        can_follow: whether `finish` does all the work if no micro-batch was in `overlap` with
+            last=True, or if it was a captured graph, which calls no hook.
     """
 
     model: nn.Module
     name: str
+    can_follow: bool
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """A context for forward and backward of one micro-batch.
@@ -41,6 +44,7 @@ class NoReduction:
     """One rank: its gradients are the mean already."""
 
     name = "NoReduction"
+    can_follow = True
 
     def __init__(self, module: nn.Module) -> None:
         self.model = module
@@ -56,6 +60,8 @@ class NoReduction:
 class DdpReduction:
     """PyTorch's DistributedDataParallel (DDP): all-reduce in buckets while backward goes on.
 
+    For optimizers that do not reduce gradients themselves.
+
     DDP makes new buckets after the first backward pass, by the order in which gradients
     came. With more than two ranks the buckets decide in which order the ranks' parts of a
     gradient are added, and so its last bit. Two passes that change nothing therefore come before
@@ -63,6 +69,7 @@ class DdpReduction:
     """
 
     name = "DuringBackward"
+    can_follow = False
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         device_ids = None if device.type == "cpu" else [device.index]
@@ -86,10 +93,12 @@ class DdpReduction:
 class LateReduction:
     """The gradients are all-reduced one by one after the last backward pass.
 
-    For backends that do not take the device's tensors, which DDP would give them.
+    For backends that do not take the device's tensors: each message goes through main memory, so
+    that a rank would wait for it in the middle of its backward pass.
     """
 
     name = "AfterBackward"
+    can_follow = True
 
     def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
         self.model = module
@@ -126,15 +135,19 @@ class ClippedReduction(LateReduction):
 
 
 class OptimizerReduction:
-    """The optimizer reduces the gradients itself.
+    """The optimizer reduces its flat gradient itself, in buckets, while backward goes on.
 
-    limit: as in `ClippedReduction`; None: the optimizer clips the mean.
+    limit: as in `ClippedReduction`; None: the optimizer clips the mean. With a limit, the buckets
+        are sent after backward.
     """
 
-    name = "Sharded"
+    can_follow = True
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, limit: float | None) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, limit: float | None, name: str
+    ) -> None:
         self.model = module
+        self.name = name
         self._optimizer = optimizer
         self._limit = limit
 
@@ -156,8 +169,11 @@ def make_reduction(
     """
     if ranks.world_size == 1:
         return NoReduction(module)
-    if optimizer.reduces_gradients:
-        return OptimizerReduction(module, optimizer, clip_first)
+    if isinstance(optimizer, ShardedLamb):
+        return OptimizerReduction(module, optimizer, clip_first, "Sharded")
+    if optimizer.reduces_gradients and sends_from_device(ranks.device):
+        name = DdpReduction.name if clip_first is None else ClippedReduction.name
+        return OptimizerReduction(module, optimizer, clip_first, name)
     if clip_first is not None:
         return ClippedReduction(module, optimizer, clip_first)
     if not sends_from_device(ranks.device):

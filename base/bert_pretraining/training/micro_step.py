@@ -1,4 +1,4 @@
-"""Forward and backward of one micro-batch: eager, compiled, or replayed as a CUDA graph."""
+"""Forward and backward of one micro-batch: at once, or replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
@@ -30,7 +31,10 @@ def forward_backward(
 
 
 def _backward(sums: dict[str, LossSum], weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
-    torch.stack([part.loss * weights[name] for name, part in sums.items()]).sum().backward()
+    torch.autograd.backward(
+        [part.loss for part in sums.values()],
+        [weights[name].to(part.loss.dtype) for name, part in sums.items()],
+    )
     return {name: LossSum(part.loss.detach(), part.correct.detach()) for name, part in sums.items()}
 
 
@@ -38,13 +42,15 @@ class MicroStep:
     """`forward_backward` for a model, in the way that was chosen.
 
     Args:
-        model: called with a batch; may be compiled or replicated.
+        model: called with a batch; may be replicated.
         budgets: the constant shapes, the smallest first. A batch that fits none of them keeps its
             own shape; without budgets, every batch does.
         graph: replay captured CUDA graphs, one for each budget. `prepare` captures them.
         losses: the names of the model's losses.
-        instead: called with the error when a compiled model fails in its forward pass, such as
-            for a new shape. It returns the model to go on with, or raises.
+        instead: called with the error when the forward pass fails, as a compiled one may for a new
+            shape. It changes the model so that the pass can be tried again, or raises.
+        fp8: the scales of layers that compute in fp8. Before their first update, steps measure
+            every tensor, which a graph does not; so no graph is replayed until then.
     """
 
     def __init__(
@@ -54,7 +60,8 @@ class MicroStep:
         budgets: tuple[Budget, ...],
         graph: bool,
         losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
-        instead: Callable[[Exception], nn.Module] | None = None,
+        instead: Callable[[Exception], None] | None = None,
+        fp8: Fp8State | None = None,
     ) -> None:
         self._model, self._device = model, device
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
@@ -62,10 +69,15 @@ class MicroStep:
         self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
         self._graph = graph
         self._instead = instead
+        self._fp8 = fp8
 
     @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients must stay where they lie: a captured graph adds to them there."""
+    def captured(self) -> bool:
+        """Whether graphs are replayed.
+
+        Gradients must then stay where they lie: the graph adds to them there. And nothing can be
+        sent to other ranks before it ends.
+        """
         return self._graph
 
     def __call__(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
@@ -73,7 +85,8 @@ class MicroStep:
         for index, static in enumerate(self._static):
             if static.budget.fits(batch):
                 loaded = static.load(batch)
-                if not self._graph:
+                measures = self._fp8 is not None and not self._fp8.calibrated
+                if not self._graph or measures:
                     return self._step(loaded, weights)
                 for name, weight in self._weights.items():
                     weight.copy_(weights[name])
@@ -88,13 +101,16 @@ class MicroStep:
         try:
             sums = self._model(batch)
         except torch.OutOfMemoryError:
-            raise  # the eager model needs more memory still
+            raise  # the other forms of the model need more memory still
         except Exception as error:
-            # No gradient was added yet, so that another model can do the whole step. An error of
-            # the batch or the device comes again there.
-            self._model, self._instead = self._instead(error), None
-            return forward_backward(self._model, batch, weights)
-        return _backward(sums, weights)
+            failed = error
+        else:
+            return _backward(sums, weights)
+        # No gradient was added yet, so that the whole step can be done again. An error of the
+        # batch or of the device comes again there.
+        self._instead(failed)
+        self._instead = None
+        return forward_backward(self._model, batch, weights)
 
     def forward(self, batch: PackedBatch | None) -> None:
         """The forward pass for every budget, or for this batch without budgets; no gradients.

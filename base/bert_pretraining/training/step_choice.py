@@ -1,15 +1,16 @@
-"""The choice of the micro-step: eager, compiled, or replayed as a CUDA graph.
+"""The choice of the micro-step: the form of the model's layers, at once or as a CUDA graph.
 
 Compiling and capturing depend on versions of compilers and drivers. What fails, or trains otherwise
-than the eager model does, is left out, and the run goes on without it.
+than the plain modules do, is left out, and the run goes on without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,11 @@ from torch import nn
 
 from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.gradient_sink import GradientSink, OwnGradients
+from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.model.layer_form import PLAIN, CompiledForm, FusedForm, LayerForm
 from bert_pretraining.model.losses import OBJECTIVES
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
@@ -26,81 +31,123 @@ from bert_pretraining.training.micro_step import MicroStep, forward_backward
 from bert_pretraining.training.static_batch import Budget, budgets
 from bert_pretraining.training.step_proof import difference, sample_batch
 
+FORMS = {"compiled": "torch.compile", "fused": "fused layers", "plain": "plain modules"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the micro-step works on.
+
+    module: the bare model, whose form is chosen. model: what to call, maybe a replicated module.
+    zero_grad: leaves every parameter's gradient in place, zeroed. sink: where the optimizer wants
+    the gradients of fused layers, if anywhere. reduces_later: whether the ranks' gradients can be
+    averaged after the backward pass, so that autograd need not see them come. fp8: the scales of
+    layers that compute in fp8.
+    """
+
+    module: BertForPreTraining
+    model: nn.Module
+    zero_grad: Callable[[], None]
+    sink: GradientSink | None = None
+    reduces_later: bool = True
+    fp8: Fp8State | None = None
+
 
 @dataclass(frozen=True)
 class Way:
-    """How micro-steps run. sizes: the constant shapes, if there are any."""
+    """How micro-steps run.
 
-    compiled: bool
+    forms: of the layers, names in FORMS; the first that works is taken. graph: whether forward and
+    backward are captured. sizes: the constant shapes for compiled code and graphs, or none.
+    """
+
+    forms: tuple[str, ...]
     graph: bool
     sizes: tuple[Budget, ...]
 
+    @property
+    def used_sizes(self) -> tuple[Budget, ...]:
+        """The constant shapes that this way needs."""
+        return self.sizes if self.graph or self.forms[0] == "compiled" else ()
+
     def __str__(self) -> str:
-        return "use_cuda_graph" if self.graph else "torch.compile"
+        return "use_cuda_graph" if self.graph else FORMS[self.forms[0]]
 
-
-EAGER = Way(False, False, ())
+    def without(self, blamed: str) -> Way:
+        """The way to try when this one has failed. blamed: "use_cuda_graph" or the form."""
+        if blamed == "use_cuda_graph":
+            return Way(self.forms, False, self.sizes)
+        return Way(self.forms[1:], self.graph, self.sizes)
 
 
 def prepared_step(
-    config: Config,
-    model: nn.Module,
-    max_seqlen: int,
-    ranks: Ranks,
-    say: Callable[[str], None],
-    zero_grad: Callable[[], None],
+    config: Config, trained: Trained, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
 ) -> MicroStep:
-    """Choose eager, compiled or captured, as the settings ask and the device allows.
+    """Choose the layers' form and whether to capture, as the settings ask and the device allows.
 
-    It is compiled and captured here, on all ranks at once; what fails is left out. With
-    `prove_kernels`, loss and gradients are also compared with the eager model's. Random states
-    stay as they were. Compiled and captured steps may use constant shapes.
+    The step is compiled and captured here, on all ranks at once; what fails is left out. With
+    `prove_kernels`, loss and gradients are also compared with those of the plain modules. Random
+    states stay as they were. Compiled and captured steps may use constant shapes.
 
-    max_seqlen: the longest sequence that the model takes. say: is told what was chosen. zero_grad
-    leaves every parameter's gradient in place, zeroed.
+    max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
 
     UserError if compiling was asked for and cannot be, or fails.
     """
-    way = _asked(config, max_seqlen, ranks, say)
-    return best_that_works(way, config, model, max_seqlen, ranks, say, zero_grad)
+    way = _asked(config, trained, max_seqlen, ranks, say)
+    # What is tried here must not move the scales of training.
+    with trained.fp8.as_calibrated() if trained.fp8 else contextlib.nullcontext():
+        return best_that_works(way, config, trained, max_seqlen, ranks, say)
 
 
 def best_that_works(
     way: Way,
     config: Config,
-    model: nn.Module,
+    trained: Trained,
     max_seqlen: int,
     ranks: Ranks,
     say: Callable[[str], None],
-    zero_grad: Callable[[], None],
 ) -> MicroStep:
     """`prepared_step`, beginning with this way."""
     proves = config.proves_kernels_on(ranks.device.type)
-    compiled = _compiled(way, model, say)
-    while way != EAGER:
-        step = _make(way, config, model, compiled, ranks, say)
+    while way.graph or way.forms[0] != "plain":
+        trained.module.bert.form = _form(way, trained)
+        step = _make(way, config, trained, ranks, say)
         with devices.generators_kept(ranks.device):
             batch = _sample(way, max_seqlen, ranks.device) if proves else None
-            fault, blamed = _prepare(step, way, batch, zero_grad)
+            fault, blamed = _prepare(step, way, batch, trained)
             if fault is None and batch is not None:
                 blamed = str(way)
-                fault = _difference(step, way, model, batch, config, zero_grad, say)
-            zero_grad()
+                fault = _difference(step, way, trained, batch, config, say)
+            trained.zero_grad()
         if fault is None:
+            say(f"Micro-steps: {_described(way)}")
             return step
         if blamed == "torch.compile":
             _compile_failed(fault, config, say)
-            compiled = model
-            way = Way(False, True, way.sizes) if way.graph else EAGER
         else:
             fault = fault.removeprefix("use_cuda_graph: ")
-            say(f"Notice: use_cuda_graph: the run goes on without it ({fault})")
-            way = Way(True, False, way.sizes) if way.compiled else EAGER
-    return _make(EAGER, config, model, model, ranks, say)
+            say(f"Notice: {blamed}: the run goes on without it ({fault})")
+        way = way.without(blamed)
+    trained.module.bert.form = PLAIN
+    return _make(way, config, trained, ranks, say)
+
+
+def _described(way: Way) -> str:
+    return FORMS[way.forms[0]] + (", captured as a CUDA graph" if way.graph else "")
+
+
+def _form(way: Way, trained: Trained) -> LayerForm:
+    if way.forms[0] == "compiled":
+        return CompiledForm([size.tokens for size in way.sizes] or None)
+    if way.forms[0] == "fused":
+        module = trained.module
+        sink = trained.sink or OwnGradients()
+        return FusedForm(module.bert.encoder.layer, module.kernels.pairs, sink)
+    return PLAIN
 
 
 def _prepare(
-    step: MicroStep, way: Way, batch: PackedBatch | None, zero_grad: Callable[[], None]
+    step: MicroStep, way: Way, batch: PackedBatch | None, trained: Trained
 ) -> tuple[str | None, str]:
     """Compile and capture; why that failed, or None, and what failed. The same on every rank.
 
@@ -109,43 +156,59 @@ def _prepare(
     """
     fault = _first_fault(lambda: step.forward(batch))
     if fault:
-        return fault, "torch.compile" if way.compiled else "use_cuda_graph"
-    return _first_fault(lambda: step.prepare(zero_grad)), str(way)
+        return fault, "use_cuda_graph" if way.forms[0] == "plain" else FORMS[way.forms[0]]
+    return _first_fault(lambda: step.prepare(trained.zero_grad)), str(way)
 
 
 def _difference(
     step: MicroStep,
     way: Way,
-    model: nn.Module,
+    trained: Trained,
     batch: PackedBatch,
     config: Config,
-    zero_grad: Callable[[], None],
     say: Callable[[str], None],
 ) -> str | None:
-    """How the step differs from the eager model, or None; the same on every rank."""
-    losses = OBJECTIVES[config.objective]
+    """How the step differs from the plain modules, or None; the same on every rank."""
+    module, model = trained.module, trained.model
     weights = {
         name: torch.tensor(1.0 / batch.num_predictions(name), device=batch.input_ids.device)
-        for name in losses
+        for name in OBJECTIVES[config.objective]
     }
     found: list[str | None] = []
 
+    def plain() -> dict:
+        with module.layers_as(PLAIN):
+            return forward_backward(model, batch, weights)
+
     def compare() -> None:
         try:
-            found.append(
-                difference(
-                    model,
-                    lambda: forward_backward(model, batch, weights),
-                    lambda: step(batch, weights),
-                    zero_grad,
-                )
-            )
+            # Without dropout only rounding may differ. A graph has dropout in it, and torch.compile
+            # would compile once more without.
+            modes = [True] if way.graph or way.forms[0] == "compiled" else [False, True]
+            for with_dropout in modes:
+                with _training(module, with_dropout):
+                    fault = difference(
+                        module, plain, lambda: step(batch, weights), trained.zero_grad
+                    )
+                if fault:
+                    break
+            found.append(fault)
         except torch.OutOfMemoryError:  # two models' gradients at once; the step alone may fit
-            say(f"Notice: {way} is not compared with the eager model: too little memory for both")
+            say(f"Notice: {way} is not compared with the plain modules: too little memory for both")
             found.append(None)
 
     fault = _first_fault(compare)
     return fault or next(filter(None, process_group.gather(found[0])), None)
+
+
+@contextlib.contextmanager
+def _training(module: nn.Module, mode: bool) -> Iterator[None]:
+    before = module.training
+    module.train(mode)
+    try:
+        yield
+    finally:
+        module.train(before)
 
 
 def _first_fault(action: Callable[[], None]) -> str | None:
@@ -174,66 +237,71 @@ def _compile_failed(reason: str, config: Config, say: Callable[[str], None]) -> 
     say(f"Notice: torch.compile: the run goes on without it ({reason})")
 
 
-def _asked(config: Config, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]) -> Way:
+def _asked(
+    config: Config, trained: Trained, max_seqlen: int, ranks: Ranks, say: Callable[[str], None]
+) -> Way:
     """What the settings ask for and the device allows."""
     on_gpu = devices.is_cuda(ranks.device)
-    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
-    if compiled and on_gpu and importlib.util.find_spec("triton") is None:
+    fuses = trained.module.kernels.pairs is not None and trained.reduces_later
+    forms = ["fused"] if fuses else []
+    if trained.fp8 is not None:
         if config.compile == "on":
-            raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
-        say("Notice: not compiled: triton is not installed")
-        compiled = False
+            say("Notice: --compile on has no effect: layers in fp8 are not compiled")
+    elif config.compile == "on":
+        forms = ["compiled"]
+    elif config.compile == "auto" and on_gpu and _has_triton(say, needed=not fuses):
+        # Fused layers leave nothing to the compiler, and need no time to compile.
+        forms.append("compiled")
+    if forms == ["compiled"] and on_gpu and not _has_triton(say, needed=False):
+        raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
     balanced = config.resolved_batching == "balanced"
     obstacles = {
         "it needs a device that captures graphs": devices.graphs(ranks.device) is None,
         "it needs --batching balanced": not balanced,
-        "with several ranks, gradients are exchanged during backward": ranks.world_size > 1,
+        "this optimizer exchanges gradients during backward": not trained.reduces_later,
     }
     why_not = next((why for why, holds in obstacles.items() if holds), None)
     if config.use_cuda_graph and why_not:
         say(f"Notice: use_cuda_graph has no effect: {why_not}")
-    graph = config.use_cuda_graph and not why_not
     sizes: tuple[Budget, ...] = ()
-    if balanced and (compiled or graph):
+    if balanced:
         sizes = budgets(config.train_batch_size, max_seqlen, config.static_tokens)
+    way = Way((*forms, "plain"), config.use_cuda_graph and not why_not, sizes)
+    if way.used_sizes:
         say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
-    if compiled and not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if config.compile == "on" and not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile on: on a CPU it needs a C++ compiler", "install g++ or set CXX")
-    return Way(compiled, graph, sizes)
+    return way
 
 
-def _compiled(way: Way, model: nn.Module, say: Callable[[str], None]) -> nn.Module:
-    if not way.compiled:
-        return model
-    say("Compiling the model with torch.compile")
-    return torch.compile(model, dynamic=not way.sizes)
+def _has_triton(say: Callable[[str], None], needed: bool) -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if needed and not found:
+        say("Notice: not compiled: triton is not installed")
+    return found
 
 
 def _make(
-    way: Way,
-    config: Config,
-    model: nn.Module,
-    compiled: nn.Module,
-    ranks: Ranks,
-    say: Callable[[str], None],
+    way: Way, config: Config, trained: Trained, ranks: Ranks, say: Callable[[str], None]
 ) -> MicroStep:
-    def instead(error: Exception) -> nn.Module:
+    def instead(error: Exception) -> None:
         _compile_failed(_reason(error), config, say)
-        return model
+        trained.module.bert.form = PLAIN
 
     return MicroStep(
-        compiled if way.compiled else model,
+        trained.model,
         ranks.device,
-        way.sizes,
+        way.used_sizes,
         way.graph,
         OBJECTIVES[config.objective],
-        instead if way.compiled else None,
+        instead if way.forms[0] == "compiled" else None,
+        trained.fp8,
     )
 
 
 def _sample(way: Way, max_seqlen: int, device: torch.device) -> PackedBatch:
     """A batch that fits the first constant shape; a small one if there is none."""
-    if way.sizes:
+    if way.used_sizes:
         size = way.sizes[0]
         return sample_batch(size.sequences, size.tokens, size.masked, device)
     length = min(11, max_seqlen)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.errors import TrainingError
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossTotals
@@ -53,6 +54,7 @@ class Update:
     Args:
         module: the bare model, in which `read` looks for what is not finite.
         normalization: see `loss_weights`.
+        fp8: the scales of layers that compute in fp8, to be updated with the weights.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Update:
         loss_scale: LossScale,
         normalization: str,
         ranks: Ranks,
+        fp8: Fp8State | None = None,
     ) -> None:
+        self._fp8 = fp8
         self._module, self._micro_step, self._reduction = module, micro_step, reduction
         self._optimizer, self._schedule, self._loss_scale = optimizer, schedule, loss_scale
         self._normalization, self._ranks = normalization, ranks
@@ -87,14 +91,16 @@ class Update:
         losses, scale = self._module.losses, self._loss_scale.scale
         weights = loss_weights(micro_batches, losses, self._normalization, self._ranks, scale)
         totals = LossTotals(losses, self._ranks.device)
-        self._optimizer.zero_grad(set_to_none=not self._micro_step.keeps_gradients)
+        captured = self._micro_step.captured
+        self._optimizer.zero_grad(set_to_none=not captured)
         for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), 1):
-            with self._reduction.overlap(last=number == len(micro_batches)):
+            last = number == len(micro_batches) and not captured
+            with self._reduction.overlap(last):
                 totals.add(self._micro_step(batch, weight), batch)
         self._reduction.finish(scale)
-        rate = self._schedule.at(self._optimizer.num_updates)
-        finite = self._optimizer.step(rate, 1.0 / scale)
-        self._loss_scale.update(finite)
+        finite = self._optimizer.scheduled_step(self._schedule, self._loss_scale)
+        if self._fp8 is not None:
+            self._fp8.update()
         self._unread.append((finite, micro_batches))
         return totals
 
