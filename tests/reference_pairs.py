@@ -34,7 +34,9 @@ def _attention_backward(
     )[0]
 
 
-def _gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor, bias_gradient: Tensor) -> Tensor:
+def _gelu_backward(
+    gradient: Tensor, x: Tensor, bias: Tensor, bias_gradient: Tensor, _: object
+) -> Tensor:
     found, added = _gradients(reference.bias_gelu, (x, bias), gradient)
     bias_gradient += added
     return found
@@ -54,19 +56,19 @@ def _norm(
 
 def _norm_backward(
     gradient: Tensor, weight: Tensor, dropout: float, seed: Tensor | None,
-    saved: tuple[Tensor, ...], *targets: Tensor,
+    saved: tuple[Tensor, ...], *targets_and_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, bias, residual, weight, norm_bias = _gradients(
         lambda *one: reference.bias_dropout_residual_layer_norm(*one, EPSILON, 0.0), saved, gradient
     )
-    for target, added in zip(targets, (bias, weight, norm_bias), strict=True):
+    for target, added in zip(targets_and_sums[:3], (bias, weight, norm_bias), strict=True):
         target += added
     # The Triton kernels return one tensor twice where nothing is dropped.
     torch.testing.assert_close(x, residual)
     return x, x
 
 
-def _column_sum(x: Tensor, out: Tensor) -> None:
+def _column_sum(x: Tensor, out: Tensor, _: object) -> None:
     out += x.sum(0)
 
 

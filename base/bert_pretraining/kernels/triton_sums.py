@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bert_pretraining.kernels.pairs import AddSums
 from bert_pretraining.kernels.triton_common import (
     NOT_SPECIALISED,
     divide_up,
@@ -36,23 +37,14 @@ def _write(output_ptr, columns, sums, inside, ADD: tl.constexpr):
     tl.store(output_ptr + columns, sums, mask=inside)
 
 
-@launched_directly
-@triton.jit(do_not_specialize=["num_parts"])
-def add_partial_sums_kernel(
-    partial_ptr,
-    first_ptr,
-    second_ptr,
-    third_ptr,
-    num_parts,
-    COLUMNS: tl.constexpr,
-    COUNT: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Sum partial, (num_parts, COUNT, COLUMNS), over its parts. The third takes all the rest."""
-    row = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+@triton.jit
+def add_sums_of_columns(
+    partial_ptr, first_ptr, second_ptr, third_ptr, num_parts, row, block,
+    COLUMNS: tl.constexpr, COUNT: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum one block of columns of one row of partial, (num_parts, COUNT, COLUMNS)."""
+    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = columns < COLUMNS
     total = tl.zeros((BLOCK_PARTS, BLOCK_COLUMNS), tl.float32)
     partial_ptr += row * COLUMNS
@@ -71,6 +63,20 @@ def add_partial_sums_kernel(
     if COUNT > 2:  # noqa: SIM102
         if row >= 2:
             _write(third_ptr + (row - 2) * COLUMNS, columns, sums, inside, ADD)
+
+
+@launched_directly
+@triton.jit(do_not_specialize=["num_parts"])
+def add_partial_sums_kernel(
+    partial_ptr, first_ptr, second_ptr, third_ptr, num_parts,
+    COLUMNS: tl.constexpr, COUNT: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum partial, (num_parts, COUNT, COLUMNS), over its parts. The third takes all the rest."""
+    add_sums_of_columns(
+        partial_ptr, first_ptr, second_ptr, third_ptr, num_parts, tl.program_id(1),
+        tl.program_id(0), COLUMNS, COUNT, ADD, BLOCK_PARTS, BLOCK_COLUMNS,
+    )  # fmt: skip
 
 
 @launched_directly
@@ -128,8 +134,11 @@ def add_partial_sums(partial: Tensor, outputs: Sequence[Tensor], add: bool = Tru
     )
 
 
-def column_sum(x: Tensor, out: Tensor) -> None:
-    """Add the sum over the rows of x, (T, C) contiguous, to out, (C,); see `pairs.ColumnSum`."""
+write_partial_sums = functools.partial(add_partial_sums, add=False)
+
+
+def column_sum(x: Tensor, out: Tensor, add_sums: AddSums = add_partial_sums) -> None:
+    """The sum over the rows of x, (T, C) contiguous, for out, (C,); see `pairs.ColumnSum`."""
     num_rows, num_columns = x.shape
     programs = divide_up(num_rows, _PROGRAM_ROWS)
     partial = x.new_empty((programs, num_columns), dtype=torch.float32)
@@ -138,4 +147,4 @@ def column_sum(x: Tensor, out: Tensor) -> None:
         partial_sums_kernel[(programs, divide_up(num_columns, block_columns))](
             x, partial, num_rows, num_columns, _PROGRAM_ROWS, block_rows, block_columns
         )
-        add_partial_sums(partial, (out,))
+        add_sums(partial, (out,))

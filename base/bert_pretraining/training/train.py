@@ -11,8 +11,8 @@ from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.losses import LossMeans, LossTotals
 from bert_pretraining.progress import RunState
 from bert_pretraining.report.after_run import report_on
+from bert_pretraining.runtime import arithmetic, process_group, rank_reports
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
 from bert_pretraining.training.session import Session
@@ -29,7 +29,10 @@ def main(resolved: Resolved) -> int:
     # would end it, and the launcher would then end them.
     with stop.listening(ignore_afterwards=rank_reports.is_launched()):
         paths = data_paths(config)
+        if config.deterministic:
+            arithmetic.use_deterministic_operators(config.device)
         ranks = process_group.start(config.device, config.dist_backend, dataclasses.asdict(config))
+        arithmetic.set_tf32(ranks.device, config.allow_tf32)
         config = _with_the_ranks_there_are(config, ranks)
         resolved = dataclasses.replace(resolved, config=config)
         log = RunLog(resolved, ranks.rank, devices.name(ranks.device), ranks.world_size)
@@ -37,6 +40,8 @@ def main(resolved: Resolved) -> int:
         try:
             for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
                 log.say(f"Notice: {notice}")
+            if config.deterministic:
+                log.say("Deterministic: sums in a fixed order; kernels by preference, not by time")
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
             reason = train(session, stop)

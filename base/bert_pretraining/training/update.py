@@ -98,9 +98,7 @@ class Update:
             with self._reduction.overlap(last):
                 totals.add(self._micro_step(batch, weight), batch)
         self._reduction.finish(scale)
-        rate = self._schedule.at(self._optimizer.num_updates)
-        finite = self._optimizer.step(rate, 1.0 / scale)
-        self._loss_scale.update(finite)
+        finite = self._optimizer.scheduled_step(self._schedule, self._loss_scale)
         if self._fp8 is not None:
             self._fp8.update()
         self._unread.append((finite, micro_batches))
