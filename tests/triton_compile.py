@@ -169,6 +169,7 @@ def compile_kernel(
         "kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
         "capability": capability,
         "shared_bytes": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in assembly,
         "tensor_cores": "wgmma.mma_async" in assembly or "mma.sync" in assembly,
         "atomics": re.search(r"\b(atom|red)\.", assembly) is not None,
     }
