@@ -271,6 +271,7 @@ class FusedLayer:
             self.first, middle_gradient, saved.to_middle, saved.first_norm, two, sums
         )
         heads = (gradient.shape[0], self.num_heads, -1)
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         qkv_gradient = self.pairs.attention.backward(
             context_gradient.view(heads),
             saved.qkv.view(heads[0], 3, *heads[1:]),
@@ -280,11 +281,11 @@ class FusedLayer:
             one,
             saved.context.view(heads),
             saved.attention,
+            biases.together,
+            sums,
         ).view(saved.qkv.shape)
-        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         weight = self._stacked()[0]
         self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights.together, hidden_gradient)
-        self.pairs.column_sum(qkv_gradient, biases.together, sums)
         sums.finish()
         for added in (weights, biases):
             added.spread()
