@@ -15,6 +15,7 @@ import torch
 import triton
 
 from bert_pretraining.runtime import compat
+from bert_pretraining.runtime import device as devices
 
 # Compiled kernels take all arguments of the source, constants included, from this version on.
 OLDEST = (3, 3)
@@ -93,7 +94,7 @@ class _Launcher:
 
 def _on_nvidia() -> bool:
     """Elsewhere variants depend on more, such as the sizes of tensors."""
-    return torch.version.cuda is not None and getattr(torch.version, "hip", None) is None
+    return (devices.built_with() or "").startswith("CUDA")
 
 
 def _is_watched() -> bool:
