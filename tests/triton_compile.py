@@ -123,6 +123,7 @@ def _without_masks() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     rows, columns = triton_sums.block_shape(triton_sums.COLUMN_BLOCK, 3072)
     sums = {"COLUMNS": 3072, "PROGRAM_ROWS": 128, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
     listed.append((triton_sums.partial_sums_kernel, sums, {}))
+    listed.append((triton_sums.stack_kernel, sums | {"COLUMNS": 1024}, {}))
     parts = dict(zip(("BLOCK_PARTS", "BLOCK_COLUMNS"), triton_sums.PARTS_BLOCK, strict=True))
     sums = {"COLUMNS": 1024, "COUNT": 3, "ADD": True, **parts}
     listed.append((triton_sums.add_partial_sums_kernel, sums, {}))

@@ -40,7 +40,7 @@ from bert_pretraining.kernels import (
 )
 from bert_pretraining.kernels.pairs import Pair
 from bert_pretraining.kernels.triton_pairs import PAIRS
-from bert_pretraining.kernels.triton_sums import add_partial_sums
+from bert_pretraining.kernels.triton_sums import add_partial_sums, column_sum, stack
 
 GRADIENT_DTYPES = [torch.float32, torch.bfloat16]
 
@@ -68,8 +68,17 @@ def some_gradients(count: int, columns: int, dtype: torch.dtype) -> tuple[list[T
 def test_column_sum_is_added(rows: int, columns: int, dtype: torch.dtype) -> None:
     x, out = random(rows, columns), random(columns, seed=1, dtype=dtype)
     expected = out.double() + x.double().sum(0)
-    assert PAIRS.column_sum(x, out) is None
+    column_sum(x, out)
     assert_near(out, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_three_tensors_are_stacked_and_summed(rows: int) -> None:
+    parts, sums = randoms([(rows, 2, 7)] * 3), random(42, seed=9)
+    stacked = torch.stack(parts, 1)
+    expected = sums.double() + stacked.double().flatten(1).sum(0)
+    assert torch.equal(stack(parts, sums), stacked)
+    assert_near(sums, expected, 2e-5)
 
 
 @pytest.mark.parametrize("parts", [0, 1, 64, 70])
@@ -147,9 +156,12 @@ def check_attention(pair: Pair, lengths: list[int], dtype: torch.dtype, toleranc
     context, saved = pair.forward(qkv, cu_seqlens, longest, 0.0, None)
     assert_near(context, expected, tolerance)
     inputs = (direction, qkv, cu_seqlens, longest, 0.0, None)
-    gradient = pair.backward(*inputs, context, saved)
+    bias_gradient = random(96, seed=8)
+    before = bias_gradient.double()
+    gradient = pair.backward(*inputs, context, saved, bias_gradient, add_partial_sums)
     assert gradient.is_contiguous()
     assert_near(gradient, wanted, 2 * tolerance)
+    assert_near(bias_gradient, before + wanted.flatten(1).sum(0), 8 * tolerance)
 
 
 @pytest.mark.skipif(not NATIVE, reason="no CUDA device")
@@ -169,7 +181,8 @@ def test_attention_pair_drops_the_same_weights_in_both_passes() -> None:
     context, saved = PAIRS.attention.forward(qkv, cu_seqlens, 20, dropout, seed)
     # Query i's direction marks it, so that the gradient of a value shows which queries used it.
     inputs = (qkv[:, 2].contiguous(), qkv, cu_seqlens, 20, dropout, seed)
-    gradient = PAIRS.attention.backward(*inputs, context, saved)[:, 2, 0]
+    bias_gradient = torch.zeros(96, device=DEVICE)
+    gradient = PAIRS.attention.backward(*inputs, context, saved, bias_gradient)[:, 2, 0]
     for start, length in ((0, 5), (5, 20)):
         kept = context[start : start + length, 0, :length]
         assert 0 < (kept == 0).sum() < kept.numel()
