@@ -9,9 +9,11 @@ attention. `--hugging_face_compile` also runs it compiled.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from bert_pretraining.bench.workload import batch_of, padded_arrays
 from bert_pretraining.kernels import select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.runtime import device as devices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -78,51 +81,53 @@ def hugging_face_step(
     return run
 
 
-def main() -> None:
+def main() -> int:
     parser = bench.step_parser("benchmarks/compare_transformers.py", __doc__)
     parser.add_argument(
         "--hugging_face_compile", action="store_true", help="also Hugging Face's, compiled"
     )
     parser.add_argument("--compile", action="store_true", help="also ours, compiled")
+    parser.add_argument("--graph", action="store_true", help="also ours, as a CUDA graph")
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)
     batch = batch_of(lengths, config)
-    results = {}
+    results: dict[str, dict] = {}
+    described = {
+        "transformers": importlib.metadata.version("transformers"),
+        "device": devices.name(device),
+        "threads": torch.get_num_threads(),
+        "layers": config.num_hidden_layers,
+        "lengths": lengths.tolist(),
+        "results": results,
+    }
+
+    def keep(precision: str, figures: dict[str, dict]) -> None:
+        results[precision] = figures
+        if flags.output:
+            record.write(flags.output, described)
+
     for precision in flags.precision:
         dtype = bench.DTYPES[precision]
-        candidates = {
-            f"Hugging Face, sdpa, {precision}": hugging_face_step(
-                config, lengths, device, dtype, compiled=False
-            ),
-            f"ours, {precision}": bench.our_step(config, batch, device, dtype),
+        theirs = partial(hugging_face_step, config, lengths, device, dtype)
+        ours = partial(bench.OurStep, config, batch, device, dtype)
+        makers = {
+            f"Hugging Face, sdpa, {precision}": partial(theirs, compiled=False),
+            f"ours, {precision}": ours,
         }
+        if flags.graph:
+            makers[f"ours, graph, {precision}"] = partial(ours, graph=True)
         if flags.hugging_face_compile:
-            candidates[f"Hugging Face, compiled, {precision}"] = hugging_face_step(
-                config, lengths, device, dtype, compiled=True
-            )
+            makers[f"Hugging Face, compiled, {precision}"] = partial(theirs, compiled=True)
         if flags.compile:
-            candidates[f"ours, compiled, {precision}"] = bench.our_step(
-                config, batch, device, dtype, compiled=True
-            )
-        figures = bench.figures_of(
-            candidates, device, config, lengths, batch.num_masked, dtype, flags.repeats
-        )
+            makers[f"ours, compiled, {precision}"] = partial(ours, compiled=True)
+        figures = bench.compare(
+            makers, device, config, lengths, batch.num_masked, dtype, flags.repeats,
+            partial(keep, precision),
+        )  # fmt: skip
         print(bench.table(figures, next(iter(figures))), flush=True)
-        results[precision] = figures
-        candidates.clear()
-    if flags.output:
-        import transformers
-
-        described = {
-            "transformers": transformers.__version__,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "layers": config.num_hidden_layers,
-            "lengths": lengths.tolist(),
-            "results": results,
-        }
-        record.write(flags.output, described)
+        keep(precision, figures)
+    return 1 if any("failed" in one for found in results.values() for one in found.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

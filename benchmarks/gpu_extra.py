@@ -2,136 +2,274 @@
 
     PYTHONPATH=base python benchmarks/gpu_extra.py --output FILE [--device cpu --num_layers 1]
 
-This times attention with and without dropout, the compiled fused operators of PyTorch and those in
-Triton, one layer and all layers, eager and compiled, and fp8 matrix products. It counts the kernel
-launches and the host time of a step.
+The parts, all in bf16 unless stated:
+
+    proof      every provider's operators at the run's sizes against float64; fails if one is wrong
+    attention  with and without dropout: PyTorch's flash and memory-efficient attention, the Triton
+               kernels with several block sizes
+    operators  the other fused operators: compiled by PyTorch, and those of the providers
+    tf32       the step in fp32, its products in fp32 and in TF32
+    fp8        matrix products in fp8 beside bf16, forward and both gradients
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench import step as bench
 from bert_pretraining.bench.kernels import differentiate, inputs_of
-from bert_pretraining.bench.workload import alternate, batch_of, synchronize, timed
+from bert_pretraining.bench.timing import Stopwatch, Times, announce
+from bert_pretraining.bench.workload import batch_of
+from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import Target, select, unavailable
+from bert_pretraining.kernels import DTYPES, Target, select, triton_attention, unavailable
+from bert_pretraining.kernels.cuda_attention import efficient_attention, flash_attention
+from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.runtime import device as devices
+from bert_pretraining.training.kernel_choice import choose_kernels
+
+PARTS = ("proof", "attention", "operators", "tf32", "fp8")
+WARM_UP = 3
+TILINGS = [  # block of queries, block of keys, warps, stages
+    triton_attention.Tiling(*sizes)
+    for sizes in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+                  (64, 128, 8, 2), (128, 128, 8, 2))
+]  # fmt: skip
+Found = dict[str, dict]
 
 
-def spreads(
-    candidates: dict[str, Callable[[], object]], device: torch.device, repeats: int
-) -> dict:
-    """Time the candidates in turn. Print milliseconds; return the spread of seconds by name."""
-    times = alternate(candidates, device, repeats, warm_up=3)
-    found = {name: record.spread(seconds) for name, seconds in times.items()}
-    for name, spread in found.items():
-        print(f"  {name:<52} {1e3 * spread['median']:.3f} ms (n {spread['n']})", flush=True)
+class Case:
+    """What every part works on. keep: called with the figures of the part so far."""
+
+    def __init__(
+        self,
+        flags: argparse.Namespace,
+        device: torch.device,
+        config: BertConfig,
+        batch: PackedBatch,
+        keep: Callable[[Found], None],
+    ) -> None:
+        self.device, self.config, self.batch = device, config, batch
+        self.dtype = torch.bfloat16
+        self.repeats = flags.repeats
+        self.keep = keep
+
+    def measure(
+        self,
+        candidates: dict[str, Callable[[], object]],
+        found: Found | None = None,
+        operations: float = 0.0,
+    ) -> Found:
+        """The spread of seconds by name; prints milliseconds. A candidate may fail.
+
+        found: what other candidates of the part have given. operations: of a call, in floating
+        point, to tell a rate.
+        """
+        found = {} if found is None else found
+        for name, call in candidates.items():
+            announce(name)
+            try:
+                found[name] = self._time(call).figures()
+                line = f"{1e3 * found[name]['median']:.3f} ms (n {found[name]['n']})"
+                if "host" in found[name]:
+                    line += f", by {found[name]['method']}"
+                if operations:
+                    found[name]["flop_per_second"] = operations / found[name]["median"]
+                    line += f", {found[name]['flop_per_second'] / 1e12:.0f} TFLOP/s"
+            except Exception as error:  # compilers and drivers raise errors of many kinds
+                reason = str(error).strip().splitlines() or [""]
+                found[name] = {"failed": f"{type(error).__name__}: {reason[0]}"}
+                line = found[name]["failed"]
+            print(f"  {name:<52} {line}", flush=True)
+            self.keep(found)
+        return found
+
+    def _time(self, call: Callable[[], object]) -> Times:
+        for _ in range(WARM_UP):
+            call()
+        watch = Stopwatch(call, self.device, capture=True)
+        for _ in range(self.repeats):
+            watch.repeat()
+        return watch.times
+
+
+def proof(case: Case) -> Found:
+    """Which kernels prove right, and which was taken why; "failed" names those that are wrong."""
+    found: Found = {}
+    for precision in ("bf16", "fp16", "fp32"):
+        said: list[str] = []
+        config = Config(
+            precision=precision, train_batch_size=case.batch.num_sequences, prove_kernels="on"
+        )
+        choose_kernels(config, case.config, DTYPES[precision], case.device, said.append)
+        print(*(f"  {precision}: {line}" for line in said), sep="\n", flush=True)
+        found[precision] = {"said": said}
+        faults = [line for line in said if line.startswith("Notice: ")]
+        if faults:
+            found[precision]["failed"] = "; ".join(faults)
+        case.keep(found)
     return found
 
 
-def fp8_product(rows: int, inner: int, columns: int, device: torch.device) -> Callable[[], Tensor]:
-    """x W' in fp8 (e4m3) with one scale for each tensor; the result is bf16."""
-    x = torch.randn(rows, inner, device=device).to(torch.float8_e4m3fn)
-    weight = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn)
-    one = torch.ones((), device=device)
-    return lambda: torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
+def attention(case: Case) -> Found:
+    found: Found = {}
+    for dropout in (0.1, 0.0):
+        sizes = replace(case.config, attention_probs_dropout_prob=dropout)
+        given, call = inputs_of(sizes, case.batch, case.device, case.dtype)["attention"]
+        functions: dict[str, Callable] = {}
+        if devices.is_cuda(case.device):
+            functions = {"flash": flash_attention, "memory-efficient": efficient_attention}
+        else:
+            functions = {
+                "torch": select("torch", case.device, case.dtype, sizes.head_size).attention
+            }
+        target = Target(case.device, case.dtype, sizes.head_size)
+        if not unavailable("triton", "attention", target):
+            triton = select("triton", case.device, case.dtype, sizes.head_size).attention
+            for one in TILINGS if dropout else TILINGS[:1]:
+                functions[f"triton {'x'.join(map(str, one))}"] = partial(_tiled, one, triton)
+        candidates = {
+            f"{name}, dropout {dropout}": partial(differentiate, function, given, call)
+            for name, function in functions.items()
+        }
+        case.measure(candidates, found)
+    return found
 
 
-def launches(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """The kernel launches of a step, and the seconds until the host has queued all of them."""
-    step()
-    synchronize(device)
-    started = time.perf_counter()
-    step()
-    queued = time.perf_counter() - started
-    synchronize(device)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiled:
-        timed(step, device)
-    names = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
-    count = sum(event.count for event in profiled.key_averages() if event.key in names)
-    print(f"  launches {count}, host {1e3 * queued:.2f} ms")
-    return {"launches": count, "host_seconds": queued}
+def _tiled(tiling: triton_attention.Tiling, function: Callable, *arguments: object) -> Tensor:
+    """The Triton kernels with these block sizes. Backward must follow before another tiling."""
+    triton_attention.tiling = lambda _size, _dtype: tiling
+    triton_attention._constants.cache_clear()
+    return function(*arguments)
 
 
-def main() -> None:
-    parser = bench.step_parser("benchmarks/gpu_extra.py", __doc__)
-    flags = parser.parse(sys.argv[1:])
-    device, config, lengths = bench.setting_of(flags)
-    if flags.precision != parser.get_default("precision"):
-        raise UserError("--precision: these measurements are in bf16 only", "leave it out")
-    dtype = torch.bfloat16
-    batch = batch_of(lengths, config).to(device)
-    target = Target(device, dtype, config.head_size)
-    providers = [name for name in ("torch", "triton") if not unavailable(name, "attention", target)]
-    results: dict[str, object] = {}
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`masked_cross_entropy` without boolean indices, at which a compiled program would end."""
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return loss, ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
-    print("attention, forward and backward")
-    candidates: dict[str, Callable[[], object]] = {}
-    for dropout in (0.0, 0.1):
-        sizes = replace(config, attention_probs_dropout_prob=dropout)
-        given, call = inputs_of(sizes, batch, device, dtype)["attention"]
-        for provider in providers:
-            function = select(provider, device, dtype, config.head_size).attention
-            name = f"{provider}, dropout {dropout}"
-            candidates[name] = partial(differentiate, function, given, call)
-    results["attention"] = spreads(candidates, device, flags.repeats)
 
-    print("fused operators, forward and backward")
-    for operator, (given, call) in inputs_of(config, batch, device, dtype).items():
+def operators(case: Case) -> Found:
+    found: Found = {}
+    target = Target(case.device, case.dtype, case.config.head_size)
+    for operator, (given, call) in inputs_of(
+        case.config, case.batch, case.device, case.dtype
+    ).items():
         if operator == "attention":
             continue
-        plain = getattr(select("reference", device, dtype, config.head_size), operator)
-        compiled = torch.compile(plain, dynamic=False)
-        candidates = {"compiled": partial(differentiate, compiled, given, call)}
-        for provider in providers:
-            function = getattr(select(provider, device, dtype, config.head_size), operator)
-            candidates[provider] = partial(differentiate, function, given, call)
-        named = {f"{operator}, {name}": run for name, run in candidates.items()}
-        results[operator] = spreads(named, device, flags.repeats)
-
-    print("steps")
-    steps = {}
-    for layers in sorted({1, config.num_hidden_layers}):
-        sizes = replace(config, num_hidden_layers=layers)
-        for compiled_step in (False, True):
-            name = f"{layers} layers, {'compiled' if compiled_step else 'eager'}"
-            steps[name] = bench.our_step(sizes, batch, device, dtype, compiled=compiled_step)
-    results["steps"] = spreads(steps, device, flags.repeats)
-    results["launches"] = {name: launches(step, device) for name, step in steps.items()}
-
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        print("fp8 matrix products, forward")
-        hidden, inner = config.hidden_size, config.intermediate_size
-        rows = batch.num_tokens // 16 * 16
-        shapes = {"qkv": (hidden, 3 * hidden), "intermediate": (hidden, inner),
-                  "output": (inner, hidden)}  # fmt: skip
-        products = {
-            name: fp8_product(rows, inputs, outputs, device)
-            for name, (inputs, outputs) in shapes.items()
+        functions = {
+            name: getattr(select(name, case.device, case.dtype, case.config.head_size), operator)
+            for name in ("torch", "triton")
+            if not unavailable(name, operator, target)
         }
-        found = spreads(products, device, flags.repeats)
-        for name, (inputs, outputs) in shapes.items():
-            rate = 2.0 * rows * inputs * outputs / found[name]["median"]
-            found[name]["flop_per_second"] = rate
-            print(f"  {name}: {rate / 1e12:.0f} TFLOP/s")
-        results["fp8"] = found
-    if flags.output:
-        record.write(
-            flags.output, {"device": str(device), "lengths": lengths.tolist(), "results": results}
-        )
+        plain = getattr(select("reference", case.device, case.dtype), operator)
+        if operator == "masked_cross_entropy":
+            plain = cross_entropy
+        functions["compiled"] = torch.compile(plain, dynamic=False)
+        candidates = {
+            f"{operator}, {name}": partial(differentiate, function, given, call)
+            for name, function in functions.items()
+        }
+        case.measure(candidates, found)
+    return found
+
+
+def tf32(case: Case) -> Found:
+    step = bench.OurStep(case.config, case.batch, case.device, torch.float32)
+
+    def run(precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
+        step()
+
+    names = {"highest": "products in fp32", "high": "products in TF32"}
+    found = case.measure(
+        {f"step in fp32, {what}": partial(run, name) for name, what in names.items()}
+    )
+    torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def fp8_product(
+    rows: int, inner: int, columns: int, device: torch.device, gradient: bool
+) -> Callable[[], Tensor]:
+    """A (rows, inner) times B (columns, inner)' in fp8, one scale for each; the result is bf16.
+
+    gradient: A is in e5m2, as gradients are, not in e4m3.
+    """
+    kind = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
+    a = torch.randn(rows, inner, device=device).to(kind)
+    b = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+
+
+def fp8(case: Case) -> Found:
+    hidden, inner = case.config.hidden_size, case.config.intermediate_size
+    rows = case.batch.num_tokens // 16 * 16
+    linear = {"qkv": (hidden, 3 * hidden), "attention output": (hidden, hidden),
+              "intermediate": (hidden, inner), "output": (inner, hidden)}  # fmt: skip
+    found: Found = {}
+    for name, (inputs, outputs) in linear.items():
+        products = {
+            "forward": (rows, inputs, outputs),
+            "gradient of x": (rows, outputs, inputs),
+            "gradient of W": (outputs, rows, inputs),
+        }
+        for what, (m, k, n) in products.items():
+            a = torch.randn(m, k, device=case.device).to(case.dtype)
+            b = torch.randn(n, k, device=case.device).to(case.dtype)
+            candidates = {
+                f"{name}, {what}, bf16": lambda a=a, b=b: a @ b.t(),
+                f"{name}, {what}, fp8": fp8_product(m, k, n, case.device, what != "forward"),
+            }
+            case.measure(candidates, found, operations=2.0 * m * k * n)
+    return found
+
+
+def main() -> int:
+    parser = bench.step_parser("benchmarks/gpu_extra.py", __doc__)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)"
+    )
+    flags = parser.parse(sys.argv[1:])
+    if flags.precision != parser.get_default("precision"):
+        raise UserError("--precision: these measurements are in bf16", "leave it out")
+    device, config, lengths = bench.setting_of(flags)
+    batch = batch_of(lengths, config).to(device)
+    results: dict[str, Found] = {}
+    described = {
+        "device": devices.name(device),
+        "layers": config.num_hidden_layers,
+        "lengths": lengths.tolist(),
+        "results": results,
+    }
+
+    def keep(part: str, found: Found) -> None:
+        results[part] = found
+        if flags.output:
+            record.write(flags.output, described)
+
+    for part in flags.parts:
+        if part == "fp8" and (devices.capability(device) or (0, 0)) < (8, 9):
+            print("fp8: this device has no such products")
+            continue
+        print(part, flush=True)
+        case = Case(flags, device, config, batch, partial(keep, part))
+        keep(part, globals()[part](case))
+    wrong = any("failed" in one for found in results.values() for one in found.values())
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 from bert_pretraining.bench import record
-from bert_pretraining.bench.optimizer import seconds_of_updates, shapes_of
-from bert_pretraining.bench.workload import BERT_LARGE, timed
+from bert_pretraining.bench.optimizer import shapes_of, times_of_updates
+from bert_pretraining.bench.timing import timed
+from bert_pretraining.bench.workload import BERT_LARGE
 
 CPU = torch.device("cpu")
 
 
 def seconds_of_theirs(path: Path, shapes: dict[str, torch.Size], count: int) -> list[float]:
-    """The same as `seconds_of_updates`, for DeepSparkHub's class."""
+    """The seconds of `times_of_updates`, for DeepSparkHub's class."""
     spec = importlib.util.spec_from_file_location("upstream_lamb", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,7 +54,7 @@ def main() -> None:
     for _ in range(flags.repeats):
         times["upstream"] += seconds_of_theirs(flags.upstream, shapes, 1)
         for name in names[1:]:
-            times[name] += seconds_of_updates(name, shapes, CPU, torch.float32, 1)
+            times[name] += times_of_updates(name, shapes, CPU, torch.float32, 1).seconds
     spreads = {name: record.spread(seconds) for name, seconds in times.items()}
     for name, spread in spreads.items():
         ratio = spreads["upstream"]["median"] / spread["median"]

@@ -25,7 +25,8 @@ from torch import nn
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.optimizer import shapes_of
-from bert_pretraining.bench.workload import BERT_LARGE, timed
+from bert_pretraining.bench.timing import timed
+from bert_pretraining.bench.workload import BERT_LARGE
 from bert_pretraining.kernels import DTYPES
 from bert_pretraining.optim import OptimizerSettings, create_optimizer
 from bert_pretraining.runtime import process_group

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from bert_pretraining.bench import record
-from bert_pretraining.bench.workload import alternate, batch_of
+from bert_pretraining.bench.timing import alternate
+from bert_pretraining.bench.workload import batch_of
 from bert_pretraining.kernels import cpu_attention, select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
@@ -75,7 +76,7 @@ def main() -> None:
     for name, (config, lengths) in MODELS.items():
         providers = {key: step_of(key, config, lengths) for key in ("reference", "torch")}
         spreads = {
-            key: record.spread(times) for key, times in alternate(providers, CPU, REPEATS).items()
+            key: times.figures() for key, times in alternate(providers, CPU, REPEATS).items()
         }
         ratio = spreads["reference"]["median"] / spreads["torch"]["median"]
         speed = len(lengths) / spreads["torch"]["median"]
@@ -90,7 +91,7 @@ def main() -> None:
                 for name in ("looped_attention", "padded_attention")
             }
             spreads = {
-                key: record.spread(times) for key, times in alternate(calls, CPU, REPEATS).items()
+                key: times.figures() for key, times in alternate(calls, CPU, REPEATS).items()
             }
             ratio = spreads["looped_attention"]["median"] / spreads["padded_attention"]["median"]
             crossover[f"length {length}, {heads} heads of {size}"] = {

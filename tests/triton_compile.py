@@ -22,23 +22,36 @@ from bert_pretraining.kernels import (
     triton_bias_gelu,
     triton_cross_entropy,
     triton_embedding,
+    triton_embedding_kernels,
     triton_layer_norm,
+    triton_layer_norm_kernels,
+    triton_layer_sums,
+    triton_sums,
 )
 
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # Types of arguments that are neither 16-bit arrays nor sizes.
 TYPES = {
-    **dict.fromkeys(("seed_ptr", "cu_seqlens_ptr"), "*i32"),
-    **dict.fromkeys(
-        ("labels_ptr", "correct_ptr", "word_ids_ptr", "position_ids_ptr", "segment_ids_ptr"),
-        "*i64",
-    ),
     **dict.fromkeys(
         (
-            "mean_ptr",
-            "inverse_deviation_ptr",
+            "seed_ptr",
+            "cu_seqlens_ptr",
+            "correct_ptr",
+            "word_ids_ptr",
+            "position_ids_ptr",
+            "segment_ids_ptr",
+            "keys_ptr",
+        ),
+        "*i32",
+    ),
+    **dict.fromkeys(("labels_ptr", "correct_sum_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(
+        (
+            "statistics_ptr",
             "partial_ptr",
+            *(f"partial_{number}_ptr" for number in range(4)),
             "loss_ptr",
+            "loss_sum_ptr",
             "loss_gradient_ptr",
             "log_sum_exp_ptr",
             "delta_ptr",
@@ -56,10 +69,15 @@ def kernels(dropout: bool, capability: int) -> list[tuple[Any, dict[str, Any], d
         mask["seed_ptr"] = None
     rows, columns, warps = triton_layer_norm.row_blocks(1024)
     norm = {"COLUMNS": 1024, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, **mask}
+    norm_backward = norm | {"PROGRAM_ROWS": 32}
+    embedding_backward = norm_backward | {"WORDS": 30528, "POSITIONS": 512}
     listed = []
-    for module in (triton_layer_norm, triton_embedding):
+    for module, backward in (
+        (triton_layer_norm_kernels, norm_backward),
+        (triton_embedding_kernels, embedding_backward),
+    ):
         listed.append((module.forward_kernel, norm, {"num_warps": warps}))
-        listed.append((module.backward_kernel, norm | {"PROGRAM_ROWS": 32}, {"num_warps": warps}))
+        listed.append((module.backward_kernel, backward, {"num_warps": warps}))
     # For head size 128, the compiler of Triton 3.0 aborts where the target is capability 9.0.
     sizes = (64, 128) if dropout and (capability, TRITON) != (90, (3, 0)) else (64,)
     for head_size in sizes:
@@ -76,18 +94,42 @@ def kernels(dropout: bool, capability: int) -> list[tuple[Any, dict[str, Any], d
         options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
         for name in ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"):
             listed.append((getattr(triton_attention_kernels, name), constants, options))
-    if dropout:
-        return listed
+    return listed if dropout else listed + _without_masks()
+
+
+def _without_masks() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Those that drop nothing."""
+    listed = []
     rows, columns = triton_bias_gelu.block_shape(triton_bias_gelu.FORWARD_BLOCK, 4096)
     gelu = {"COLUMNS": 4096, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
     listed.append((triton_bias_gelu.forward_kernel, gelu, {}))
     rows, columns = triton_bias_gelu.block_shape(triton_bias_gelu.BACKWARD_BLOCK, 4096)
     gelu = gelu | {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "PROGRAM_ROWS": 128}
     listed.append((triton_bias_gelu.backward_kernel, gelu, {}))
+    sums = {"COLUMNS_0": 1024, "COLUMNS_1": 4096, "COLUMNS_2": 1024, "COLUMNS_3": 3072}
+    sums |= {"COUNT_0": 3, "COUNT_1": 1, "COUNT_2": 3, "COUNT_3": 1}
+    sums |= {"END_0": 96, "END_1": 224, "END_2": 320}
+    sums |= dict.fromkeys(("second_1_ptr", "third_1_ptr", "second_3_ptr", "third_3_ptr"))
+    sums |= dict(zip(("BLOCK_PARTS", "BLOCK_COLUMNS"), triton_sums.PARTS_BLOCK, strict=True))
+    listed.append((triton_layer_sums.add_layer_sums_kernel, sums, {}))
     block, warps = triton_cross_entropy.block_and_warps(30528)
     for name in ("forward_kernel", "backward_kernel"):
         constants = {"COLUMNS": 30528, "BLOCK": block}
         listed.append((getattr(triton_cross_entropy, name), constants, {"num_warps": warps}))
+    listed.append(
+        (triton_cross_entropy.total_kernel, {"BLOCK": triton_cross_entropy.TOTAL_BLOCK}, {})
+    )
+    rows, columns = triton_sums.block_shape(triton_sums.COLUMN_BLOCK, 3072)
+    sums = {"COLUMNS": 3072, "PROGRAM_ROWS": 128, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    listed.append((triton_sums.partial_sums_kernel, sums, {}))
+    listed.append((triton_sums.stack_kernel, sums | {"COLUMNS": 1024}, {}))
+    parts = dict(zip(("BLOCK_PARTS", "BLOCK_COLUMNS"), triton_sums.PARTS_BLOCK, strict=True))
+    sums = {"COLUMNS": 1024, "COUNT": 3, "ADD": True, **parts}
+    listed.append((triton_sums.add_partial_sums_kernel, sums, {}))
+    tables = {"WORDS": 30528, "POSITIONS": 512, "COLUMNS": 1024, "CHUNK": triton_embedding.CHUNK}
+    columns = {"BLOCK_COLUMNS": triton_embedding.chunk_columns(1024)}
+    listed.append((triton_embedding_kernels.entry_sums_kernel, tables | columns, {}))
+    listed.append((triton_embedding_kernels.crossing_sums_kernel, tables | parts, {}))
     return listed
 
 
@@ -119,7 +161,7 @@ def compile_kernel(
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         if name.endswith(("_ptr", "_stride")):
             aligned.append(name)
-    source = ast_source(kernel, signature, constants, aligned)
+    source = ast_source(getattr(kernel, "kernel", kernel), signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assembly = compiled.asm["ptx"]
     return {

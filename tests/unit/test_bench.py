@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bert_pretraining.bench import kernels, loader, optimizer, step
+from bert_pretraining.bench import kernels, loader, optimizer, record, step
 from bert_pretraining.bench.workload import BERT_LARGE, batch_of, step_flops, wikipedia_lengths
 from bert_pretraining.errors import UserError
-from helpers import ROOT, command
+from helpers import command
 
 
 def test_lengths_have_the_data_sets_mean_at_any_batch_size() -> None:
@@ -120,16 +118,37 @@ def test_bad_flags(small_config: list[str]) -> None:
         loader.main(["--train_dir", "absent", "--seconds", "0"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks/gpu_check.sh"), str(tmp_path)],
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
-        capture_output=True, text=True, check=False,
+def test_a_step_that_fails_takes_no_other_figures_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step, "matrix_rate", lambda _device, _dtype: 1e12)
+    kept = []
+
+    def breaks() -> None:
+        raise torch.OutOfMemoryError("too little memory\nand more")
+
+    figures = step.compare(
+        {"a": lambda: lambda: None, "b": lambda: breaks, "c": lambda: lambda: None},
+        torch.device("cpu"), BERT_LARGE, np.array([3, 5]), 2, torch.float32, 1,
+        lambda found: kept.append({name: "failed" in one for name, one in found.items()}),
     )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: PyTorch of ")
-    assert len(done.stderr.splitlines()) == 1
+    assert figures["b"] == {"failed": "OutOfMemoryError: too little memory"}
+    assert figures["a"]["seconds"]["n"] == figures["c"]["seconds"]["n"] == 1
+    # After each candidate, so that a run that is stopped loses nothing.
+    assert kept[:3] == [
+        {"a": False},
+        {"a": False, "b": True},
+        {"a": False, "b": True, "c": False},
+    ]
+    assert "b                                  failed: OutOfMemoryError" in step.table(figures, "a")
+    assert "nan" in step.table(figures, "b")  # no ratio to a baseline that failed
+
+
+def test_a_pretended_gpu_is_named_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRETENDED_GPU", raising=False)
+    assert "pretended_gpu" not in record.circumstances()
+    monkeypatch.setenv("PRETENDED_GPU", "/stubs")
+    assert record.circumstances()["pretended_gpu"] is True
 
 
 def test_bench_from_the_command_line(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from bert_pretraining.bench import record
+from bert_pretraining.bench.timing import announce
 from bert_pretraining.bench.workload import BERT_LARGE
 from bert_pretraining.config import FlagParser
 from bert_pretraining.errors import UserError
@@ -59,6 +61,8 @@ def device_and_model(flags: argparse.Namespace) -> tuple[torch.device, BertConfi
     """What the flags of `add_model_flags` stand for."""
     require_at_least_one(flags, "repeats", "num_layers")
     device = devices.choose(flags.device, local_rank=0).device
+    if record.is_pretended() and device.type != "cpu":
+        announce("the GPU is pretended (PRETENDED_GPU is set): its times mean nothing")
     config = BertConfig.load(flags.bert_config_path) if flags.bert_config_path else BERT_LARGE
     if flags.num_layers:
         config = replace(config, num_hidden_layers=flags.num_layers)

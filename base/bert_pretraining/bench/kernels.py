@@ -16,10 +16,12 @@ from torch import Tensor
 from bert_pretraining.bench import record
 from bert_pretraining.bench.flags import BENCH
 from bert_pretraining.bench.step import setting_of, step_parser
-from bert_pretraining.bench.workload import alternate, announce, batch_of
+from bert_pretraining.bench.timing import alternate, announce
+from bert_pretraining.bench.workload import batch_of
 from bert_pretraining.kernels import DTYPES, PROVIDERS, Target, select, unavailable
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.runtime import device as devices
 
 
 def inputs_of(
@@ -107,8 +109,12 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
+    keep: Callable[[dict, dict], None] = lambda _results, _refused: None,
 ) -> tuple[dict[str, dict[str, dict]], dict[str, list[str]]]:
-    """Operator -> provider -> spread of seconds; and "provider: why not" -> operators."""
+    """Operator -> provider -> spread of seconds; and "provider: why not" -> operators.
+
+    keep: called with both after each operator.
+    """
     batch = batch_of(lengths, config).to(device)
     results: dict[str, dict[str, dict]] = {}
     refused: dict[str, list[str]] = {}
@@ -123,16 +129,32 @@ def measure(
                 continue
             kernels = select("torch", device, dtype, config.head_size, {operator: provider})
             candidates[provider] = partial(differentiate, getattr(kernels, operator), given, call)
-        times = alternate(candidates, device, repeats)
-        results[operator] = {name: record.spread(seconds) for name, seconds in times.items()}
+        times = alternate(candidates, device, repeats, capture=True)
+        results[operator] = {name: one.figures() for name, one in times.items()}
+        keep(results, refused)
     if device.type != "cpu":
         products = matrix_products(config, batch.num_tokens, batch.num_masked, device, dtype)
-        times = alternate({name: run for name, (run, _) in products.items()}, device, repeats)
-        for name, seconds in times.items():
-            spread = record.spread(seconds)
-            rate = products[name][1] / spread["median"]
-            results[name] = {"torch": {**spread, "flop_per_second": rate}}
+        runs = {name: run for name, (run, _) in products.items()}
+        for name, one in alternate(runs, device, repeats, capture=True).items():
+            figures = one.figures()
+            results[name] = {
+                "torch": {**figures, "flop_per_second": products[name][1] / figures["median"]}
+            }
+        keep(results, refused)
     return results, refused
+
+
+def line_of(operator: str, provider: str, figures: dict, is_fastest: bool) -> str:
+    """One line of the table, in milliseconds."""
+    line = (
+        f"  {operator:<34} {provider:<10} {1e3 * figures['median']:>9.3f} "
+        f"({1e3 * figures['min']:.3f} to {1e3 * figures['max']:.3f}, n {figures['n']})"
+    )
+    if "host" in figures:
+        line += f"; host {1e3 * figures['host']['median']:.3f}, by {figures['method']}"
+    if "flop_per_second" in figures:
+        line += f"; {figures['flop_per_second'] / 1e12:.1f} TFLOP/s"
+    return line + (" (fastest)" if is_fastest else "")
 
 
 def main(arguments: list[str]) -> int:
@@ -140,35 +162,37 @@ def main(arguments: list[str]) -> int:
     flags = step_parser(
         f"{BENCH} kernels",
         "Time every operator of every provider that runs on this machine, forward and backward; "
-        "on a GPU the matrix products of the model too, which show what the rest can save at most.",
+        "on a GPU the matrix products of the model too, which show what the rest can save at most. "
+        "On a GPU the time is that between two events of the device, or of a replayed graph where "
+        "the host would be too slow; the host's time for one call stands beside it.",
     ).parse(arguments)
     device, config, lengths = setting_of(flags)
-    results, refused = {}, {}
+    results: dict[str, dict] = {}
+    refused: dict[str, dict] = {}
+    described = {
+        "device": devices.name(device),
+        "lengths": lengths.tolist(),
+        "threads": torch.get_num_threads(),
+        "results": results,
+        "not_run": refused,
+    }
+
+    def keep(precision: str, found: dict, not_run: dict) -> None:
+        results[precision], refused[precision] = found, not_run
+        if flags.output:
+            record.write(flags.output, described)
+
     for precision in flags.precision:
-        results[precision], refused[precision] = measure(
-            config, lengths, device, DTYPES[precision], flags.repeats
+        found, not_run = measure(
+            config, lengths, device, DTYPES[precision], flags.repeats, partial(keep, precision)
         )
         print(f"{precision}, {int(lengths.sum())} tokens, milliseconds forward and backward")
-        for operator, providers in results[precision].items():
-            fastest = min(spread["median"] for spread in providers.values())
-            for provider, spread in providers.items():
-                note = " (fastest)" if spread["median"] == fastest and len(providers) > 1 else ""
-                if "flop_per_second" in spread:
-                    note = f" {spread['flop_per_second'] / 1e12:.1f} TFLOP/s"
-                print(
-                    f"  {operator:<34} {provider:<10} {1e3 * spread['median']:>9.3f} "
-                    f"({1e3 * spread['min']:.3f} to {1e3 * spread['max']:.3f}, "
-                    f"n {spread['n']}){note}"
-                )
-        for why, operators in refused[precision].items():
+        for operator, providers in found.items():
+            fastest = min(figures["median"] for figures in providers.values())
+            for provider, figures in providers.items():
+                is_fastest = figures["median"] == fastest and len(providers) > 1
+                print(line_of(operator, provider, figures, is_fastest))
+        for why, operators in not_run.items():
             print(f"  not run: {why} ({', '.join(operators)})")
-    if flags.output:
-        described = {
-            "device": str(device),
-            "lengths": lengths.tolist(),
-            "threads": torch.get_num_threads(),
-            "results": results,
-            "not_run": refused,
-        }
-        record.write(flags.output, described)
+        keep(precision, found, not_run)
     return 0

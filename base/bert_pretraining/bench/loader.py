@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.flags import BENCH, bench_parser, require_at_least_one
-from bert_pretraining.bench.workload import announce
+from bert_pretraining.bench.timing import announce
 from bert_pretraining.data.loader import LoaderConfig, TrainingLoader
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.shards import list_shards

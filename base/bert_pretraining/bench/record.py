@@ -16,6 +16,14 @@ from bert_pretraining.runtime.files import write_whole
 ROOT = Path(__file__).resolve().parents[3]
 
 
+def is_pretended() -> bool:
+    """Whether stub libraries stand for those of a GPU: kernels then compute nothing.
+
+    No time of such a GPU means anything. See benchmarks/pretended.py.
+    """
+    return bool(os.environ.get("PRETENDED_GPU"))
+
+
 def circumstances() -> dict[str, object]:
     """CPU model and number of CPUs, versions, commit: what the figures depend on."""
     model = "unknown"
@@ -30,6 +38,7 @@ def circumstances() -> dict[str, object]:
     except OSError:
         commit = "unknown: git is not installed"
     return {
+        **({"pretended_gpu": True} if is_pretended() else {}),
         "cpu": model,
         "machine": platform.machine(),
         "cpus_allowed": len(os.sched_getaffinity(0)),

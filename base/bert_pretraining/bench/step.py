@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -17,24 +19,18 @@ from bert_pretraining.bench.flags import (
     device_and_model,
     require_at_least_one,
 )
-from bert_pretraining.bench.workload import (
-    alternate,
-    announce,
-    batch_of,
-    matrix_rate,
-    peak_memory,
-    step_flops,
-    wikipedia_lengths,
-)
-from bert_pretraining.config import FlagParser
+from bert_pretraining.bench.timing import Times, Turns, announce, peak_memory
+from bert_pretraining.bench.workload import batch_of, matrix_rate, step_flops, wikipedia_lengths
+from bert_pretraining.config import Config, FlagParser
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import DTYPES, PROVIDERS, select
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.training.micro_step import MicroStep
+from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.static_batch import budgets
+from bert_pretraining.training.step_choice import Trained, prepared_step
 
 
 def step_parser(prog: str, description: str) -> FlagParser:
@@ -66,68 +62,125 @@ def setting_of(flags: argparse.Namespace) -> tuple[torch.device, BertConfig, np.
     return device, config, lengths
 
 
-def our_step(
-    config: BertConfig,
-    batch: PackedBatch,
-    device: torch.device,
-    dtype: torch.dtype,
-    provider: str = "auto",
-    compiled: bool = False,
-    graph: bool = False,
-) -> Callable[[], None]:
-    """This package's forward and backward, dropout included, as `train` runs them."""
-    kernels = select(provider, device, dtype, config.head_size)
-    module = BertForPreTraining(config, kernels, seed=1).to(device, dtype)
-    sizes = ()
-    if compiled or graph:
+class OurStep:
+    """This package's forward and backward of one batch, dropout included, as `train` runs them.
+
+    Calling it adds the batch's gradients to the zeroed ones. RuntimeError if it is to be compiled
+    or captured, and that fails.
+
+    Attributes:
+        prepared_mib: the most memory that compiling and capturing took; a replayed graph works in
+            that memory. 0 for an eager step.
+        said: what `train` would have said of the choice of the step.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        batch: PackedBatch,
+        device: torch.device,
+        dtype: torch.dtype,
+        provider: str = "auto",
+        compiled: bool = False,
+        graph: bool = False,
+    ) -> None:
+        kernels = select(provider, device, dtype, config.head_size)
+        module = BertForPreTraining(config, kernels, seed=1).to(device, dtype)
+        # On a device `train` keeps the gradients where they are, and zeroes them.
+        self._zero_grad = partial(module.zero_grad, set_to_none=device.type == "cpu")
         longest = config.max_position_embeddings
-        sizes = budgets(batch.num_sequences, longest)[:1]
-        if not sizes[0].fits(batch):
-            sizes = budgets(batch.num_sequences, longest, batch.num_tokens)[:1]
-    model = torch.compile(module, dynamic=False) if compiled else module
-    step = MicroStep(model, device, sizes, graph)
-    if sizes:
-        announce("compiling the model" + (" and capturing a CUDA graph" if graph else ""))
-    step.prepare(lambda: module.zero_grad(set_to_none=False))
-    weights = {
-        name: torch.tensor(1.0 / batch.num_predictions(name), device=device)
-        for name in module.losses
-    }
-    batch = batch.to(device)
+        usual = budgets(batch.num_sequences, longest)[0]
+        settings = Config(
+            train_batch_size=batch.num_sequences,
+            batching="balanced",
+            static_tokens=0 if usual.fits(batch) else batch.num_tokens,
+            compile="on" if compiled else "off",
+            use_cuda_graph=graph,
+            prove_kernels="off",
+        )
+        self.said: list[str] = []
 
-    def run() -> None:
-        module.zero_grad(set_to_none=not graph)
-        step(batch, weights)
+        def say(text: str) -> None:
+            self.said.append(text)
+            announce(text)
 
-    return run
+        def prepare() -> None:
+            trained = Trained(module, module, partial(module.zero_grad, set_to_none=False))
+            try:
+                self._step = prepared_step(settings, trained, longest, Ranks(0, 1, device), say)
+            except UserError as error:
+                raise RuntimeError(error.problem) from error
+
+        is_prepared = compiled or graph
+        self.prepared_mib = peak_memory(prepare, device) if is_prepared else prepare() or 0.0
+        lost = [line for line in self.said if line.startswith("Notice: use_cuda_graph")]
+        if graph and lost:
+            raise RuntimeError(lost[0].removeprefix("Notice: "))
+        self._weights = {
+            name: torch.tensor(1.0 / batch.num_predictions(name), device=device)
+            for name in module.losses
+        }
+        self._batch = batch.to(device)
+
+    def __call__(self) -> None:
+        self._zero_grad()
+        self._step(self._batch, self._weights)
 
 
-def figures_of(
-    candidates: dict[str, Callable[[], None]],
+Makers = dict[str, Callable[[], Callable[[], object]]]
+
+
+def compare(
+    makers: Makers,
     device: torch.device,
     config: BertConfig,
     lengths: np.ndarray,
     num_masked: int,
     dtype: torch.dtype,
     repeats: int,
+    keep: Callable[[dict[str, dict]], None],
 ) -> dict[str, dict]:
-    """Name -> seconds, sequences/s, real tokens/s, FLOP/s and its share, memory."""
+    """Name -> seconds, sequences/s, real tokens/s, FLOP/s and its share, memory; or "failed".
+
+    makers: each makes a candidate, which is measured before the next one is made: one that fails
+    or hangs takes no other figures with it. keep: called with all figures so far.
+    """
     announce("measuring a large matrix product, for comparison")
     rate = matrix_rate(device, dtype)
     flops = step_flops(lengths, num_masked, config)
-    figures = {}
-    for name, times in alternate(candidates, device, repeats).items():
-        spread = record.spread(times)
-        announce(f"{name}: measuring memory")
-        figures[name] = {
-            "seconds": spread,
-            "sequences_per_second": len(lengths) / spread["median"],
-            "tokens_per_second": int(lengths.sum()) / spread["median"],
-            "flop_per_second": flops / spread["median"],
-            "share_of_matrix_rate": flops / spread["median"] / rate,
-            "peak_memory_mib": peak_memory(candidates[name], device),
+    memory: dict[str, float] = {}
+    said: dict[str, list[str]] = {}
+    failed: dict[str, dict] = {}
+
+    def figures_of(name: str, times: Times) -> dict:
+        median = statistics.median(times.seconds)
+        return {
+            "seconds": times.figures(),
+            "sequences_per_second": len(lengths) / median,
+            "tokens_per_second": int(lengths.sum()) / median,
+            "flop_per_second": flops / median,
+            "share_of_matrix_rate": flops / median / rate,
+            "peak_memory_mib": memory[name],
+            "said": said[name],
         }
-    return figures
+
+    def all_figures(times: dict[str, Times]) -> dict[str, dict]:
+        return {name: figures_of(name, one) for name, one in times.items()} | failed
+
+    turns = Turns(device, repeats, measured=lambda times: keep(all_figures(times)))
+    for name, make in makers.items():
+        announce(f"{name}: making a model of {config.num_hidden_layers} layers")
+        try:
+            call = make()
+            said[name] = getattr(call, "said", [])
+            call()
+            announce(f"{name}: measuring memory")
+            memory[name] = max(peak_memory(call, device), getattr(call, "prepared_mib", 0.0))
+            turns.add(name, call)
+        except RuntimeError as error:  # out of memory, or what a compiler or a capture raised
+            failed[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            keep(all_figures(turns.times))
+    return all_figures(turns.finish())
 
 
 def table(figures: dict[str, dict], baseline: str) -> str:
@@ -136,16 +189,22 @@ def table(figures: dict[str, dict], baseline: str) -> str:
         f"{'':<34} {'seq/s':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'of GEMM':>7} "
         f"{'MiB':>7} {'ratio':>6}  seconds (n, min to max)"
     ]
-    base = figures[baseline]["seconds"]["median"]
+    base = figures[baseline].get("seconds", {}).get("median", math.nan)
     for name, values in figures.items():
+        if "failed" in values:
+            lines.append(f"{name:<34} failed: {values['failed']}")
+            continue
         spread = values["seconds"]
-        lines.append(
+        line = (
             f"{name:<34} {values['sequences_per_second']:>9.2f} "
             f"{values['tokens_per_second']:>9.0f} {values['flop_per_second'] / 1e12:>8.3f} "
             f"{values['share_of_matrix_rate']:>7.0%} {values['peak_memory_mib']:>7.0f} "
-            f"{base / spread['median']:>6.2f}  {spread['median']:.3f} "
-            f"({spread['n']}, {spread['min']:.3f} to {spread['max']:.3f})"
+            f"{base / spread['median']:>6.2f}  {spread['median']:.4f} "
+            f"({spread['n']}, {spread['min']:.4f} to {spread['max']:.4f})"
         )
+        if "host" in spread:
+            line += f"; host {spread['host']['median']:.4f} s, by {spread['method']}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -154,7 +213,8 @@ def main(arguments: list[str]) -> int:
     parser = step_parser(
         f"{BENCH} step",
         "Time forward and backward of one batch, dropout included. The candidates take turns, so "
-        "that a noisy machine disturbs all alike.",
+        "that a noisy machine disturbs all alike. On a GPU the seconds are those between two "
+        "events of the device; 'host-bound' says that the GPU waited for the host meanwhile.",
     )
     parser.add_argument(
         "--kernels", nargs="+", choices=("auto", *PROVIDERS), default=["reference", "auto"],
@@ -165,7 +225,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--graph", action="store_true",
-        help="also compiled and captured as a CUDA graph, on a GPU (default: no)",
+        help="also captured as a CUDA graph, on a GPU; with --compile, also compiled and captured "
+        "(default: no)",
     )  # fmt: skip
     flags = parser.parse(arguments)
     device, config, lengths = setting_of(flags)
@@ -174,32 +235,40 @@ def main(arguments: list[str]) -> int:
             f"--graph: a device of type {device.type} cannot capture graphs", "leave it out"
         )
     batch = batch_of(lengths, config)
-    results: dict[str, object] = {}
-    for precision in flags.precision:
-        dtype = DTYPES[precision]
-        makers = {f"{name} {precision}": partial(our_step, provider=name) for name in flags.kernels}
-        if flags.compile:
-            makers[f"compiled {precision}"] = partial(our_step, compiled=True)
-        if flags.graph:
-            makers[f"compiled, graph {precision}"] = partial(our_step, compiled=True, graph=True)
-        candidates = {}
-        for name, make in makers.items():
-            announce(f"{name}: making a model of {config.num_hidden_layers} layers")
-            candidates[name] = make(config, batch, device, dtype)
-        figures = figures_of(
-            candidates, device, config, lengths, batch.num_masked, dtype, flags.repeats
-        )
-        print(table(figures, next(iter(figures))), flush=True)
-        results[precision] = figures
-        candidates.clear()
-    describe = {
-        "device": str(device),
+    results: dict[str, dict] = {}
+    described = {
+        "device": devices.name(device),
         "threads": torch.get_num_threads(),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "lengths": lengths.tolist(),
         "masked": batch.num_masked,
+        "results": results,
     }
-    if flags.output:
-        record.write(flags.output, {**describe, "results": results})
-    return 0
+
+    def keep(precision: str, figures: dict[str, dict]) -> None:
+        results[precision] = figures
+        if flags.output:
+            record.write(flags.output, described)
+
+    for precision in flags.precision:
+        dtype = DTYPES[precision]
+        figures = compare(
+            _makers(flags, precision, partial(OurStep, config, batch, device, dtype)),
+            device, config, lengths, batch.num_masked, dtype, flags.repeats,
+            partial(keep, precision),
+        )  # fmt: skip
+        print(table(figures, next(iter(figures))), flush=True)
+        keep(precision, figures)
+    return 1 if any("failed" in one for found in results.values() for one in found.values()) else 0
+
+
+def _makers(flags: argparse.Namespace, precision: str, make: Callable[..., OurStep]) -> Makers:
+    makers: Makers = {f"{name} {precision}": partial(make, provider=name) for name in flags.kernels}
+    if flags.graph:
+        makers[f"graph {precision}"] = partial(make, graph=True)
+    if flags.compile:
+        makers[f"compiled {precision}"] = partial(make, compiled=True)
+    if flags.compile and flags.graph:
+        makers[f"compiled, graph {precision}"] = partial(make, compiled=True, graph=True)
+    return makers

@@ -1,23 +1,19 @@
-"""What the measurements share: batches like the real ones, their work, timing, progress."""
+"""What the measurements share: batches like the real ones, and the work of a step."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import resource
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bert_pretraining.bench.timing import Stopwatch
 from bert_pretraining.data.flat_shard import FlatShard, flatten
 from bert_pretraining.data.packing import pack_rows
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
-from bert_pretraining.runtime import device as devices
 
 BERT_LARGE = BertConfig(30522, 1024, 24, 16, 4096, 512)
 MASKED_SHARE = 0.15
@@ -84,65 +80,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, inner, columns = (2048, 1024, 4096) if device.type == "cpu" else (12288, 4096, 4096)
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
-    seconds = [timed(lambda: left @ right, device) for _ in range(7)]
-    return 2.0 * rows * inner * columns / min(seconds)
+    return 2.0 * rows * inner * columns / best_of_7(lambda: left @ right, device)
 
 
-def announce(text: str) -> None:
-    """Say on stderr what a measurement does now, because it may take minutes."""
-    print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, including its work on the device."""
-    devices.synchronize(device)
-    started = time.perf_counter()
-    call()
-    devices.synchronize(device)
-    return time.perf_counter() - started
-
-
-def alternate(
-    candidates: dict[str, Callable[[], object]],
-    device: torch.device,
-    repeats: int,
-    warm_up: int = 1,
-) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates in turn, so that a noisy machine disturbs all alike."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(warm_up + repeats):
-        for name, call in candidates.items():
-            if repeat < warm_up:
-                announce(f"{name}: warming up")
-            else:
-                announce(f"{name}: repeat {repeat - warm_up + 1} of {repeats}")
-            seconds = timed(call, device)
-            if repeat >= warm_up:
-                times[name].append(seconds)
-    return times
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """The most MiB that a call needs beyond those in use before it; 0 where nothing tells it."""
-    if device.type != "cpu":
-        devices.reset_peak_memory(device)
-        before = devices.memory(device).in_use or 0
-        timed(call, device)
-        return max(0, (devices.memory(device).peak or 0) - before) / 2**20
-    try:
-        # The C library keeps memory that was freed, which would hide what the call needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak in /proc/self/status
-        before = _status_kib("VmRSS")
-        call()
-        return (_status_kib("VmHWM") - before) / 1024
-    except (OSError, AttributeError):
-        call()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _status_kib(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")
+def best_of_7(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of 7 measurements of a call, in seconds."""
+    watch = Stopwatch(call, device)
+    for _ in range(7):
+        watch.repeat()
+    return min(watch.times.seconds)

@@ -6,8 +6,9 @@ A training checkpoint is {"model", "optimizer", "state"}, plain tensors, numbers
     optimizer   updates, and by parameter name: master (float32) and the optimizer's slots, as
                 first_moment and second_moment
     state       the counters of `RunState`; upstream's global_steps, epoch, iter_dataloader_idx,
-                learning_rate; loss_scale; random (each rank's generators, by type of device);
-                order (what decides which sequence comes when); config, config_hash, versions, job
+                learning_rate; loss_scale; fp8 (each rank's scales, or None); random (each
+                rank's generators, by type of device); order (what decides which sequence comes
+                when); config, config_hash, versions, job
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,16 @@ from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.files import checkpoint_kind
 from bert_pretraining.runtime.process_group import Ranks
+
+
+class Scales(Protocol):
+    """The scales of layers that compute in fp8."""
+
+    def state_dict(self) -> dict:
+        """This rank's scales, in main memory."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. UserError if it is another model's."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class TrainingState:
     loss_scale: LossScale
     order: DataOrder
     settings: dict[str, object]
+    fp8: Scales | None = None
 
     def capture(
         self, counters: dict[str, object], versions: dict[str, str], ranks: Ranks
@@ -90,6 +103,7 @@ class TrainingState:
             generators[ranks.device.type] = own
         random = process_group.gather(generators)
         scaling = self.loss_scale.state_dict()
+        scales = process_group.gather(self.fp8.state_dict()) if self.fp8 else None
         if not ranks.is_main:
             return None
         copy = _Copier()
@@ -99,6 +113,7 @@ class TrainingState:
             "state": {
                 **counters,
                 "loss_scale": scaling,
+                "fp8": scales,
                 "random": random,
                 "order": {
                     "seed": self.order.seed,
@@ -158,10 +173,24 @@ class Saved:
     def lanes(self) -> int:
         return self.state["order"]["lanes"]
 
-    def restore(self, optimizer: Optimizer, loss_scale: LossScale) -> None:
-        """Weights, the optimizer's slots and loss scale. UserError if they are another model's."""
+    def restore(
+        self,
+        optimizer: Optimizer,
+        loss_scale: LossScale,
+        fp8: Scales | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Weights, the optimizer's slots and loss scale. UserError if they are another model's.
+
+        fp8: gets this rank's scales, or the first rank's where there were not as many ranks.
+        Where the saved run had none, they are measured anew.
+        """
         optimizer.load_state_dict(self.checkpoint.optimizer)
         loss_scale.load_state_dict(self.state["loss_scale"])
+        scales = self.state.get("fp8")
+        if fp8 is not None and scales:
+            same = ranks is not None and len(scales) == ranks.world_size
+            fp8.load_state_dict(scales[ranks.rank if same else 0])
 
     def restore_generators(self, ranks: Ranks) -> None:
         """This rank's random generators, where there were as many ranks.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bert_pretraining.kernels.pairs import Pair, Saved
+from bert_pretraining.kernels.pairs import AddSums, Pair, Saved
 from bert_pretraining.kernels.triton_attention_kernels import (
     forward_kernel,
     key_value_gradient_kernel,
@@ -20,6 +20,7 @@ from bert_pretraining.kernels.triton_common import (
     mask_constants,
     power_of_two_at_least,
 )
+from bert_pretraining.kernels.triton_sums import add_partial_sums, column_sum
 from bert_pretraining.runtime.compat import custom_op
 
 
@@ -149,7 +150,26 @@ def backward(
     return qkv_gradient
 
 
-PAIR = Pair(forward, backward)
+def backward_with_bias(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+    seed: Tensor | None,
+    context: Tensor,
+    saved: Saved,
+    bias_gradient: Tensor,
+    add_sums: AddSums = add_partial_sums,
+) -> Tensor:
+    """See `pairs.AttentionBackward`."""
+    inputs = (gradient, qkv, cu_seqlens, max_seqlen, dropout, seed, context, saved)
+    qkv_gradient = backward(*inputs)
+    column_sum(qkv_gradient.view(qkv.shape[0], -1), bias_gradient, add_sums)
+    return qkv_gradient
+
+
+PAIR = Pair(forward, backward_with_bias)
 
 
 def _readable(qkv: Tensor) -> Tensor:
@@ -157,13 +177,64 @@ def _readable(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride(3) == 1 else qkv.contiguous()
 
 
+def _forward_any(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
+) -> tuple[Tensor, Saved]:
+    """`forward` for any strides."""
+    return forward(_readable(qkv), cu_seqlens.contiguous(), max_seqlen, dropout, seed)
+
+
+def _gradient(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seed: Tensor | None,
+    dropout: float,
+    context: Tensor,
+    log_sum_exp: Tensor,
+) -> Tensor:
+    """`backward` for any strides."""
+    inputs = (_readable(qkv), cu_seqlens.contiguous(), max_seqlen, dropout, seed)
+    return backward(gradient.contiguous(), *inputs, context, (log_sum_exp,))
+
+
+class PackedAttention(torch.autograd.Function):
+    """`forward` and `backward` with autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        seed: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        context, saved = _forward_any(qkv, cu_seqlens, max_seqlen, seed, dropout)
+        ctx.save_for_backward(qkv, cu_seqlens, seed, context, *saved)
+        ctx.max_seqlen, ctx.dropout = max_seqlen, dropout
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return _gradient(gradient, *_backward_inputs(ctx)), None, None, None, None
+
+
+def _backward_inputs(ctx: Any) -> tuple:
+    qkv, cu_seqlens, seed, context, log_sum_exp = ctx.saved_tensors
+    return qkv, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout, context, log_sum_exp
+
+
+# The same for torch.compile, which needs operators.
+
+
 @custom_op("bert_pretraining::packed_attention")
 def packed_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """`forward` for any strides: the context and the log-sum-exp."""
-    qkv, cu_seqlens = _readable(qkv), cu_seqlens.contiguous()
-    context, (log_sum_exp,) = forward(qkv, cu_seqlens, max_seqlen, dropout, seed)
+    """The context and the log-sum-exp; see `forward`."""
+    context, (log_sum_exp,) = _forward_any(qkv, cu_seqlens, max_seqlen, seed, dropout)
     return context, log_sum_exp
 
 
@@ -183,27 +254,13 @@ def packed_attention_backward(
     context: Tensor,
     log_sum_exp: Tensor,
 ) -> Tensor:
-    """The gradient with respect to qkv, (T, 3, heads, D), 0 after the last sequence."""
+    """The gradient of qkv; see `backward`."""
     return _gradient(gradient, qkv, cu_seqlens, max_seqlen, seed, dropout, context, log_sum_exp)
 
 
 @packed_attention_backward.register_fake
 def _(gradient: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
-
-
-def _gradient(
-    gradient: Tensor,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    seed: Tensor | None,
-    dropout: float,
-    context: Tensor,
-    log_sum_exp: Tensor,
-) -> Tensor:
-    inputs = (_readable(qkv), cu_seqlens.contiguous(), max_seqlen, dropout, seed)
-    return backward(gradient.contiguous(), *inputs, context, (log_sum_exp,))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -218,11 +275,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, gradient: Tensor | None, _: object) -> tuple:
     if gradient is None:
         return (None,) * 5
-    qkv, cu_seqlens, seed, context, log_sum_exp = ctx.saved_tensors
-    qkv_gradient = packed_attention_backward(
-        gradient, qkv, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout, context, log_sum_exp
-    )
-    return qkv_gradient, None, None, None, None
+    return packed_attention_backward(gradient, *_backward_inputs(ctx)), None, None, None, None
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_save)

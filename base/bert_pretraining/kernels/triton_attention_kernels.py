@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from bert_pretraining.kernels.triton_common import add_dot, dot, exp2, kept, log2, stream_keys
+from bert_pretraining.kernels.triton_launch import launched_directly
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Arguments for whose special values Triton must not compile variants, since they change with every
@@ -88,6 +89,7 @@ def _store_zeros(
         _store_tile(pointer, rows, row_stride, length, zeros, HEAD_SIZE, BLOCK_SIZE)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr, num_tokens, num_sequences,
@@ -145,6 +147,7 @@ def forward_kernel(
     tl.store(log_sum_exp_ptr + queries, largest + log2(total), mask=queries < length)
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def query_gradient_kernel(
     output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, output_ptr, log_sum_exp_ptr,
@@ -212,6 +215,7 @@ def query_gradient_kernel(
     )
 
 
+@launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def key_value_gradient_kernel(
     output_gradient_ptr, qkv_ptr, cu_seqlens_ptr, seed_ptr, log_sum_exp_ptr, delta_ptr,

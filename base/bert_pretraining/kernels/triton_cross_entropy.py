@@ -12,6 +12,7 @@ a tensor that the caller can see.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_pretraining.kernels.triton_common import divide_up, power_of_two_at_least
+from bert_pretraining.kernels.triton_launch import launched_directly
 from bert_pretraining.runtime.compat import custom_op
 
 _LARGEST_BLOCK = 4096
+TOTAL_BLOCK = 1024  # rows that `total_kernel` reads at a time
 
 
+@launched_directly
 @triton.jit
 def forward_kernel(
     logits_ptr,
@@ -68,9 +72,26 @@ def forward_kernel(
     log_sum_exp = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
     tl.store(log_sum_exp_ptr + row, log_sum_exp)
     tl.store(loss_ptr + row, tl.where(counted, log_sum_exp - chosen, 0.0))
-    tl.store(correct_ptr + row, (counted & (beaten == 0)).to(tl.int64))
+    tl.store(correct_ptr + row, (counted & (beaten == 0)).to(tl.int32))
 
 
+@launched_directly
+@triton.jit(do_not_specialize=["num_rows"])
+def total_kernel(
+    loss_ptr, correct_ptr, loss_sum_ptr, correct_sum_ptr, num_rows, BLOCK: tl.constexpr
+):
+    """Sum the losses and the correct rows in a fixed order, as one program."""
+    loss = tl.zeros((BLOCK,), tl.float32)
+    correct = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        loss += tl.load(loss_ptr + rows, mask=rows < num_rows, other=0.0)
+        correct += tl.load(correct_ptr + rows, mask=rows < num_rows, other=0)
+    tl.store(loss_sum_ptr, tl.sum(loss, axis=0))
+    tl.store(correct_sum_ptr, tl.sum(correct, axis=0).to(tl.int64))
+
+
+@launched_directly
 @triton.jit
 def backward_kernel(
     loss_gradient_ptr,
@@ -98,6 +119,7 @@ def backward_kernel(
     tl.store(logits_gradient_ptr + columns, gradient, mask=inside)
 
 
+@functools.cache
 def block_and_warps(num_columns: int) -> tuple[int, int]:
     """Columns and warps of a block: 16 numbers per thread for a large vocabulary."""
     block = min(power_of_two_at_least(num_columns, 16), _LARGEST_BLOCK)
@@ -108,8 +130,7 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-@custom_op("bert_pretraining::cross_entropy")
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of -log softmax(logits)[label], number of correct rows, and each row's log-sum-exp.
 
     logits: (M, V); labels: (M,) integers; rows with a negative label are ignored. Returns a float32
@@ -117,9 +138,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     num_rows, num_columns = logits.shape
     logits, labels = _rows(logits), labels.contiguous()
-    loss = logits.new_empty((num_rows,), dtype=torch.float32)
-    log_sum_exp = torch.empty_like(loss)
-    correct = torch.empty_like(loss, dtype=torch.int64)
+    loss_sum, correct_sum, log_sum_exp = _empty_outputs(logits)
+    loss = torch.empty_like(log_sum_exp)
+    correct = torch.empty_like(log_sum_exp, dtype=torch.int32)
     block, num_warps = block_and_warps(num_columns)
     if num_rows:
         forward_kernel[(num_rows,)](
@@ -129,15 +150,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
             correct,
             log_sum_exp,
             logits.stride(0),
-            COLUMNS=num_columns,
-            BLOCK=block,
+            num_columns,
+            block,
             num_warps=num_warps,
         )
-    return loss.sum(), correct.sum(), log_sum_exp
+    total_kernel[(1,)](loss, correct, loss_sum, correct_sum, num_rows, TOTAL_BLOCK)
+    return loss_sum, correct_sum, log_sum_exp
 
 
-@cross_entropy.register_fake
-def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty((), dtype=torch.int64),
@@ -145,11 +166,8 @@ def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@custom_op("bert_pretraining::cross_entropy_backward")
-def cross_entropy_backward(
-    loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor
-) -> Tensor:
-    """The gradient of `cross_entropy`'s first result with respect to the logits, (M, V)."""
+def backward(loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """The gradient of the first result of `forward` with respect to the logits, (M, V)."""
     num_rows, num_columns = logits.shape
     logits, labels = _rows(logits), labels.contiguous()
     logits_gradient = logits.new_empty((num_rows, num_columns))
@@ -162,11 +180,51 @@ def cross_entropy_backward(
             log_sum_exp,
             logits_gradient,
             logits.stride(0),
-            COLUMNS=num_columns,
-            BLOCK=block,
+            num_columns,
+            block,
             num_warps=num_warps,
         )
     return logits_gradient
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The first two results of `forward`, and `backward`, with autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss_sum, correct, log_sum_exp = forward(logits, labels)
+        ctx.mark_non_differentiable(correct)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, log_sum_exp)
+        return loss_sum, correct
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor | None, _: object) -> tuple:
+        if loss_gradient is None:
+            return None, None
+        return backward(loss_gradient, *ctx.saved_tensors), None
+
+
+# The same for torch.compile, which needs operators.
+
+
+@custom_op("bert_pretraining::cross_entropy")
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `forward`."""
+    return forward(logits, labels)
+
+
+@cross_entropy.register_fake
+def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(logits)
+
+
+@custom_op("bert_pretraining::cross_entropy_backward")
+def cross_entropy_backward(
+    loss_gradient: Tensor, logits: Tensor, labels: Tensor, log_sum_exp: Tensor
+) -> Tensor:
+    """The gradient of the logits; see `backward`."""
+    return backward(loss_gradient, logits, labels, log_sum_exp)
 
 
 @cross_entropy_backward.register_fake
@@ -181,10 +239,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, log_sum_exp)
 
 
-def _backward(ctx: Any, loss_gradient: Tensor | None, *_: object) -> tuple:
+def _differentiate(ctx: Any, loss_gradient: Tensor | None, *_: object) -> tuple:
     if loss_gradient is None:
         return None, None
     return cross_entropy_backward(loss_gradient, *ctx.saved_tensors), None
 
 
-cross_entropy.register_autograd(_backward, setup_context=_save)
+cross_entropy.register_autograd(_differentiate, setup_context=_save)

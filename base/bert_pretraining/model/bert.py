@@ -2,16 +2,20 @@
 
 Modules have the names of the published checkpoints, so that `state_dict()` is in the apex format:
 `bert.embeddings...`, `bert.encoder.layer.N.attention.self.query...`, `cls....`.
+
+Modules with a product of matrices have an attribute `scaling`: None, or the scales with which they
+compute in fp8. `Fp8State.of` sets those of the encoder.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_pretraining.kernels import Kernels
+from bert_pretraining.kernels.fp8 import Scaling
+from bert_pretraining.kernels.fp8_linear import linear
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.layer_form import PLAIN, LayerForm
@@ -68,6 +72,7 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
         self.kernels = kernels
+        self.scaling: Scaling | None = None
 
     def groups(self) -> tuple[tuple[nn.Parameter, ...], ...]:
         """The weights of query, key and value, and their biases.
@@ -80,7 +85,8 @@ class SelfAttention(nn.Module):
     def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """hidden: (T, hidden). Returns (T, hidden)."""
         weight, bias = map(torch.cat, self.groups())
-        qkv = F.linear(hidden, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
+        qkv = linear(hidden, weight, bias, self.scaling)
+        qkv = qkv.view(hidden.shape[0], 3, self.num_heads, -1)
         dropout = self.dropout if self.training else 0.0
         context = self.kernels.attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout)
         return context.reshape(hidden.shape)
@@ -96,11 +102,12 @@ class ResidualOutput(nn.Module):
         self.epsilon = config.layer_norm_epsilon
         self.dropout = config.hidden_dropout_prob
         self.kernels = kernels
+        self.scaling: Scaling | None = None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (T, in_features); residual: (T, hidden). Returns (T, hidden)."""
         return self.kernels.bias_dropout_residual_layer_norm(
-            F.linear(x, self.dense.weight),
+            linear(x, self.dense.weight, None, self.scaling),
             self.dense.bias,
             residual,
             self.LayerNorm.weight,
@@ -127,9 +134,11 @@ class DenseGelu(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
         self.kernels = kernels
+        self.scaling: Scaling | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.bias_gelu(F.linear(x, self.dense.weight), self.dense.bias)
+        projected = linear(x, self.dense.weight, None, self.scaling)
+        return self.kernels.bias_gelu(projected, self.dense.bias)
 
 
 class Layer(nn.Module):
@@ -203,5 +212,9 @@ class Bert(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns (T, hidden)."""
-        embedded = self.form.call(Embeddings.forward, self.embeddings, batch)
+        embedded = self.form.call(_embed, self.embeddings, batch)
         return self.encoder(embedded, batch, self.form)
+
+
+def _embed(embeddings: Embeddings, batch: PackedBatch) -> Tensor:
+    return embeddings(batch)

@@ -8,6 +8,8 @@ reads them, so that nothing is copied or added afterwards. What it computes is w
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bert_pretraining.kernels.pairs import LayerPairs
+from bert_pretraining.kernels.fp8 import Scaling
+from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
+from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.gradient_sink import GradientSink, side_by_side
+from bert_pretraining.runtime import compat
 
 if TYPE_CHECKING:
     from bert_pretraining.model.bert import Layer, ResidualOutput
@@ -25,41 +30,107 @@ if TYPE_CHECKING:
 SEEDS = 3  # of a layer: attention, and the dropout before each of the two LayerNorms
 
 
-def draw_seeds(num_layers: int, device: torch.device) -> Tensor:
-    """The seeds of all layers, (num_layers, SEEDS, 2) int32: one draw from the generator."""
-    shape = (num_layers, SEEDS, 2)
-    return torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32)
+Seeds = tuple[Tensor | None, ...]  # SEEDS tensors, (2,) int32 each; None where nothing is dropped
+NO_SEEDS: Seeds = (None,) * SEEDS
+
+
+def draw_seeds(num_layers: int, device: torch.device) -> list[Seeds]:
+    """The seeds of each layer: one draw from the device's generator for all of them."""
+    shape = (num_layers * SEEDS, 2)
+    drawn = torch.randint(0, 2**31 - 1, shape, device=device, dtype=torch.int32).unbind()
+    return [drawn[start : start + SEEDS] for start in range(0, len(drawn), SEEDS)]
 
 
 class Saved(NamedTuple):
     """What the backward pass reads: activations, (T, size) each, and what operators keep.
 
-    hidden: the layer's input. inner: before GELU, without its bias. seeds: None without dropout.
+    inner: before GELU, without its bias. The fields after cu_seqlens: the layer's seeds, and what
+    the operators keep, those named after a projection for its products.
     """
 
-    hidden: Tensor
     qkv: Tensor
     context: Tensor
-    middle: Tensor
     inner: Tensor
-    activated: Tensor
     cu_seqlens: Tensor
-    seeds: Tensor | None
+    seeds: Seeds
     attention: tuple[Tensor, ...]
     first_norm: tuple[Tensor, ...]
     second_norm: tuple[Tensor, ...]
+    to_qkv: tuple[Tensor, ...]
+    to_middle: tuple[Tensor, ...]
+    to_inner: tuple[Tensor, ...]
+    to_output: tuple[Tensor, ...]
 
     def flat(self) -> tuple[list[Tensor | None], list[int]]:
-        """All tensors in one list, and how many the last three fields have."""
-        kept = self[-3:]
-        return [*self[:-3], *kept[0], *kept[1], *kept[2]], [len(one) for one in kept]
+        """All tensors in one list, and how many each field after `cu_seqlens` has."""
+        single, kept = self[:SINGLE], self[SINGLE:]
+        return [*single, *itertools.chain(*kept)], [len(one) for one in kept]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> Saved:
         """The inverse of `flat`."""
-        first, second, _ = counts
-        kept = tensors[8:]
-        return cls(*tensors[:8], kept[:first], kept[first : first + second], kept[first + second :])
+        rest = iter(tensors[SINGLE:])
+        kept = [tuple(itertools.islice(rest, count)) for count in counts]
+        return cls(*tensors[:SINGLE], *kept)
+
+
+SINGLE = Saved._fields.index("seeds")  # the fields before it are one tensor each
+
+
+class Product:
+    """The products of one projection, in the dtype of its tensors."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, record: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x W' + b, (T, N), and what `backward` needs. x: (T, K); weight: (N, K); bias: (N,).
+
+        record: whether a backward pass will follow.
+        """
+        weight = weight.t()
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight), (x,)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        kept: tuple[Tensor, ...],
+        target: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of x, added to `into` if that is given; the weight's is added to target."""
+        add_product(target, gradient, kept[0])
+        return torch.mm(gradient, weight) if into is None else into.addmm_(gradient, weight)
+
+
+class Fp8Product(Product):
+    """The products of one projection in fp8."""
+
+    def __init__(self, scaling: Scaling) -> None:
+        self._scaling = scaling
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, record: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Product`. x and weight are kept in fp8."""
+        return linear_forward(x, weight, bias, self._scaling, record)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        weight: Tensor,
+        kept: tuple[Tensor, ...],
+        target: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """See `Product`."""
+        x_gradient = linear_backward(gradient, kept, self._scaling, target)
+        return x_gradient if into is None else into.add_(x_gradient)
+
+
+def product_of(scaling: Scaling | None) -> Product:
+    """Of a projection with these scales, or without."""
+    return Product() if scaling is None else Fp8Product(scaling)
 
 
 class _Norm(NamedTuple):
@@ -71,11 +142,13 @@ class _Norm(NamedTuple):
     norm_bias: nn.Parameter
     epsilon: float
     dropout: float
+    product: Product
 
     @classmethod
     def of(cls, output: ResidualOutput) -> _Norm:
         dense, norm = output.dense, output.LayerNorm
-        return cls(dense.weight, dense.bias, norm.weight, norm.bias, output.epsilon, output.dropout)
+        parameters = (dense.weight, dense.bias, norm.weight, norm.bias)
+        return cls(*parameters, output.epsilon, output.dropout, product_of(output.scaling))
 
 
 class FusedLayer:
@@ -99,15 +172,18 @@ class FusedLayer:
         self.qkv_biases = tuple(part.bias for part in parts)
         self.qkv_weight, self.qkv_bias = map(side_by_side, (self.qkv_weights, self.qkv_biases))
         self.inner_weight, self.inner_bias = projection.weight, projection.bias
+        self.to_qkv, self.to_inner = map(
+            product_of, (attention.scaling, layer.intermediate.scaling)
+        )
+        self._targets: dict[tuple[nn.Parameter, ...], _Targets] = {}
         self.first, self.second = _Norm.of(layer.attention.output), _Norm.of(layer.output)
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> Tensor:
         """Run the layer. hidden: (T, hidden size). Returns the same shape.
 
-        seeds: (SEEDS, 2) int32 on the device, from which the dropout masks follow; None without
-        dropout.
+        seeds: those of this layer, from which the dropout masks follow.
         """
-        return _FusedLayer.apply(hidden, seeds, batch, self)
+        return _FusedLayer.apply(hidden, seeds, batch, self, torch.is_grad_enabled())
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """Weight, (3 hidden, hidden), and bias of the projection to queries, keys and values."""
@@ -115,12 +191,11 @@ class FusedLayer:
         return weight, torch.cat(self.qkv_biases) if self.qkv_bias is None else self.qkv_bias
 
     def forward(
-        self, hidden: Tensor, batch: PackedBatch, seeds: Tensor | None
+        self, hidden: Tensor, batch: PackedBatch, seeds: Seeds, record: bool = True
     ) -> tuple[Tensor, Saved]:
-        """The layer's output, and what `backward` needs."""
-        one, two, three = (None,) * SEEDS if seeds is None else seeds.unbind()
-        weight, bias = self._stacked()
-        qkv = torch.addmm(bias, hidden, weight.t())
+        """The layer's output, and what `backward` needs. record: whether that will follow."""
+        one, two, three = seeds
+        qkv, to_qkv = self.to_qkv.forward(hidden, *self._stacked(), record)
         context, attention_saved = self.pairs.attention.forward(
             qkv.view(hidden.shape[0], 3, self.num_heads, -1),
             batch.cu_seqlens,
@@ -129,20 +204,38 @@ class FusedLayer:
             one,
         )
         context = context.view(hidden.shape)
-        middle, first_saved = self._norm(self.first, context, hidden, two)
-        inner = torch.mm(middle, self.inner_weight.t())
+        projected, to_middle = self.first.product.forward(
+            context, self.first.projection, None, record
+        )
+        middle, first_saved = self._norm(self.first, projected, hidden, two)
+        inner, to_inner = self.to_inner.forward(middle, self.inner_weight, None, record)
         activated = self.pairs.bias_gelu.forward(inner, self.inner_bias)
-        output, second_saved = self._norm(self.second, activated, middle, three)
+        projected, to_output = self.second.product.forward(
+            activated, self.second.projection, None, record
+        )
+        output, second_saved = self._norm(self.second, projected, middle, three)
         return output, Saved(
-            hidden, qkv, context, middle, inner, activated, batch.cu_seqlens, seeds,
-            attention_saved, first_saved, second_saved,
+            qkv, context, inner, batch.cu_seqlens, seeds, attention_saved, first_saved,
+            second_saved, to_qkv, to_middle, to_inner, to_output,
         )  # fmt: skip
 
+    def _target(self, group: tuple[nn.Parameter, ...]) -> _Targets:
+        """Where to add the gradients of parameters of equal shape all at once."""
+        apart = [self.sink.target(parameter) for parameter in group]
+        known = self._targets.get(group)
+        if known is None or not all(map(operator.is_, known.apart, apart)):
+            together = side_by_side(apart)
+            shared = together is not None
+            if not shared:
+                together = apart[0].new_zeros(len(group) * len(apart[0]), *apart[0].shape[1:])
+            known = self._targets[group] = _Targets(apart, together, shared)
+        return known
+
     def _norm(
-        self, norm: _Norm, x: Tensor, residual: Tensor, seed: Tensor | None
+        self, norm: _Norm, projected: Tensor, residual: Tensor, seed: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.pairs.bias_dropout_residual_layer_norm.forward(
-            torch.mm(x, norm.projection.t()),
+            projected,
             norm.bias,
             residual,
             norm.weight,
@@ -158,22 +251,28 @@ class FusedLayer:
         gradient: of the output, (T, hidden size). Every tensor called "..._gradient" is the
         gradient of the tensor whose name it begins with.
         """
-        one, two, three = (None,) * SEEDS if saved.seeds is None else saved.seeds.unbind()
-        target = self.sink.target
+        one, two, three = saved.seeds
+        target, sums = self.sink.target, self.pairs.sums()
         activated_gradient, middle_gradient = self._norm_backward(
-            self.second, gradient, saved.activated, saved.second_norm, three
+            self.second, gradient, saved.to_output, saved.second_norm, three, sums
         )
         inner_gradient = self.pairs.bias_gelu.backward(
-            activated_gradient, saved.inner, self.inner_bias, target(self.inner_bias)
+            activated_gradient, saved.inner, self.inner_bias, target(self.inner_bias), sums
         )
         del activated_gradient  # the largest activations: no two gradients of them are kept
-        add_product(target(self.inner_weight), inner_gradient, saved.middle)
-        middle_gradient.addmm_(inner_gradient, self.inner_weight)
+        self.to_inner.backward(
+            inner_gradient,
+            self.inner_weight,
+            saved.to_inner,
+            target(self.inner_weight),
+            middle_gradient,
+        )
         del inner_gradient
         context_gradient, hidden_gradient = self._norm_backward(
-            self.first, middle_gradient, saved.context, saved.first_norm, two
+            self.first, middle_gradient, saved.to_middle, saved.first_norm, two, sums
         )
         heads = (gradient.shape[0], self.num_heads, -1)
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         qkv_gradient = self.pairs.attention.backward(
             context_gradient.view(heads),
             saved.qkv.view(heads[0], 3, *heads[1:]),
@@ -183,24 +282,26 @@ class FusedLayer:
             one,
             saved.context.view(heads),
             saved.attention,
+            biases.together,
+            sums,
         ).view(saved.qkv.shape)
-        weights, apart = _together([target(part) for part in self.qkv_weights])
-        add_product(weights, qkv_gradient, saved.hidden)
-        _spread(weights, apart)
-        biases, apart = _together([target(part) for part in self.qkv_biases])
-        self.pairs.column_sum(qkv_gradient, biases)
-        _spread(biases, apart)
-        return hidden_gradient.addmm_(qkv_gradient, self._stacked()[0])
+        weight = self._stacked()[0]
+        self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights.together, hidden_gradient)
+        sums.finish()
+        for added in (weights, biases):
+            added.spread()
+        return hidden_gradient
 
     def _norm_backward(
         self,
         norm: _Norm,
         gradient: Tensor,
-        x: Tensor,
+        kept: tuple[Tensor, ...],
         saved: tuple[Tensor, ...],
         seed: Tensor | None,
+        sums: Sums,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of the projection's input x and of the residual."""
+        """The gradients of the projection's input and of the residual. kept: for its product."""
         target = self.sink.target
         projected_gradient, residual_gradient = (
             self.pairs.bias_dropout_residual_layer_norm.backward(
@@ -212,19 +313,27 @@ class FusedLayer:
                 target(norm.bias),
                 target(norm.weight),
                 target(norm.norm_bias),
+                sums,
             )
         )
         # Both may be the same tensor, and the caller adds to the residual's: it is read before.
-        add_product(target(norm.projection), projected_gradient, x)
-        return torch.mm(projected_gradient, norm.projection), residual_gradient
+        x_gradient = norm.product.backward(
+            projected_gradient, norm.projection, kept, target(norm.projection)
+        )
+        return x_gradient, residual_gradient
 
 
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, seeds: Tensor | None, batch: PackedBatch, layer: FusedLayer
+        ctx: Any,
+        hidden: Tensor,
+        seeds: Seeds,
+        batch: PackedBatch,
+        layer: FusedLayer,
+        record: bool,
     ) -> Tensor:
-        output, saved = layer.forward(hidden, batch, seeds)
+        output, saved = layer.forward(hidden, batch, seeds, record)
         tensors, ctx.counts = saved.flat()
         ctx.save_for_backward(*tensors)
         ctx.layer, ctx.max_seqlen = layer, batch.max_seqlen
@@ -237,7 +346,7 @@ class _FusedLayer(torch.autograd.Function):
         saved = Saved.of(ctx.saved_tensors, ctx.counts)
         hidden_gradient = layer.backward(gradient, saved, ctx.max_seqlen)
         layer.sink.arrived(layer.parameters)
-        return hidden_gradient, None, None, None
+        return hidden_gradient, None, None, None, None
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
@@ -245,18 +354,24 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     if target.dtype == left.dtype:
         target.addmm_(left.t(), right)
     else:
-        target.add_(torch.mm(left.t(), right))
+        compat.add_wide_product(target, left.t(), right)
 
 
-def _together(targets: list[Tensor]) -> tuple[Tensor, list[Tensor] | None]:
-    """One tensor to add to in place of several, and these if it is not their memory."""
-    together = side_by_side(targets)
-    if together is not None:
-        return together, None
-    first = targets[0]
-    return first.new_zeros(len(targets) * first.shape[0], *first.shape[1:]), targets
+class _Targets(NamedTuple):
+    """Gradients of equal shape, and one tensor to add to in place of them.
 
+    shared: whether that is their own memory.
+    """
 
-def _spread(together: Tensor, apart: list[Tensor] | None) -> None:
-    for target, part in zip(apart or (), together.split(len(together) // 3), strict=False):
-        target.add_(part)
+    apart: list[Tensor]
+    together: Tensor
+    shared: bool
+
+    def spread(self) -> None:
+        """Bring what was added to `together` into `apart`."""
+        if not self.shared:
+            for target, part in zip(
+                self.apart, self.together.split(len(self.apart[0])), strict=True
+            ):
+                target.add_(part)
+            self.together.zero_()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bert_pretraining.kernels.pairs import LayerPairs
 from bert_pretraining.model.batch import PackedBatch
-from bert_pretraining.model.fused_layer import FusedLayer, draw_seeds
+from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, draw_seeds
 from bert_pretraining.model.gradient_sink import GradientSink
 from bert_pretraining.runtime import compat
 
@@ -100,9 +100,9 @@ class FusedForm(LayerForm):
 
     def layers(self, layers: Iterable[Layer], batch: PackedBatch) -> Iterable[LayerCall]:
         """See `LayerForm`."""
-        seeds: Iterable[Tensor | None] = [None] * len(self._fused)
+        seeds = [NO_SEEDS] * len(self._fused)
         if any(layer.training and layer.has_dropout for layer in layers):
-            seeds = draw_seeds(len(self._fused), batch.cu_seqlens.device).unbind()
+            seeds = draw_seeds(len(self._fused), batch.cu_seqlens.device)
         return [
             functools.partial(fused, seeds=seed)
             for fused, seed in zip(self._fused, seeds, strict=True)

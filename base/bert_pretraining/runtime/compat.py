@@ -81,6 +81,29 @@ def _tags_added(tags: tuple[torch.Tag, ...]) -> Iterator[None]:
         yield
 
 
+def scaled_mm(left: torch.Tensor, right: torch.Tensor, **options: typing.Any) -> torch.Tensor:
+    """torch._scaled_mm: the product of two fp8 matrices.
+
+    Before 2.5 it returns the result's largest number too. There is no public function for it
+    before 2.10.
+    """
+    product = torch._scaled_mm(left, right, **options)
+    return product[0] if isinstance(product, tuple) else product
+
+
+def add_wide_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """target += left right, for a float32 target and 16-bit factors; the sum is not rounded.
+
+    CUDA devices do it in one kernel, for which early versions have no function. Elsewhere the
+    product is rounded to 16 bits before it is added.
+    """
+    add = getattr(torch.ops.aten.addmm, "dtype_out", None)
+    if add is not None and target.is_cuda:
+        add(target, left, right, target.dtype, out=target)
+    else:
+        target.add_(torch.mm(left, right))
+
+
 def compile_once_for_equal_modules() -> None:
     """torch.compile makes one program for all modules of one class, not one for each.
 

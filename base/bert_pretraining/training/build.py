@@ -6,12 +6,14 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bert_pretraining.checkpoint import load_weights
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
-from bert_pretraining.kernels import DTYPES
+from bert_pretraining.kernels import DTYPES, fp8_linear
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
@@ -24,8 +26,8 @@ from bert_pretraining.optim import (
     Sharing,
     create_optimizer,
 )
+from bert_pretraining.runtime import arithmetic, seeds
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
@@ -55,12 +57,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Training:
-    """What `build` makes. module: the bare model, which holds the weights."""
+    """What `build` makes.
+
+    module: the bare model, which holds the weights. fp8: the scales of its encoder, if it computes
+    in fp8.
+    """
 
     module: BertForPreTraining
     optimizer: Optimizer
     loss_scale: LossScale
     update: Update
+    fp8: Fp8State | None
 
 
 def build(setup: Setup) -> Training:
@@ -78,10 +85,12 @@ def build(setup: Setup) -> Training:
     optimizer = _optimizer(setup, module, masters)
     del masters
     loss_scale = LossScale.for_precision(precision, config.loss_scale, ranks.device)
+    fp8 = _fp8_state(setup, module, DTYPES[precision])
     if isinstance(setup.start, Saved):
-        setup.start.restore(optimizer, loss_scale)
+        setup.start.restore(optimizer, loss_scale, fp8, ranks)
         check_replicas(dict(module.named_parameters()), optimizer.updates)
-    log.precision(precision)
+    tf32 = precision == "fp32" and arithmetic.multiplies_in_tf32(ranks.device)
+    log.precision("fp8" if fp8 else precision, tf32)
     limit = config.max_gradient_norm if setup.clips_before_reduction else None
     reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
@@ -92,6 +101,7 @@ def build(setup: Setup) -> Training:
         zero_grad=functools.partial(optimizer.zero_grad, set_to_none=False),
         sink=optimizer.sink,
         reduces_later=reduction.can_follow,
+        fp8=fp8,
     )
     micro_step = prepared_step(config, trained, longest, ranks, log.say)
     update = Update(
@@ -103,8 +113,9 @@ def build(setup: Setup) -> Training:
         loss_scale=loss_scale,
         normalization=config.mlm_loss_normalization,
         ranks=ranks,
+        fp8=fp8,
     )
-    return Training(module, optimizer, loss_scale, update)
+    return Training(module, optimizer, loss_scale, update, fp8)
 
 
 def _say_what_has_no_effect(setup: Setup) -> None:
@@ -121,7 +132,12 @@ def _say_what_has_no_effect(setup: Setup) -> None:
 
 
 def _precision(setup: Setup) -> str:
+    """Of weights and activations, in DTYPES; of those around the fp8 layers with fp8."""
     precision, say = setup.config.resolved_precision, setup.log.say
+    if precision == "fp8":
+        device = setup.ranks.device
+        has_bf16 = devices.supports(device, DTYPES["bf16"]) and not devices.emulates_bf16(device)
+        precision = "bf16" if has_bf16 else "fp16"
     if setup.config.loss_scale and precision != "fp16":
         say(f"Notice: loss_scale has no effect: precision is {precision}")
     device = setup.ranks.device
@@ -155,6 +171,24 @@ def _model(setup: Setup, precision: str) -> BertForPreTraining:
     return module.to(setup.ranks.device)
 
 
+def _fp8_state(setup: Setup, module: BertForPreTraining, dtype: torch.dtype) -> Fp8State | None:
+    """The scales of the encoder's layers with --precision fp8, else None."""
+    if setup.config.resolved_precision != "fp8":
+        return None
+    device, sizes = setup.ranks.device, setup.bert_config
+    state = Fp8State.of(module.bert.encoder, device)
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    layers = ((hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden))
+    if device.type == "cpu":
+        setup.log.say(
+            "Notice: this CPU has no fp8: its rounding is emulated, which is slower than bf16"
+        )
+    else:
+        fp8_linear.check(device, dtype, layers)
+    setup.log.say(f"fp8: {len(state.names)} linear layers ({state.engine.name})")
+    return state
+
+
 def _optimizer(
     setup: Setup, module: BertForPreTraining, masters: dict[str, Tensor] | None
 ) -> Optimizer:
@@ -170,7 +204,12 @@ def _optimizer(
     if setup.ranks.world_size == 1:
         sharing = "alone"
     optimizer = create_optimizer(
-        config.optimizer, module.parameters_in_memory_order(), settings, masters, sharing
+        config.optimizer,
+        module.parameters_in_memory_order(),
+        settings,
+        masters,
+        sharing,
+        torch.float32 if config.gradient_dtype == "fp32" else None,
     )
     setup.log.say(f"Optimizer: {optimizer.choice}")
     setup.log.built("CREATE_OPTIMIZER", optimizer, provider=optimizer.choice)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
@@ -48,6 +49,8 @@ class MicroStep:
         losses: the names of the model's losses.
         instead: called with the error when the forward pass fails, as a compiled one may for a new
             shape. It changes the model so that the pass can be tried again, or raises.
+        fp8: the scales of layers that compute in fp8. Before their first update, steps measure
+            every tensor, which a graph does not; so no graph is replayed until then.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class MicroStep:
         graph: bool,
         losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
         instead: Callable[[Exception], None] | None = None,
+        fp8: Fp8State | None = None,
     ) -> None:
         self._model, self._device = model, device
         self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
@@ -65,6 +69,7 @@ class MicroStep:
         self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
         self._graph = graph
         self._instead = instead
+        self._fp8 = fp8
 
     @property
     def captured(self) -> bool:
@@ -80,7 +85,8 @@ class MicroStep:
         for index, static in enumerate(self._static):
             if static.budget.fits(batch):
                 loaded = static.load(batch)
-                if not self._graph:
+                measures = self._fp8 is not None and not self._fp8.calibrated
+                if not self._graph or measures:
                     return self._step(loaded, weights)
                 for name, weight in self._weights.items():
                     weight.copy_(weights[name])

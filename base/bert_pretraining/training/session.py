@@ -97,6 +97,7 @@ class Session:
             self.training.loss_scale,
             DataOrder(self._seed, lanes, sizes),
             training_state.settings_of(config),
+            self.training.fp8,
         )
         self._evaluation_set = EvaluationSet(0, [])  # until the clock has started
         self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)

@@ -18,6 +18,7 @@ from torch import nn
 
 from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.gradient_sink import GradientSink, OwnGradients
 from bert_pretraining.model.heads import BertForPreTraining
@@ -40,7 +41,8 @@ class Trained:
     module: the bare model, whose form is chosen. model: what to call, maybe a replicated module.
     zero_grad: leaves every parameter's gradient in place, zeroed. sink: where the optimizer wants
     the gradients of fused layers, if anywhere. reduces_later: whether the ranks' gradients can be
-    averaged after the backward pass, so that autograd need not see them come.
+    averaged after the backward pass, so that autograd need not see them come. fp8: the scales of
+    layers that compute in fp8.
     """
 
     module: BertForPreTraining
@@ -48,6 +50,7 @@ class Trained:
     zero_grad: Callable[[], None]
     sink: GradientSink | None = None
     reduces_later: bool = True
+    fp8: Fp8State | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def prepared_step(
     UserError if compiling was asked for and cannot be, or fails.
     """
     way = _asked(config, trained, max_seqlen, ranks, say)
-    return best_that_works(way, config, trained, max_seqlen, ranks, say)
+    # What is tried here must not move the scales of training.
+    with trained.fp8.as_calibrated() if trained.fp8 else contextlib.nullcontext():
+        return best_that_works(way, config, trained, max_seqlen, ranks, say)
 
 
 def best_that_works(
@@ -239,12 +244,15 @@ def _asked(
     on_gpu = devices.is_cuda(ranks.device)
     fuses = trained.module.kernels.pairs is not None and trained.reduces_later
     forms = ["fused"] if fuses else []
-    if config.compile == "on":
+    if trained.fp8 is not None:
+        if config.compile == "on":
+            say("Notice: --compile on has no effect: layers in fp8 are not compiled")
+    elif config.compile == "on":
         forms = ["compiled"]
     elif config.compile == "auto" and on_gpu and _has_triton(say, needed=not fuses):
         # Fused layers leave nothing to the compiler, and need no time to compile.
         forms.append("compiled")
-    if config.compile == "on" and on_gpu and not _has_triton(say, needed=False):
+    if forms == ["compiled"] and on_gpu and not _has_triton(say, needed=False):
         raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
     balanced = config.resolved_batching == "balanced"
     obstacles = {
@@ -287,6 +295,7 @@ def _make(
         way.graph,
         OBJECTIVES[config.objective],
         instead if way.forms[0] == "compiled" else None,
+        trained.fp8,
     )
 
 

@@ -1,0 +1,176 @@
+"""A linear layer in fp8: y = x W' + b, as plain functions and as a function of autograd.
+
+Three products: forward x W' (e4m3 times e4m3), the input's gradient dy W and the weight's dy' x
+(e5m2 times e4m3). x, W and dy are cast once each, in both orders. Results are 16-bit numbers, or
+float32 where the weight's gradient is. The bias and its gradient stay in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.kernels.fp8 import (
+    FORMATS,
+    GRADIENT,
+    INPUT,
+    MULTIPLE,
+    WEIGHT,
+    Fp8State,
+    Scaling,
+    cast_bound,
+)
+
+Saved = tuple[Tensor, ...]
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling, record: bool = True
+) -> tuple[Tensor, Saved]:
+    """x W' + b, (T, N), of the dtype of x; and what `linear_backward` needs: x and W in fp8.
+
+    x: (T, K); weight: (N, K); bias: (N,) or None. On a GPU, K and N are multiples of 16.
+    record: False in an evaluation, which must not move the scales of training.
+    """
+    inputs = scaling.cast(x, INPUT, record)
+    weights = scaling.cast(weight, WEIGHT, record)
+    saved = inputs.columns, weights.columns
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0])), saved
+    inverses = scaling.inverses[INPUT], scaling.inverses[WEIGHT]
+    return scaling.engine.product(inputs.rows, weights.rows, *inverses, x.dtype, bias), saved
+
+
+def linear_backward(
+    gradient: Tensor, saved: Saved, scaling: Scaling, weight_gradient: Tensor
+) -> Tensor:
+    """The gradient of x, (T, K), of the gradient's dtype; the weight's is added to the last.
+
+    gradient: (T, N); weight_gradient: (N, K), 16-bit or float32. It comes between the forward
+    function and `Fp8State.update`. A gradient that is not finite gives NaN in both results.
+    """
+    if gradient.shape[0] == 0:
+        return gradient.new_empty((0, weight_gradient.shape[1]))
+    into_x, into_weight = _gradients(gradient, saved, scaling, weight_gradient.dtype)
+    weight_gradient.add_(into_weight)
+    return into_x
+
+
+def _gradients(
+    gradient: Tensor, saved: Saved, scaling: Scaling, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    inputs, weights = saved
+    outer, product = scaling.cast(gradient, GRADIENT, record=True), scaling.engine.product
+    scale = scaling.inverses
+    into_x = product(outer.rows, weights, scale[GRADIENT], scale[WEIGHT], gradient.dtype, None)
+    into_weight = product(outer.columns, inputs, scale[GRADIENT], scale[INPUT], dtype, None)
+    return into_x, into_weight
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling, record: bool
+    ) -> Tensor:
+        y, saved = linear_forward(x, weight, bias, scaling, record)
+        ctx.save_for_backward(*saved)
+        ctx.scaling, ctx.has_bias, ctx.dtype = scaling, bias is not None, weight.dtype
+        ctx.shape = weight.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if gradient.shape[0] == 0:
+            x_gradient = gradient.new_empty((0, ctx.shape[1]))
+            weight_gradient = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        else:
+            x_gradient, weight_gradient = _gradients(
+                gradient, ctx.saved_tensors, ctx.scaling, ctx.dtype
+            )
+        bias_gradient = None
+        if ctx.has_bias:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            bias_gradient = gradient.sum(0, dtype=wide).to(gradient.dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
+    """`linear_forward` with gradients for x, weight and bias through autograd.
+
+    Without gradients (`torch.no_grad`), as in an evaluation, the scales stay as they are.
+    """
+    return _Linear.apply(x, weight, bias, scaling, torch.is_grad_enabled())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling | None) -> Tensor:
+    """F.linear, or `fp8_linear` for a layer that has scales."""
+    return F.linear(x, weight, bias) if scaling is None else fp8_linear(x, weight, bias, scaling)
+
+
+# Hopper's tensor cores keep about 14 bits of an fp8 sum, and with fast accumulation the whole sum
+# stays there: errors of up to 2 % are known for sums of 4,096 terms (DeepSeek-V3, section 3.3.2).
+# This share of the sum of absolute terms is four times as much; a wrong scale is far beyond it.
+ACCUMULATION = 2.0**-9
+
+
+def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, int], ...]) -> None:
+    """Run small layers of these (inputs, outputs) on the device, forward and backward.
+
+    Results are compared with float64 products of the same fp8 numbers, on the CPU. Raises
+    UserError where a size is not a multiple of 16, or where a result is wrong.
+    """
+    for size in {size for pair in features for size in pair}:
+        if size % MULTIPLE:
+            raise UserError(
+                f"--precision fp8: {size} features are no multiple of {MULTIPLE}",
+                "pass another bert_config.json, or --precision bf16",
+            )
+    generator = torch.Generator().manual_seed(1)
+    for inputs, outputs in dict.fromkeys(features):
+        shapes = {INPUT: (37, inputs), WEIGHT: (outputs, inputs), GRADIENT: (37, outputs)}
+        given = {
+            which: torch.randn(shape, generator=generator).to(device, dtype)
+            for which, shape in shapes.items()
+        }
+        fault = _fault(given, Fp8State(["checked"], device)["checked"])
+        if fault:
+            raise UserError(
+                f"--precision fp8: a layer of {inputs} to {outputs} features is wrong on "
+                f"{device}: {fault}",
+                "pass --precision bf16",
+            )
+
+
+def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:
+    """What is wrong with a layer's results for these tensors, or None."""
+    x, weight, gradient = given[INPUT], given[WEIGHT], given[GRADIENT]
+    into_weight = torch.zeros_like(weight, dtype=torch.float32)
+    y, saved = linear_forward(x, weight, None, scaling)
+    into_x = linear_backward(gradient, saved, scaling, into_weight)
+    exact = {
+        which: scaling.cast(tensor, which, record=False).rows.cpu().double()
+        * scaling.inverses[which].cpu().double()
+        for which, tensor in given.items()
+    }
+    for which, tensor in given.items():
+        wide, scale = tensor.cpu().double(), scaling.scales[which].cpu()
+        if not ((exact[which] - wide).abs() <= cast_bound(wide, scale, FORMATS[which])).all():
+            return f"the cast of {('x', 'the weight', 'the gradient')[which]} is off"
+    for name, found, left, right in (
+        ("the output", y, exact[INPUT], exact[WEIGHT].t()),
+        ("the gradient of x", into_x, exact[GRADIENT], exact[WEIGHT]),
+        ("the gradient of the weight", into_weight, exact[GRADIENT].t(), exact[INPUT]),
+    ):
+        expected = left @ right
+        bound = ACCUMULATION * (left.abs() @ right.abs())
+        bound += torch.finfo(found.dtype).eps * expected.abs()
+        away = (found.cpu().double() - expected).abs()
+        if not (away <= bound + 1e-6).all():  # NaN is not
+            return f"{name} differs by {(away - bound).max().item():.2g} more than it may"
+    return None

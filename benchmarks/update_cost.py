@@ -1,0 +1,466 @@
+"""Count what one update of BERT-large costs on a GPU: launches, host time, waits, memory.
+
+    PYTHONPATH=base python benchmarks/update_cost.py --output FILE [--ways eager graph] [--ranks 2]
+
+The update is built as `train` builds it: forward, backward, reduction, LAMB. Each way is one of
+eager, compiled, graph (a captured CUDA graph) and compiled_graph. An evaluation batch, LAMB alone
+and an interval of 50 updates between two lines of the log are counted too.
+
+On a GPU, the profiler counts, and CUDA events give the time of the device. On the pretended GPU
+(see benchmarks/pretended.py) the stub libraries count. There the host's time is real, the record
+says "pretended", and it has no time of the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pretended
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from bert_pretraining.bench import record
+from bert_pretraining.bench.timing import announce
+from bert_pretraining.bench.workload import BERT_LARGE, batch_of, wikipedia_lengths
+from bert_pretraining.config import Config, FlagParser, Resolved
+from bert_pretraining.data.loader import EvaluationSet
+from bert_pretraining.data.packing import on_device
+from bert_pretraining.errors import TrainingError, UserError
+from bert_pretraining.kernels import DTYPES, PROVIDERS
+from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.optim import Schedule
+from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime import process_group
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.training.build import Setup, Training, build
+from bert_pretraining.training.evaluate import evaluate
+
+WAYS = {  # name -> the settings that stand for it
+    "eager": {"compile": "off", "use_cuda_graph": False},
+    "compiled": {"compile": "on", "use_cuda_graph": False},
+    "graph": {"compile": "off", "use_cuda_graph": True},
+    "compiled_graph": {"compile": "on", "use_cuda_graph": True},
+}
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
+GIB = 2**30
+
+
+# ---- counting
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened, by name. kernels: those of graphs too, except on the pretended GPU."""
+
+    launches: float
+    graph_launches: float
+    waits: dict[str, float]
+    copies: dict[str, float]
+    kernels: dict[str, float]
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "launches": self.launches,
+            "graph_launches": self.graph_launches,
+            "kernels_run": sum(self.kernels.values()),
+            "host_waits": sum(self.waits.values()),
+            "waits": self.waits,
+            "copies": self.copies,
+        }
+
+
+def count(call: Callable[[], object], device: torch.device, calls: int) -> Counts:
+    """What one of `calls` calls does, on average."""
+    if record.is_pretended():
+        counters = pretended.counters()
+        devices.synchronize(device)
+        counters.reset()
+        for _ in range(calls):
+            call()
+        return _of_stubs(counters.counts(), calls)
+    # The profiler waits by itself, once: what one call counts is taken away from what more do.
+    once, more = _profiled(call, device, 1), _profiled(call, device, 1 + calls)
+    more.subtract(once)
+    return _of_profiler({key: value / calls for key, value in more.items() if value > 0})
+
+
+def _of_stubs(found: dict[str, int], calls: int) -> Counts:
+    each = {key: value / calls for key, value in found.items()}
+
+    def those(start: str) -> dict[str, float]:
+        return {key.removeprefix(start): n for key, n in each.items() if key.startswith(start)}
+
+    waits = those("SYNC:")
+    copies = those("memcpyAsync ")
+    # A copy to memory that is not page-locked lets the host wait.
+    waits |= {f"copy {name}": n for name, n in copies.items() if "pageable" in name}
+    return Counts(sum(those("K:").values()), each.get("graphlaunch", 0), waits, copies, those("K:"))
+
+
+def _profiled(call: Callable[[], object], device: torch.device, calls: int) -> Counter[str]:
+    devices.synchronize(device)
+    with profile(activities=ACTIVITIES) as profiled:
+        for _ in range(calls):
+            call()
+        devices.synchronize(device)
+    found: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        is_kernel = str(event.device_type).endswith("CUDA")
+        found[f"K:{event.key}" if is_kernel else event.key] += event.count
+    return found
+
+
+def _of_profiler(each: dict[str, float]) -> Counts:
+    kernels = {key[2:]: n for key, n in each.items() if key.startswith("K:")}
+    copies = {name: n for name, n in kernels.items() if name.startswith(("Memcpy", "Memset"))}
+    waits = {key: n for key, n in each.items() if key.startswith("cuda") and "Synchronize" in key}
+    # Each is a synchronous copy, or one from or to memory that is not page-locked.
+    waits |= {f"copy {name}": n for name, n in copies.items() if "Pageable" in name}
+    return Counts(
+        sum(each.get(name, 0.0) for name in LAUNCHES),
+        each.get("cudaGraphLaunch", 0.0),
+        waits,
+        copies,
+        {name: n for name, n in kernels.items() if name not in copies},
+    )
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of the host in each of `repeats` calls, each on an idle device.
+
+    They are the time until all work is queued. Where more than about 1,000 launches are queued,
+    the host waits for the device, and its time includes that.
+    """
+    found = []
+    for _ in range(repeats):
+        devices.synchronize(device)
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def device_seconds(call: Callable[[], object], repeats: int) -> list[float] | None:
+    """Seconds from the end of one call to the end of the next on the device; None if pretended."""
+    if record.is_pretended():
+        return None
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + repeats)]
+    call()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+# ---- what is counted
+
+
+class Said(RunLog):
+    """A log without outputs, which keeps what it is told in words."""
+
+    def __init__(self, config: Config, world_size: int) -> None:
+        super().__init__(Resolved(config, "", {}), 1, "GPU", world_size)  # rank 0 would write files
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def batches(flags: argparse.Namespace, device: torch.device) -> Iterator[PackedBatch]:
+    """The same few batches without end, in page-locked memory, copied as the loader does."""
+    lengths = wikipedia_lengths(flags.batch_size)
+    random = np.random.RandomState(1)
+    made = [batch_of(random.permutation(lengths), BERT_LARGE) for _ in range(4)]
+    pinned = [
+        replace(one, **{name: devices.pinned(t, device) for name, t in one.tensors().items()})
+        for one in made
+    ]
+
+    def endless() -> Iterator[PackedBatch]:
+        while True:
+            yield from pinned
+
+    return on_device(endless(), device)
+
+
+def config_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> Config:
+    """The settings of a run of configs/nvidia, as far as an update depends on them."""
+    return Config(
+        precision=flags.precision,
+        batching="balanced",
+        train_batch_size=flags.batch_size,
+        gradient_accumulation_steps=flags.accumulation,
+        nproc_per_node=ranks.world_size,
+        distributed_lamb=flags.distributed_lamb,
+        kernels=flags.kernels,
+        prove_kernels="off",
+        dist_backend="gloo",
+        **WAYS[way],
+    )
+
+
+def read(training: Training) -> None:
+    """What became of the unread updates; the pretended GPU knows no numbers, and that is all."""
+    try:
+        training.update.read(0)
+    except (TrainingError, pretended.NoNumbers):
+        if not record.is_pretended():
+            raise
+
+
+def interval(training: Training, update: Callable[[], object]) -> None:
+    """The updates between two lines of the log, and the figures of the line, as `train` does it."""
+    for _ in range(INTERVAL):
+        totals = update()
+        if training.update.must_read:
+            read(training)
+    if training.update.num_unread:
+        read(training)
+    process_group.sum_over_ranks(totals.flat()).tolist()
+    training.optimizer.gradient_norm.item()
+
+
+def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
+    """All figures of one way, in seconds, GiB and counts an update."""
+    device, config = ranks.device, config_of(way, flags, ranks)
+    model = replace(BERT_LARGE, num_hidden_layers=flags.num_layers)
+    log = Said(config, ranks.world_size)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    if record.is_pretended():
+        pretended.counters().reset()
+    started = time.perf_counter()
+    schedule = Schedule(4e-4, 6700, 0, 0)
+    training = build(Setup(config, model, None, 1, schedule, ranks, log))
+    devices.synchronize(device)
+    figures: dict[str, object] = {
+        "said": log.lines,
+        "build_seconds": time.perf_counter() - started,
+        "build_peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
+    }
+    if record.is_pretended():
+        inside = [
+            n for key, n in pretended.counters().counts().items() if key.startswith("CAPTURE:K:")
+        ]
+        figures["launches_captured"] = sum(inside)  # by all graphs of the run together
+    lost = [line for line in log.lines if "goes on without" in line or "graph has no" in line]
+    if lost:
+        raise RuntimeError("; ".join(lost))
+    training.module.train()
+    given = batches(flags, device)
+
+    def update() -> object:
+        return training.update([next(given) for _ in range(flags.accumulation)])
+
+    def read_update() -> None:
+        update()
+        if training.update.must_read:
+            read(training)
+
+    announce(f"{way}: counting updates")
+    for _ in range(3):
+        read_update()
+    read(training)
+    torch.cuda.reset_peak_memory_stats(device)
+    counted = count(update, device, 3)
+    figures["update"] = counted.figures()
+    figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+    figures["held_gib"] = torch.cuda.memory_allocated(device) / GIB
+    read(training)
+    figures["host_seconds"] = record.spread(host_seconds(update, device, flags.repeats))
+    read(training)
+    times = device_seconds(read_update, flags.repeats)
+    if times is not None:
+        figures["device_seconds"] = record.spread(times)
+        rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
+        figures["sequences_per_second_a_gpu"] = rate
+    if flags.trace and ranks.is_main:
+        _trace(read_update, device, flags.trace / f"{way}_{flags.batch_size}")
+    figures["kernels"] = counted.kernels if flags.list else {}
+    figures |= _other_figures(training, update, flags, ranks, given)
+    return figures
+
+
+def _trace(update: Callable[[], object], device: torch.device, name: Path) -> None:
+    """Write NAME.trace.json.gz, for Chrome or Perfetto, and NAME.profile.txt."""
+    with profile(activities=ACTIVITIES) as profiled:
+        for _ in range(2):
+            update()
+        devices.synchronize(device)
+    profiled.export_chrome_trace(f"{name}.trace.json.gz")
+    rows = profiled.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80
+    )
+    Path(f"{name}.profile.txt").write_text(rows)
+
+
+def _other_figures(
+    training: Training,
+    update: Callable[[], object],
+    flags: argparse.Namespace,
+    ranks: Ranks,
+    given: Iterator[PackedBatch],
+) -> dict[str, object]:
+    """LAMB alone, an evaluation batch, an interval of the log."""
+    device = ranks.device
+    announce("counting LAMB, evaluation and an interval of the log")
+    scale = 1.0 / training.loss_scale.scale
+    rate = torch.tensor(1e-4, device=device, dtype=devices.wide(device))
+    figures: dict[str, object] = {}
+    if ranks.world_size == 1:
+        call = lambda: training.optimizer.step(rate, scale)  # noqa: E731
+        update()
+        counted = count(call, device, 1)
+        figures["optimizer"] = counted.figures()
+        figures["optimizer"]["host_seconds"] = record.spread(host_seconds(call, device, 5))
+        read(training)
+    host = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
+
+    def evaluation(batches: int) -> None:
+        evaluate(training.module, EvaluationSet(batches, list(enumerate(host[:batches]))), ranks)
+
+    evaluation(1)
+    few, many = (count(lambda n=n: evaluation(n), device, 1) for n in (1, 4))
+    figures["evaluation_batch"] = {
+        "launches": (many.launches - few.launches) / 3,
+        "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
+        "host_seconds": record.spread(host_seconds(lambda: evaluation(4), device, 3)),
+        "host_seconds_are_of": "4 batches, the last wait included",
+    }
+    if flags.accumulation == 1:
+        waits = count(lambda: interval(training, update), device, 1).waits
+        figures["log_interval"] = {
+            "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
+        }  # fmt: skip
+    return figures
+
+
+# ---- the program
+
+
+def parser() -> FlagParser:
+    made = FlagParser(prog="benchmarks/update_cost.py", allow_abbrev=False, description=__doc__)
+    made.add_argument("--output", type=Path, metavar="FILE", help="a JSON file for the figures")
+    made.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["eager", "graph"])
+    made.add_argument(
+        "--precision", choices=tuple(DTYPES), default="bf16", help="(default: %(default)s)"
+    )
+    made.add_argument("--batch_size", type=int, nargs="+", default=[48], help="sequences")
+    made.add_argument("--accumulation", type=int, default=1, help="micro-batches an update")
+    made.add_argument("--kernels", choices=("auto", *PROVIDERS), default="auto")
+    made.add_argument("--num_layers", type=int, default=24)
+    made.add_argument("--repeats", type=int, default=10)
+    made.add_argument("--ranks", type=int, default=1, help="more than 1: each rank has a GPU")
+    made.add_argument("--distributed_lamb", action="store_true", help="LAMB's state is shared out")
+    made.add_argument(
+        "--trace", type=Path, metavar="FOLDER", help="a trace of two updates, and its table"
+    )
+    made.add_argument("--list", action="store_true", help="name the kernels of an update")
+    return made
+
+
+def line(name: str, found: dict) -> str:
+    """One line for people."""
+    update, host = found["update"], found["host_seconds"]
+    device = found.get("device_seconds")
+    return (
+        f"{name:<22} {update['launches']:>6.0f} launches {update['graph_launches']:>2.0f} graphs "
+        f"{update['host_waits']:>4.1f} waits  host {1e3 * host['median']:>6.2f} ms "
+        f"(n {host['n']}, {1e3 * host['min']:.2f} to {1e3 * host['max']:.2f})  "
+        f"device {f'''{1e3 * device['median']:.2f} ms''' if device else 'not known'}  "
+        f"peak {found['peak_gib']:.2f} GiB, reserved {found['reserved_gib']:.2f}  "
+        f"built in {found['build_seconds']:.1f} s"
+    )
+
+
+def connect(flags: argparse.Namespace) -> Ranks:
+    """This process's rank; gloo, since two ranks may share one GPU."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if record.is_pretended():
+        pretended.pass_checks_of_numbers()
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    index = rank if torch.cuda.device_count() >= world_size else 0
+    torch.cuda.set_device(index)
+    return Ranks(rank, world_size, torch.device("cuda", index))
+
+
+def start_ranks(count: int) -> int:
+    """Run this program once for each rank; the exit code is the first one that is not 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "FAKE_GPUS": str(count)}  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env={**environment, "RANK": str(n), "LOCAL_RANK": str(n)}
+        )
+        for n in range(count)
+    ]
+    return next((code for code in [one.wait() for one in started] if code), 0)
+
+
+def main() -> int:
+    flags = parser().parse(sys.argv[1:])
+    if flags.ranks > 1 and "WORLD_SIZE" not in os.environ:
+        return start_ranks(flags.ranks)
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU", "run it where PyTorch sees one")
+    ranks = connect(flags)
+    results: dict[str, object] = {}
+    failed = 0
+    described = {
+        "pretended": record.is_pretended(),
+        "device": devices.name(ranks.device),
+        "precision": flags.precision,
+        "layers": flags.num_layers,
+        "accumulation": flags.accumulation,
+        "ranks": ranks.world_size,
+        "distributed_lamb": flags.distributed_lamb,
+        "results": results,
+    }
+    sizes = flags.batch_size
+    for size in sizes:
+        for way in flags.ways:
+            name = f"{way}, {size} sequences"
+            announce(name)
+            flags.batch_size = size
+            try:
+                found = cost_of(way, flags, ranks)
+                text = line(name, found)
+            except (RuntimeError, UserError) as error:
+                failed += 1
+                found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                text = f"{name}: {found['failed']}"
+            results[name] = found
+            if ranks.is_main:
+                print(text, flush=True)
+                for kernel, n in sorted(found.get("kernels", {}).items(), key=lambda k: -k[1]):
+                    print(f"  {n:>7.1f} {kernel[:150]}")
+                if flags.output:
+                    record.write(flags.output, described)
+    process_group.stop()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The Triton kernels of fp8 against PyTorch's casts: the same bits in both orders, the maximum."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+# Imported first: it selects Triton's interpreter before any kernel is defined.
+from triton_helpers import DEVICE, NATIVE, random
+
+# isort: split
+from bert_pretraining.kernels import fp8, triton_fp8
+from bert_pretraining.kernels.fp8 import FORMATS, LARGEST, WEIGHT, Fp8State
+from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture(autouse=True)
+def _fix_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round to fp8 as GPUs do, to the nearest number and ties to even.
+
+    Its own conversion loses the carry into the exponent, 31.5 becomes 16, and truncates numbers
+    below the least normal one (to Triton 3.9 at least).
+    """
+    if NATIVE:
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    formats = {"fp8e4nv": E4M3, "fp8e5": E5M2}
+
+    def convert_like_a_gpu(values: np.ndarray, source: Any, target: Any, rounding: Any) -> Any:
+        if str(target) not in formats or str(source) != "fp32":
+            return convert(values, source, target, rounding)
+        numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        return numbers.to(formats[str(target)]).view(torch.uint8).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_like_a_gpu)
+
+
+def assert_same_cast(x: Tensor, scale: float, dtype: torch.dtype) -> None:
+    given = torch.tensor(scale, device=DEVICE)
+    maxima = torch.zeros(2, device=DEVICE).unbind()
+    expected = fp8.padded_cast(x, given, dtype, maxima[0])
+    found = triton_fp8.cast(x, given, dtype, maxima[1])
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.is_contiguous()
+        numbers, wanted = ours.float(), right.float()
+        assert torch.equal(numbers.isnan(), wanted.isnan())
+        assert torch.equal(numbers.nan_to_num(), wanted.nan_to_num())
+    assert torch.equal(*(maximum.nan_to_num(-1.0, -2.0) for maximum in maxima))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(0, 16), (1, 1), (16, 16), (37, 100), (130, 260), (64, 128)]
+)
+def test_cast_transpose_and_maximum(rows: int, columns: int, dtype: torch.dtype) -> None:
+    seed = int.from_bytes(os.urandom(3), "little")
+    assert_same_cast(random(rows, columns, seed=seed), 20.0, dtype)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_dtypes_orders_and_sizes_of_numbers(source: torch.dtype, dtype: torch.dtype) -> None:
+    powers = torch.logspace(-16, 4, 48, base=2.0, device=DEVICE)[:, None]
+    x = (random(48, 33, seed=1) * powers).to(source)
+    assert_same_cast(x, 20.0, dtype)
+    assert_same_cast(x.t(), 20.0, dtype)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_numbers_that_are_not_finite_become_nan(bad: float, dtype: torch.dtype) -> None:
+    x = random(70, 130)
+    x[65, 3] = bad
+    x[2, 1], x[2, 2] = 1e30, -1e30  # these saturate
+    assert_same_cast(x, 20.0, dtype)
+
+
+def test_zeros_and_the_maximum_of_several_calls() -> None:
+    assert_same_cast(torch.zeros(20, 20, device=DEVICE), 1.0, E4M3)
+    one, largest = torch.tensor(1.0, device=DEVICE), torch.zeros((), device=DEVICE)
+    for factor in (1.0, 3.0, 2.0):
+        x = random(130, 130) * factor
+        triton_fp8.cast(x, one, E4M3, largest)
+    assert largest == (random(130, 130) * 3.0).abs().max()
+    triton_fp8.cast(1000.0 * x, one, E4M3, None)  # not recorded
+    assert largest == (random(130, 130) * 3.0).abs().max()
+
+
+def test_all_scales_in_one_launch() -> None:
+    table = random(3, 7, 3).abs() + 0.1
+    table[2, 0, 0], table[2, 1, 2], table[2, 2, 1] = 0.0, torch.nan, torch.inf
+    table[2, 3, 2] = 1e-42
+    expected = table.clone()
+    fp8.update_scales(expected)
+    triton_fp8.update(table)
+    torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
+    triton_fp8.update(torch.zeros((3, 0, 3), device=DEVICE))
+
+
+def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for engine in (
+        fp8.Engine("emulated", fp8.emulated_cast, fp8.emulated_product, fp8.update_scales),
+        fp8.Engine("kernels", triton_fp8.cast, fp8.emulated_product, triton_fp8.update),
+    ):
+        monkeypatch.setattr(fp8, "engine_for", lambda device, engine=engine: engine)
+        state = Fp8State(["layer"], DEVICE)
+        for _ in range(2):  # measured, then delayed
+            x, weight, gradient = random(37, 32), random(48, 32, seed=1), random(37, 48, seed=2)
+            into_weight = torch.zeros_like(weight)
+            y, saved = linear_forward(x, weight, None, state["layer"])
+            into_x = linear_backward(gradient, saved, state["layer"], into_weight)
+            state.update()
+        results.append((y, into_x, into_weight, state.table))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no CUDA device")
+@pytest.mark.skipif(
+    NATIVE and torch.cuda.get_device_capability() < fp8.OLDEST_CAPABILITY, reason="no fp8 here"
+)
+def test_the_products_of_this_gpu() -> None:
+    from bert_pretraining.kernels.fp8_linear import check
+
+    check(DEVICE, torch.bfloat16, ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)))
+
+
+COMPILE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from triton_compile import ast_source
+import triton
+from triton.backends.compiler import GPUTarget
+from bert_pretraining.kernels import triton_fp8
+pointers = dict(x_ptr="*bf16", rows_ptr="*u8", columns_ptr="*u8", scale_ptr="*fp32",
+                maximum_ptr="*i32", num_rows="i32", row_stride="i32")
+for e5m2 in (False, True):
+    constants = dict(E5M2=e5m2, RECORD=True, COLUMNS=1024, BLOCK_ROWS=triton_fp8.BLOCK[0],
+                     BLOCK_COLUMNS=triton_fp8.BLOCK[1])
+    aligned = [name for name in pointers if name != "num_rows"]
+    source = ast_source(triton_fp8.cast_kernel, pointers, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options=dict(num_warps=triton_fp8.NUM_WARPS))
+    print(json.dumps(dict(shared=compiled.metadata.shared, ptx=compiled.asm["ptx"])))
+source = ast_source(triton_fp8.update_kernel, dict(table_ptr="*fp32"),
+                    dict(COUNT=288, BLOCK_COUNT=512), ["table_ptr"])
+triton.compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """The conversion is the GPU's own, and the only atomic operation is a maximum of integers."""
+    tests = Path(__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent / "base"), *sys.path])
+    program = tmp_path / "compile_fp8.py"
+    program.write_text(COMPILE.format(tests=str(tests)))
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == len({FORMATS[WEIGHT], *FORMATS})
+    for kernel, name in zip(kernels, ("e4m3x2", "e5m2x2"), strict=True):
+        assert f"cvt.rn.satfinite.{name}.f32" in kernel["ptx"]
+        assert kernel["shared"] <= 48 * 1024
+        atomics = re.findall(r"\b(?:atom|red)\.[\w.:]*", kernel["ptx"])
+        assert atomics
+        assert all(one.endswith(".max.s32") for one in atomics)
+    assert LARGEST == (448.0, 448.0, 57344.0)
