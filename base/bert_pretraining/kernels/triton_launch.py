@@ -8,7 +8,6 @@ is looked up by what Triton compiles variants for on NVIDIA's GPUs: constants, d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,10 +91,9 @@ class _Launcher:
         return run
 
 
-@functools.cache
 def _on_nvidia() -> bool:
     """Elsewhere variants depend on more, such as the sizes of tensors."""
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return torch.version.cuda is not None and getattr(torch.version, "hip", None) is None
 
 
 def _is_watched() -> bool:
