@@ -98,14 +98,14 @@ class Case:
 
 
 def cases(name: str) -> Iterator[Case]:
-    kinds = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
-    kinds += [(torch.bfloat16, torch.float32)]
+    kinds = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
     if name == "triton":
         for dtype, gradient_dtype in kinds:
             for sharded in (True, False):
                 yield Case(dtype, gradient_dtype, 9000, sharded, "by hand", name)
         return
-    kinds += [(torch.float64, torch.float64), (torch.float16, torch.float32)]
+    kinds += [(dtype, dtype) for dtype in (torch.float64, torch.bfloat16)]
+    kinds += [(torch.float16, torch.float32)]
     for sharded in (True, False):
         for dtype, gradient_dtype in kinds:
             for bucket in (SMALL_BUCKET, 9000, 2**20):
