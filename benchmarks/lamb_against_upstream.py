@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bert_pretraining.bench import record
-from bert_pretraining.bench.optimizer import times_of_updates, shapes_of
+from bert_pretraining.bench.optimizer import shapes_of, times_of_updates
 from bert_pretraining.bench.timing import timed
 from bert_pretraining.bench.workload import BERT_LARGE
 

@@ -14,22 +14,21 @@ says "pretended", and it has no time of the device.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pretended
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from counting import ACTIVITIES, count, device_seconds, host_seconds
+from torch.profiler import profile
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.timing import announce
@@ -54,119 +53,8 @@ WAYS = {  # name -> the settings that stand for it
     "graph": {"compile": "off", "use_cuda_graph": True},
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
 GIB = 2**30
-
-
-# ---- counting
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What happened, by name. kernels: those of graphs too, except on the pretended GPU."""
-
-    launches: float
-    graph_launches: float
-    waits: dict[str, float]
-    copies: dict[str, float]
-    kernels: dict[str, float]
-
-    def figures(self) -> dict[str, object]:
-        return {
-            "launches": self.launches,
-            "graph_launches": self.graph_launches,
-            "kernels_run": sum(self.kernels.values()),
-            "host_waits": sum(self.waits.values()),
-            "waits": self.waits,
-            "copies": self.copies,
-        }
-
-
-def count(call: Callable[[], object], device: torch.device, calls: int) -> Counts:
-    """What one of `calls` calls does, on average."""
-    if record.is_pretended():
-        counters = pretended.counters()
-        devices.synchronize(device)
-        counters.reset()
-        for _ in range(calls):
-            call()
-        return _of_stubs(counters.counts(), calls)
-    # The profiler waits by itself, once: what one call counts is taken away from what more do.
-    once, more = _profiled(call, device, 1), _profiled(call, device, 1 + calls)
-    more.subtract(once)
-    return _of_profiler({key: value / calls for key, value in more.items() if value > 0})
-
-
-def _of_stubs(found: dict[str, int], calls: int) -> Counts:
-    each = {key: value / calls for key, value in found.items()}
-
-    def those(start: str) -> dict[str, float]:
-        return {key.removeprefix(start): n for key, n in each.items() if key.startswith(start)}
-
-    waits = those("SYNC:")
-    copies = those("memcpyAsync ")
-    # A copy to memory that is not page-locked lets the host wait.
-    waits |= {f"copy {name}": n for name, n in copies.items() if "pageable" in name}
-    return Counts(sum(those("K:").values()), each.get("graphlaunch", 0), waits, copies, those("K:"))
-
-
-def _profiled(call: Callable[[], object], device: torch.device, calls: int) -> Counter[str]:
-    devices.synchronize(device)
-    with profile(activities=ACTIVITIES) as profiled:
-        for _ in range(calls):
-            call()
-        devices.synchronize(device)
-    found: Counter[str] = Counter()
-    for event in profiled.key_averages():
-        is_kernel = str(event.device_type).endswith("CUDA")
-        found[f"K:{event.key}" if is_kernel else event.key] += event.count
-    return found
-
-
-def _of_profiler(each: dict[str, float]) -> Counts:
-    kernels = {key[2:]: n for key, n in each.items() if key.startswith("K:")}
-    copies = {name: n for name, n in kernels.items() if name.startswith(("Memcpy", "Memset"))}
-    waits = {key: n for key, n in each.items() if key.startswith("cuda") and "Synchronize" in key}
-    # Each is a synchronous copy, or one from or to memory that is not page-locked.
-    waits |= {f"copy {name}": n for name, n in copies.items() if "Pageable" in name}
-    return Counts(
-        sum(each.get(name, 0.0) for name in LAUNCHES),
-        each.get("cudaGraphLaunch", 0.0),
-        waits,
-        copies,
-        {name: n for name, n in kernels.items() if name not in copies},
-    )
-
-
-def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of the host in each of `repeats` calls, each on an idle device.
-
-    They are the time until all work is queued. Where more than about 1,000 launches are queued,
-    the host waits for the device, and its time includes that.
-    """
-    found = []
-    for _ in range(repeats):
-        devices.synchronize(device)
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return found
-
-
-def device_seconds(call: Callable[[], object], repeats: int) -> list[float] | None:
-    """Seconds from the end of one call to the end of the next on the device; None if pretended."""
-    if record.is_pretended():
-        return None
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + repeats)]
-    call()
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    events[-1].synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 # ---- what is counted
