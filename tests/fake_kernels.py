@@ -1,7 +1,8 @@
 """Kernel providers that are wrong in a known way, for this process or for those that it starts.
 
 The faults: "element", "leak", "nan", "raises", "hangs", "dies", "mask", "data", "constant", "rate",
-"large" (wrong for more than 100 rows only).
+"large" (wrong for more than 100 rows only), "unsteady" (refuses where operators must be
+deterministic).
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def spoiled(operator: str, fault: str) -> Callable:
         rows = arguments[0].shape[0]
         if fault == "raises":
             raise RuntimeError("no kernel image for this device\nand more lines")
+        if fault == "unsteady" and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("no deterministic implementation")
         if fault == "hangs":
             time.sleep(3600)
         if fault == "dies":

@@ -25,6 +25,7 @@ from bert_pretraining.kernels import (
     triton_embedding_kernels,
     triton_layer_norm,
     triton_layer_norm_kernels,
+    triton_layer_sums,
     triton_sums,
 )
 
@@ -48,6 +49,7 @@ TYPES = {
         (
             "statistics_ptr",
             "partial_ptr",
+            *(f"partial_{number}_ptr" for number in range(4)),
             "loss_ptr",
             "loss_sum_ptr",
             "loss_gradient_ptr",
@@ -104,6 +106,12 @@ def _without_masks() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     rows, columns = triton_bias_gelu.block_shape(triton_bias_gelu.BACKWARD_BLOCK, 4096)
     gelu = gelu | {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "PROGRAM_ROWS": 128}
     listed.append((triton_bias_gelu.backward_kernel, gelu, {}))
+    sums = {"COLUMNS_0": 1024, "COLUMNS_1": 4096, "COLUMNS_2": 1024, "COLUMNS_3": 3072}
+    sums |= {"COUNT_0": 3, "COUNT_1": 1, "COUNT_2": 3, "COUNT_3": 1}
+    sums |= {"END_0": 96, "END_1": 224, "END_2": 320}
+    sums |= dict.fromkeys(("second_1_ptr", "third_1_ptr", "second_3_ptr", "third_3_ptr"))
+    sums |= dict(zip(("BLOCK_PARTS", "BLOCK_COLUMNS"), triton_sums.PARTS_BLOCK, strict=True))
+    listed.append((triton_layer_sums.add_layer_sums_kernel, sums, {}))
     block, warps = triton_cross_entropy.block_and_warps(30528)
     for name in ("forward_kernel", "backward_kernel"):
         constants = {"COLUMNS": 30528, "BLOCK": block}
@@ -114,6 +122,7 @@ def _without_masks() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     rows, columns = triton_sums.block_shape(triton_sums.COLUMN_BLOCK, 3072)
     sums = {"COLUMNS": 3072, "PROGRAM_ROWS": 128, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
     listed.append((triton_sums.partial_sums_kernel, sums, {}))
+    listed.append((triton_sums.stack_kernel, sums | {"COLUMNS": 1024}, {}))
     parts = dict(zip(("BLOCK_PARTS", "BLOCK_COLUMNS"), triton_sums.PARTS_BLOCK, strict=True))
     sums = {"COLUMNS": 1024, "COUNT": 3, "ADD": True, **parts}
     listed.append((triton_sums.add_partial_sums_kernel, sums, {}))

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bert_pretraining.model.gradient_sink import OwnGradients
+from bert_pretraining.model.layer_form import FusedForm
 from bert_pretraining.model.losses import mean_loss
 from bert_pretraining.optim import OptimizerSettings, create_optimizer
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training import gradient_reduction
 from bert_pretraining.training.gradient_reduction import make_reduction
 from helpers import make_model, packed, padded_arrays, tiny_config
+from reference_pairs import PAIRS
 
 TWO = Ranks(0, 2, torch.device("cpu"))
 BATCHES = [packed(padded_arrays([9, 16, 3], 16, 101, seed=seed)) for seed in range(3)]
@@ -42,8 +45,11 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused layers"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_the_reduction(choice: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reduction(choice: tuple, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused and not CHOICES[choice][1]:
+        pytest.skip("DistributedDataParallel must see all gradients, so layers are not fused")
     optimizer_name, sharing, clips, sends = choice
     monkeypatch.setattr(gradient_reduction, "sends_from_device", lambda device: sends)
     results = []
@@ -51,7 +57,7 @@ def test_the_reduction(choice: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_model(tiny_config(), dtype=torch.float32)
         optimizer = create_optimizer(
             optimizer_name,
-            model.named_parameters(),
+            model.parameters_in_memory_order(),
             OptimizerSettings(),
             sharing="alone" if alone else sharing,
         )
@@ -59,6 +65,9 @@ def test_the_reduction(choice: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         reduction = make_reduction(model, optimizer, ranks, 100.0 if clips else None)
         name = ("NoReduction", True) if alone else CHOICES[choice]
         assert (reduction.name, reduction.can_follow) == name
+        if fused:
+            sink = optimizer.sink or OwnGradients()
+            model.bert.form = FusedForm(model.bert.encoder.layer, PAIRS, sink)
         for _ in range(2):
             optimizer.zero_grad()
             for batch in BATCHES:

@@ -250,6 +250,21 @@ def test_a_near_tie_is_no_reason_to_leave_the_preferred_provider(
     monkeypatch.setattr(Prover, "measure", measure)
     kernels, _ = select_proven("auto", TARGET, SIZES)
     assert {choice.split()[0] for choice in kernels.choice.values()} == {chosen}
+    kernels, _ = select_proven("auto", TARGET, SIZES, by_time=False)
+    assert {choice.split()[0] for choice in kernels.choice.values()} == {"torch"}
+
+
+def test_kernels_are_proven_as_deterministic_as_they_are_used(use_fake: Callable) -> None:
+    """In the child too; and what is known of the one mode is not taken for the other."""
+    use_fake("fake", {"bias_gelu": "unsteady"})
+    assert select_proven("auto", TARGET, SIZES)[1] == []
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, notices = select_proven("auto", TARGET, SIZES)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(notices) == 1
+    assert notices[0].startswith("fake bias_gelu: RuntimeError: no deterministic implementation")
 
 
 @pytest.mark.usefixtures("no_child")

@@ -19,7 +19,8 @@ from bert_pretraining.optim import (
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.gradient_reduction import NoReduction
 from bert_pretraining.training.micro_step import MicroStep
-from bert_pretraining.training.update import MAX_UNREAD, Update
+from bert_pretraining.training.outcomes import COPY_EVERY
+from bert_pretraining.training.update import Update
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 CPU = torch.device("cpu")
@@ -50,16 +51,16 @@ def make(
 def test_overflows_in_fp16_are_skipped_until_the_scale_fits(optimizer: str) -> None:
     model, lamb, update = make(torch.float16, LossScale(2.0**24, dynamic=True), optimizer)
     start = [parameter.detach().clone() for parameter in model.parameters()]
-    update(BATCHES[:2])
-    outcome = update.read(0)
+    totals = update(BATCHES[:2])
+    outcome = update.outcomes.read(0, totals)
     assert (outcome.updates, outcome.skipped, outcome.last_finite) == (0, 1, False)
     assert outcome.loss_scale == 2.0**23
     assert lamb.updates == 0
     for one, other in zip(start, model.parameters(), strict=True):
         assert torch.equal(one, other)
     for _ in range(20):
-        update(BATCHES[:2])
-    outcome = update.read(0)
+        totals = update(BATCHES[:2])
+    outcome = update.outcomes.read(0, totals)
     # Every overflow halved the scale, and no overflow followed once it was low enough.
     assert outcome.updates >= 5
     assert outcome.loss_scale == 2.0 ** (23 - outcome.skipped)
@@ -72,8 +73,8 @@ def test_a_scaled_update_is_the_unscaled_one() -> None:
     norms = []
     for loss_scale in (LossScale(1.0, dynamic=False), LossScale(2.0**12, dynamic=True)):
         _, lamb, update = make(torch.float32, loss_scale)
-        update(BATCHES)
-        assert update.read(0).updates == 1
+        totals = update(BATCHES)
+        assert update.outcomes.read(0, totals).updates == 1
         norms.append((lamb.gradient_norm.item(), [one.clone() for one in lamb.masters]))
     assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-6)
     for one, other in zip(norms[0][1], norms[1][1], strict=True):
@@ -91,11 +92,11 @@ def test_the_rate_follows_the_updates_that_were_made(monkeypatch: pytest.MonkeyP
         kept = weight.clone()
         if number == broken:
             weight.fill_(torch.inf)
-        update(BATCHES[:1])
+        totals = update(BATCHES[:1])
         if number == broken:
             weight.copy_(kept)
     assert [rate.item() for rate in rates] == [SCHEDULE(made) for made in (0, 1, 2, 2, 3)]
-    outcome = update.read(0)
+    outcome = update.outcomes.read(0, totals)
     assert (outcome.updates, outcome.skipped, outcome.last_finite) == (4, 1, True)
 
 
@@ -104,19 +105,19 @@ def test_without_a_dynamic_scale_the_weights_stay_and_the_cause_is_named(
     dtype: torch.dtype,
 ) -> None:
     model, lamb, update = make(dtype, LossScale(1.0, dynamic=False))
-    update(BATCHES[:1])
+    totals = update(BATCHES[:1])
     layer = model.bert.encoder.layer[0].output.dense.weight.data
     layer[0, 0] = torch.nan
-    update(BATCHES[1:2])
+    totals = update(BATCHES[1:2])
     layer[0, 0] = 0.0
     kept = [one.clone() for one in lamb.masters]
-    update(BATCHES[2:3])  # finite by itself, but after a step that was not
+    totals = update(BATCHES[2:3])  # finite by itself, but after a step that was not
     for one, other in zip(kept, lamb.masters, strict=True):
         assert torch.equal(one, other)
     layer[0, 0] = torch.nan
     name = r"parameter bert\.encoder\.layer\.0\.output\.dense\.weight holds 1 NaN"
     with pytest.raises(TrainingError, match=f"not finite after 8 updates: {name}.*; try a lower"):
-        update.read(7)
+        update.outcomes.read(7, totals)
 
 
 def test_the_batch_that_broke_is_the_one_looked_at() -> None:
@@ -124,19 +125,19 @@ def test_the_batch_that_broke_is_the_one_looked_at() -> None:
     model, _, update = make(torch.float32, LossScale(1.0, dynamic=False))
     tokens = {int(token) for batch in BATCHES[1:] for token in batch.input_ids}
     token = next(int(one) for one in BATCHES[0].input_ids if int(one) not in tokens)
-    update(BATCHES[1:2])
+    totals = update(BATCHES[1:2])
     model.bert.embeddings.word_embeddings.weight.data[token] = 3e38
-    update(BATCHES[:1])
-    update(BATCHES[2:3])
+    totals = update(BATCHES[:1])
+    totals = update(BATCHES[2:3])
     with pytest.raises(TrainingError, match=r"after 1 updates: the output of bert\.embeddings"):
-        update.read(0)
+        update.outcomes.read(0, totals)
 
 
 def test_a_fixed_loss_scale_that_overflows_is_the_scale_s_fault() -> None:
     _, _, update = make(torch.float16, LossScale(2.0**24, dynamic=False))
-    update(BATCHES[:2])
+    totals = update(BATCHES[:2])
     with pytest.raises(TrainingError, match=r"the gradient of .*; try a lower --loss_scale, or 0"):
-        update.read(0)
+        update.outcomes.read(0, totals)
 
 
 def test_endless_overflow_ends_the_run() -> None:
@@ -144,17 +145,17 @@ def test_endless_overflow_ends_the_run() -> None:
     model.bert.embeddings.LayerNorm.bias.data[3] = torch.inf
     skipped = 0
     for _ in range(3):
-        for _ in range(MAX_UNREAD):
-            update(BATCHES[:1])
-        skipped += update.read(5).skipped
+        for _ in range(COPY_EVERY):
+            totals = update(BATCHES[:1])
+        skipped += update.outcomes.read(5, totals).skipped
     assert skipped == 30
-    update(BATCHES[:1])
+    totals = update(BATCHES[:1])
     with pytest.raises(
         TrainingError,
         match=r"overflowed 31 times in a row after 5 updates, at last at loss scale 1: parameter "
         r"bert\.embeddings\.LayerNorm\.bias holds 0 NaN and 1 infinite of 32 numbers; the weights",
     ):
-        update.read(5)
+        update.outcomes.read(5, totals)
 
 
 class NoReading(TorchDispatchMode):
@@ -176,6 +177,6 @@ def test_no_update_waits_for_the_device(optimizer: str, precision: str) -> None:
     with NoReading():
         for _ in range(3):
             update(micro_batches)
-    assert update.num_unread == 4
+    assert update.outcomes.num_unread == 4
     with pytest.raises(AssertionError, match="waits"), NoReading():
         lamb.gradient_norm.item()

@@ -150,7 +150,8 @@ def test_bad_flags_name_the_right_one(arguments: list[str], words: str) -> None:
         ({"target_mlm_accuracy": 72.0}, "must be at most 1"),
         ({"target_mlm_accuracy": float("nan")}, "must be at least 0"),
         ({"compile": "maybe"}, "must be one of auto, on, off"),
-        ({"precision": "fp8"}, "--precision fp8: must be one of fp32, bf16, fp16"),
+        ({"precision": "fp4"}, "--precision fp4: must be one of fp32, bf16, fp16, fp8"),
+        ({"gradient_dtype": "bf16"}, "--gradient_dtype bf16: must be one of auto, param, fp32"),
     ],
 )
 def test_bad_values(flags: dict[str, object], words: str) -> None:

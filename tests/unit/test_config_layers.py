@@ -85,6 +85,7 @@ def test_every_setting_says_whether_numbers_follow_from_it() -> None:
     free = {name for name, field in FIELDS.items() if not field.metadata["changes_numbers"]}
     assert {"target_mlm_accuracy", "eval_steps", "log_freq", "data_dir", "ddp_type"} <= free
     assert not free & {"train_batch_size", "learning_rate", "objective", "optimizer", "kernels"}
+    assert not free & {"deterministic", "allow_tf32", "gradient_dtype", "precision"}
 
 
 def test_the_global_batch_size_counts_every_rank_and_micro_batch() -> None:

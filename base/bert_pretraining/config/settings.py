@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, fields
 
 from bert_pretraining.config.fields import setting
+from bert_pretraining.config.log_settings import LogSettings
 from bert_pretraining.config.upstream import UpstreamSwitches
 
 LAMB_IMPLEMENTATIONS = ("auto", "reference", "foreach", "flat", "triton", "apex")
@@ -22,7 +23,7 @@ def _operator(name: str) -> object:
 
 
 @dataclass(frozen=True)
-class Config(UpstreamSwitches):
+class Config(LogSettings, UpstreamSwitches):
     """All settings of a run, fully resolved."""
 
     name: str = setting(
@@ -81,6 +82,12 @@ class Config(UpstreamSwitches):
         "tokens of the constant-shape batch that compiled code and CUDA graphs use with batching "
         "balanced; 0 for the mean of the MLPerf data set plus a margin",
         minimum=0,
+    )
+    deterministic: bool = setting(
+        False,
+        "run",
+        "use only operators that give the same bits each time on a GPU too, so that a resumed run "
+        "is bit-identical there; slower; on a CPU they always do",
     )
     seed: int | None = setting(
         None,
@@ -169,6 +176,19 @@ class Config(UpstreamSwitches):
         "dtype of weights and activations; by default fp32, or fp16 with --fp16. fp8: the "
         "matrix products of the encoder in 8 bits, all else in bf16, or fp16 where that is missing",
         choices=("fp32", "bf16", "fp16", "fp8"),
+    )
+    allow_tf32: bool = setting(
+        True,
+        "training",
+        "with precision fp32, let a GPU that has TF32 multiply matrices in it: faster, with inputs "
+        "rounded to 10 bits after the point",
+    )
+    gradient_dtype: str = setting(
+        "auto",
+        "training",
+        "dtype in which the gradients of micro-batches and ranks are added: param for that of the "
+        "weights, fp32, or auto for the package's choice",
+        choices=("auto", "param", "fp32"),
     )
     fp16: bool = setting(False, "training", "the same as --precision fp16; fp32 on a CPU")
     loss_scale: float = setting(
@@ -262,81 +282,6 @@ class Config(UpstreamSwitches):
     )
     num_eval_examples: int = setting(
         10_000, "evaluation", "number of sequences to evaluate", minimum=1, changes_numbers=False
-    )
-
-    log_freq: int = setting(
-        1,
-        "logging",
-        "updates between STEP_END lines; 0 to log only steps with an evaluation",
-        minimum=0,
-        changes_numbers=False,
-    )
-    save_checkpoint: bool = setting(
-        False,
-        "logging",
-        "write checkpoints model.ckpt-<step>.pt during the run and at its end",
-        changes_numbers=False,
-    )
-    num_samples_per_checkpoint: int = setting(
-        500_000,
-        "logging",
-        "sequences between checkpoints; 0 to write only one at the end",
-        minimum=0,
-        changes_numbers=False,
-    )
-    min_samples_to_start_checkpoints: int = setting(
-        3_000_000,
-        "logging",
-        "sequences before the first checkpoint",
-        minimum=0,
-        changes_numbers=False,
-    )
-    keep_n_most_recent_checkpoints: int = setting(
-        20, "logging", "latest checkpoints to keep; 0 for all", minimum=0, changes_numbers=False
-    )
-    resume: str | None = setting(
-        None,
-        "logging",
-        "auto: resume from the latest complete checkpoint in output_dir, if there is one, else "
-        "from --init_checkpoint, if that is a training checkpoint; required: the same, but stop "
-        "with an error if there is neither; never: do not resume; by default resume only from "
-        "such an --init_checkpoint",
-        choices=("auto", "never", "required"),
-        changes_numbers=False,
-    )
-
-    report: bool = setting(
-        False,
-        "logging",
-        "at the end, write the run's report into its folder, as the command 'report' does",
-        changes_numbers=False,
-    )
-    tensorboard_dir: str | None = setting(
-        None,
-        "logging",
-        "folder in which to write the values of steps and evaluations for TensorBoard, too",
-        changes_numbers=False,
-    )
-
-    submission_org: str = setting(
-        "unknown", "submission", "organisation in the MLPerf log", changes_numbers=False
-    )
-    submission_platform: str = setting(
-        "", "submission", "platform; by default the host's name", changes_numbers=False
-    )
-    submission_division: str = setting(
-        "closed",
-        "submission",
-        "division in the MLPerf log",
-        choices=("closed", "open"),
-        changes_numbers=False,
-    )
-    submission_status: str = setting(
-        "onprem",
-        "submission",
-        "status in the MLPerf log",
-        choices=("cloud", "onprem", "preview", "research"),
-        changes_numbers=False,
     )
 
     @property

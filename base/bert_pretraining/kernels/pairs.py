@@ -11,14 +11,17 @@ operator that draws its masks by itself ignores it and keeps what it needs in `s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Saved = tuple[Tensor, ...]
+
+# Takes partial sums of parameters' gradients, (parts, ..., C) float32, and the tensors to which
+# their sum over the parts is added, now or when the layer's backward pass ends.
+AddSums = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 class AttentionForward(Protocol):
@@ -39,8 +42,14 @@ class AttentionBackward(Protocol):
         seed: Tensor | None,
         context: Tensor,
         saved: Saved,
+        bias_gradient: Tensor,
+        add_sums: AddSums,
     ) -> Tensor:
-        """The gradient of qkv, (T, 3, heads, D), contiguous."""
+        """The gradient of qkv, (T, 3, heads, D), contiguous.
+
+        Its sum over the tokens is added to bias_gradient, (3 * heads * D,): it is the gradient of
+        the bias of the projection to qkv.
+        """
 
 
 class GeluForward(Protocol):
@@ -49,7 +58,14 @@ class GeluForward(Protocol):
 
 
 class GeluBackward(Protocol):
-    def __call__(self, gradient: Tensor, x: Tensor, bias: Tensor, bias_gradient: Tensor) -> Tensor:
+    def __call__(
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        bias: Tensor,
+        bias_gradient: Tensor,
+        add_sums: AddSums,
+    ) -> Tensor:
         """The gradient of x. The bias's is added to bias_gradient, (C,)."""
 
 
@@ -79,6 +95,7 @@ class NormBackward(Protocol):
         bias_gradient: Tensor,
         weight_gradient: Tensor,
         norm_bias_gradient: Tensor,
+        add_sums: AddSums,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of x and of the residual, (T, C) each; they may be the same tensor.
 
@@ -86,30 +103,49 @@ class NormBackward(Protocol):
         """
 
 
-class ColumnSum(Protocol):
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """Add the sum over the rows of x, (T, C), to out, (C,): the gradient of a plain bias."""
+class Sums(Protocol):
+    """An `AddSums` that may keep what it gets until `finish`."""
+
+    def __call__(self, partial: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Take partial sums; see `AddSums`."""
+
+    def finish(self) -> None:
+        """Now all sums must be in the outputs."""
+
+
+class NoSums:
+    """For operators that add to the outputs by themselves."""
+
+    def __call__(self, partial: Tensor, outputs: Sequence[Tensor]) -> None:
+        """See `Sums`."""
+        raise TypeError("these operators keep no partial sums")
+
+    def finish(self) -> None:
+        """See `Sums`."""
 
 
 class Pair(NamedTuple):
     """One operator: its forward and its backward function.
 
-    column_sum: of the same provider, where it has one.
+    sums: of the same provider, where it keeps partial sums; see `LayerPairs`.
     """
 
     forward: AttentionForward | GeluForward | NormForward
     backward: AttentionBackward | GeluBackward | NormBackward
-    column_sum: ColumnSum | None = None
+    sums: Callable[[], Sums] = NoSums
 
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """All that an encoder layer needs besides matrix products."""
+    """All that an encoder layer needs besides matrix products.
+
+    sums: makes the object that takes the partial sums of one layer's backward pass.
+    """
 
     attention: Pair
     bias_gelu: Pair
     bias_dropout_residual_layer_norm: Pair
-    column_sum: ColumnSum
+    sums: Callable[[], Sums] = NoSums
 
 
 def layer_pairs(pairs: Mapping[str, Pair | None]) -> LayerPairs | None:
@@ -118,10 +154,4 @@ def layer_pairs(pairs: Mapping[str, Pair | None]) -> LayerPairs | None:
     chosen = {name: pairs.get(name) for name in names}
     if None in chosen.values():
         return None
-    column_sum = chosen["bias_dropout_residual_layer_norm"].column_sum or plain_column_sum
-    return LayerPairs(**chosen, column_sum=column_sum)
-
-
-def plain_column_sum(x: Tensor, out: Tensor) -> None:
-    """See `ColumnSum`."""
-    out.add_(x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return LayerPairs(**chosen, sums=chosen["bias_dropout_residual_layer_norm"].sums)

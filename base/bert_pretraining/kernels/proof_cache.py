@@ -23,6 +23,7 @@ import torch
 from bert_pretraining.kernels.proof_problem import Sizes
 from bert_pretraining.kernels.proof_process import Verdict
 from bert_pretraining.kernels.provider import Target
+from bert_pretraining.runtime import arithmetic
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.files import write_whole
 
@@ -88,6 +89,7 @@ def _key(provider: str, operator: str, target: Target, sizes: Sizes) -> dict:
         "torch": torch.__version__,
         "triton_interpreter": os.environ.get("TRITON_INTERPRET", ""),
         "threads": torch.get_num_threads(),
+        "deterministic": arithmetic.are_operators_deterministic(),
         **_installed(),
     }
     return json.loads(json.dumps(circumstances))

@@ -30,6 +30,7 @@ from bert_pretraining.kernels import proof
 from bert_pretraining.kernels.proof_problem import Problem, Sizes
 from bert_pretraining.kernels.provider import Implementation, Target
 from bert_pretraining.kernels.table import find
+from bert_pretraining.runtime import arithmetic
 from bert_pretraining.runtime import device as devices
 
 START_SECONDS = 120.0  # for a child to import PyTorch and reach the device
@@ -132,6 +133,8 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     try:
+        if job["deterministic"]:
+            arithmetic.use_deterministic_operators(job["device"].partition(":")[0])
         # The type's extension package comes first: without it torch.device does not know the type.
         kind, _, index = job["device"].partition(":")
         device = devices.choose(kind, int(index or 0)).device
@@ -172,6 +175,7 @@ class Child:
             "device": str(target.device),
             "dtype": str(target.dtype).removeprefix("torch."),
             "head_size": target.head_size,
+            "deterministic": arithmetic.are_operators_deterministic(),
             "sizes": dataclasses.asdict(sizes),
         }
         try:

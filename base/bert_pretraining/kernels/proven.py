@@ -1,7 +1,8 @@
 """The choice of kernels by proof: only those are used that were right on this very device.
 
 `table.select` chooses by what is declared; `select_proven` runs every candidate first. Where
-several providers of an operator are right, the fastest one at the run's sizes is taken.
+several providers of an operator are right, the fastest one at the run's sizes is taken, unless
+the choice must not depend on a measurement.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def select_proven(
     per_operator: Mapping[str, str] | None = None,
     again: bool = False,
     limits: Limits | None = None,
+    by_time: bool = True,
 ) -> tuple[Kernels, list[str]]:
     """As `table.select`, but every candidate is proven at these sizes first. For all ranks at once.
 
@@ -37,6 +39,8 @@ def select_proven(
     wrong on one machine is used on none. Verdicts come from the user's cache where they are known.
 
     again: prove those again that the cache knows as wrong.
+    by_time: take the fastest of the right ones. If not, it is the preferred one, so that a resumed
+        run computes with the same kernels whatever is measured.
 
     Returns the kernels, and what to tell the user, a line each. UserError if a provider that was
     asked for by name fails, or if no provider passes.
@@ -63,7 +67,7 @@ def select_proven(
             verdicts[operator] |= found
     found = {}
     for operator, asked in wanted.items():
-        found[operator] = _choose(operator, asked, verdicts[operator], target, notices)
+        found[operator] = _choose(operator, asked, verdicts[operator], target, notices, by_time)
     for operator, reason in _reasons(verdicts, provider, target, per_operator).items():
         old = found[operator]
         found[operator] = old._replace(description=f"{old.description} ({reason})")
@@ -142,6 +146,7 @@ def _choose(
     verdicts: dict[str, Verdict],
     target: Target,
     notices: list[str],
+    by_time: bool,
 ) -> Implementation:
     """The implementation of an operator; adds to the notices what was passed over."""
     passing = {name: verdict for name, verdict in verdicts.items() if verdict.passed}
@@ -161,7 +166,7 @@ def _choose(
             f"no provider's {operator} is right on {target.device} ({'; '.join(faults)})",
             "pass --device cpu, or --prove_kernels off to train all the same",
         )
-    best = _fastest(passing)
+    best = _fastest(passing) if by_time else next(iter(passing))
     notices += [f"{fault}: passed over, {best} runs it" for fault in faults]
     found = table.find(best, operator, target)
     times = [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bert_pretraining.kernels.pairs import Pair, Saved
+from bert_pretraining.kernels.pairs import AddSums, Pair, Saved
 from bert_pretraining.kernels.triton_attention_kernels import (
     forward_kernel,
     key_value_gradient_kernel,
@@ -20,6 +20,7 @@ from bert_pretraining.kernels.triton_common import (
     mask_constants,
     power_of_two_at_least,
 )
+from bert_pretraining.kernels.triton_sums import add_partial_sums, column_sum
 from bert_pretraining.runtime.compat import custom_op
 
 
@@ -149,7 +150,26 @@ def backward(
     return qkv_gradient
 
 
-PAIR = Pair(forward, backward)
+def backward_with_bias(
+    gradient: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+    seed: Tensor | None,
+    context: Tensor,
+    saved: Saved,
+    bias_gradient: Tensor,
+    add_sums: AddSums = add_partial_sums,
+) -> Tensor:
+    """See `pairs.AttentionBackward`."""
+    inputs = (gradient, qkv, cu_seqlens, max_seqlen, dropout, seed, context, saved)
+    qkv_gradient = backward(*inputs)
+    column_sum(qkv_gradient.view(qkv.shape[0], -1), bias_gradient, add_sums)
+    return qkv_gradient
+
+
+PAIR = Pair(forward, backward_with_bias)
 
 
 def _readable(qkv: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_pretraining.kernels.pairs import Pair
+from bert_pretraining.kernels.pairs import AddSums, Pair
 from bert_pretraining.kernels.triton_common import NOT_SPECIALISED, divide_up
 from bert_pretraining.kernels.triton_launch import launched_directly
-from bert_pretraining.kernels.triton_sums import add_partial_sums, block_shape
+from bert_pretraining.kernels.triton_sums import add_partial_sums, block_shape, write_partial_sums
 from bert_pretraining.runtime.compat import custom_op
 
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -28,8 +28,10 @@ _CUBIC = tl.constexpr(0.044715)
 # overflow.
 _SATURATED = tl.constexpr(10.0)
 
-FORWARD_BLOCK = (4, 1024)
-BACKWARD_BLOCK = (16, 256)
+# All four warps of a program lie side by side in a row of 1,024 columns, so that each thread sums
+# its own columns of the bias gradient.
+FORWARD_BLOCK = (2, 1024)
+BACKWARD_BLOCK = (2, 1024)
 # Rows over which one backward program sums the bias gradient.
 _PROGRAM_ROWS = 128
 
@@ -111,11 +113,15 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(
-    gradient: Tensor, x: Tensor, bias: Tensor, bias_gradient: Tensor, add: bool = True
+    gradient: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    bias_gradient: Tensor,
+    add_sums: AddSums = add_partial_sums,
 ) -> Tensor:
     """The gradient of x. All tensors are contiguous.
 
-    The gradient of the bias is added to bias_gradient, (C,), or written over it without `add`.
+    The gradient of the bias goes to bias_gradient, (C,), as add_sums does it.
     """
     num_columns = bias.shape[0]
     num_rows = x.numel() // num_columns
@@ -136,7 +142,7 @@ def backward(
             block_rows,
             block_columns,
         )
-    add_partial_sums(partial, (bias_gradient,), add)
+    add_sums(partial, (bias_gradient,))
     return x_gradient
 
 
@@ -147,7 +153,7 @@ def _gradients(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     """The gradients of x and the bias, for any strides."""
     bias_gradient = bias.new_empty(bias.shape)
     tensors = (gradient.contiguous(), x.contiguous(), bias.contiguous())
-    return backward(*tensors, bias_gradient, add=False), bias_gradient
+    return backward(*tensors, bias_gradient, write_partial_sums), bias_gradient
 
 
 class BiasGelu(torch.autograd.Function):

@@ -26,7 +26,7 @@ _MAX_SCALE = tl.constexpr(MAX_SCALE)
 
 
 @launched_directly
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "scale_ptr", "maximum_ptr"])
 def cast_kernel(
     x_ptr,
     rows_ptr,

@@ -38,6 +38,7 @@ class _Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.__name__, self.__module__ = kernel.__name__, kernel.__module__
         constant = [param.is_constexpr for param in kernel.params]
         self._first_constant = constant.index(True) if True in constant else len(constant)
         if not all(constant[self._first_constant :]):

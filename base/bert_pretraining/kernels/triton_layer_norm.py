@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_pretraining.kernels.pairs import Pair, Saved
+from bert_pretraining.kernels.pairs import AddSums, Pair, Saved
 from bert_pretraining.kernels.triton_common import (
     divide_up,
     mask_constants,
     power_of_two_at_least,
 )
 from bert_pretraining.kernels.triton_layer_norm_kernels import backward_kernel, forward_kernel
-from bert_pretraining.kernels.triton_sums import add_partial_sums
+from bert_pretraining.kernels.triton_sums import add_partial_sums, write_partial_sums
 from bert_pretraining.runtime.compat import custom_op
 
 # The backward pass aims at this many programs: a few for each multiprocessor of a large GPU, but
@@ -25,9 +25,13 @@ BACKWARD_PROGRAMS = 512
 
 @functools.cache
 def row_blocks(num_columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a block of whole rows: about 32 numbers per thread."""
+    """(rows, columns, warps) of a block of whole rows: about 16 numbers per thread.
+
+    With 32, the backward kernels hold so many registers that two blocks run at a time instead of
+    five.
+    """
     columns = power_of_two_at_least(num_columns, 16)
-    rows = min(max(4096 // columns, 1), 16)
+    rows = min(max(2048 // columns, 1), 16)
     return rows, columns, 8 if columns > 4096 else 4
 
 
@@ -92,12 +96,12 @@ def backward(
     bias_gradient: Tensor,
     weight_gradient: Tensor,
     norm_bias_gradient: Tensor,
-    add: bool = True,
+    add_sums: AddSums = add_partial_sums,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the residual, (T, C) each; the same tensor without dropout.
 
     Their dtype is that of the sum of x and residual. The gradients of bias, weight and norm_bias
-    are added to the last three tensors, or written over them without `add`. All are contiguous.
+    go to the last three tensors as add_sums does it. All are contiguous.
     """
     summed, statistics = saved
     num_rows, num_columns = gradient.shape
@@ -125,7 +129,7 @@ def backward(
             block_columns,
             num_warps=num_warps,
         )
-    add_partial_sums(partial, (bias_gradient, weight_gradient, norm_bias_gradient), add)
+    add_sums(partial, (bias_gradient, weight_gradient, norm_bias_gradient))
     return x_gradient, residual_gradient
 
 
@@ -154,7 +158,7 @@ def _gradients(
     """The gradients of x, residual, bias, weight and norm_bias, for any strides."""
     parameters = [each.new_empty(each.shape) for each in (bias, weight, norm_bias)]
     inputs = (gradient.contiguous(), weight.contiguous(), dropout, seed, (summed, statistics))
-    return *backward(*inputs, *parameters, add=False), *parameters
+    return *backward(*inputs, *parameters, write_partial_sums), *parameters
 
 
 class ResidualLayerNorm(torch.autograd.Function):

@@ -106,9 +106,12 @@ class RunLog:
         made = {"type": type(thing).__name__, "module": type(thing).__module__, **more}
         self._tell(Sink.built, event, made)
 
-    def precision(self, precision: str) -> None:
-        """The weights and activations have this precision."""
+    def precision(self, precision: str, tf32: bool) -> None:
+        """The weights and activations have this precision; tf32: their products are in TF32."""
         values = {"fp16": precision == "fp16", "precision": precision}
+        if tf32:
+            values["tf32"] = True
+            self.say("Products of fp32 matrices are computed in TF32")
         self._tell(Sink.built, "MODEL_TO_FP16", values)
 
     def weights_loaded(self, parameters: Iterable[str]) -> None:

@@ -212,5 +212,9 @@ class Bert(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns (T, hidden)."""
-        embedded = self.form.call(Embeddings.forward, self.embeddings, batch)
+        embedded = self.form.call(_embed, self.embeddings, batch)
         return self.encoder(embedded, batch, self.form)
+
+
+def _embed(embeddings: Embeddings, batch: PackedBatch) -> Tensor:
+    return embeddings(batch)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from bert_pretraining.kernels.fp8 import Scaling
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
-from bert_pretraining.kernels.pairs import LayerPairs
+from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.gradient_sink import GradientSink, side_by_side
 
@@ -251,12 +251,12 @@ class FusedLayer:
         gradient of the tensor whose name it begins with.
         """
         one, two, three = saved.seeds
-        target = self.sink.target
+        target, sums = self.sink.target, self.pairs.sums()
         activated_gradient, middle_gradient = self._norm_backward(
-            self.second, gradient, saved.to_output, saved.second_norm, three
+            self.second, gradient, saved.to_output, saved.second_norm, three, sums
         )
         inner_gradient = self.pairs.bias_gelu.backward(
-            activated_gradient, saved.inner, self.inner_bias, target(self.inner_bias)
+            activated_gradient, saved.inner, self.inner_bias, target(self.inner_bias), sums
         )
         del activated_gradient  # the largest activations: no two gradients of them are kept
         self.to_inner.backward(
@@ -268,9 +268,10 @@ class FusedLayer:
         )
         del inner_gradient
         context_gradient, hidden_gradient = self._norm_backward(
-            self.first, middle_gradient, saved.to_middle, saved.first_norm, two
+            self.first, middle_gradient, saved.to_middle, saved.first_norm, two, sums
         )
         heads = (gradient.shape[0], self.num_heads, -1)
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         qkv_gradient = self.pairs.attention.backward(
             context_gradient.view(heads),
             saved.qkv.view(heads[0], 3, *heads[1:]),
@@ -280,11 +281,12 @@ class FusedLayer:
             one,
             saved.context.view(heads),
             saved.attention,
+            biases.together,
+            sums,
         ).view(saved.qkv.shape)
-        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         weight = self._stacked()[0]
         self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights.together, hidden_gradient)
-        self.pairs.column_sum(qkv_gradient, biases.together)
+        sums.finish()
         for added in (weights, biases):
             added.spread()
         return hidden_gradient
@@ -296,6 +298,7 @@ class FusedLayer:
         kept: tuple[Tensor, ...],
         saved: tuple[Tensor, ...],
         seed: Tensor | None,
+        sums: Sums,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the projection's input and of the residual. kept: for its product."""
         target = self.sink.target
@@ -309,6 +312,7 @@ class FusedLayer:
                 target(norm.bias),
                 target(norm.weight),
                 target(norm.norm_bias),
+                sums,
             )
         )
         # Both may be the same tensor, and the caller adds to the residual's: it is read before.

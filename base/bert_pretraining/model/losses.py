@@ -94,7 +94,7 @@ class LossTotals:
         sums = self._sums.view(-1)
         row[: len(sums)] = sums
         for place, name in enumerate(self.names, len(sums)):
-            row[place] = self._counts[name]
+            row[place].fill_(self._counts[name])  # row[place] = x would wait for a GPU
 
     def flat(self) -> Tensor:
         """A tensor with what `write_to` writes, to be summed over ranks."""

@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.optimizer import OptimizerSettings
+from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime import device as devices
 
 # Elements per block. Kernels write one partial norm per block. It is small because each bias is
@@ -36,8 +38,9 @@ class FlatLayout:
         blocks: number of blocks of each parameter, in the order of `shapes`.
     """
 
-    def __init__(self, shapes: list[torch.Size], multiple: int = BLOCK) -> None:
-        """multiple: a multiple of BLOCK."""
+    def __init__(self, shapes: list[torch.Size], multiple: int | None = None) -> None:
+        """multiple: a multiple of BLOCK, or None for BLOCK."""
+        multiple = multiple or BLOCK
         self._shapes = shapes
         self.sizes = [shape.numel() for shape in shapes]
         self.blocks = [-(-size // BLOCK) for size in self.sizes]
@@ -69,14 +72,14 @@ class FlatLayout:
     def sum_by_parameter(self, sums: Tensor, blocks_of: Tensor) -> Tensor:
         """For each parameter the sum over its blocks: (parameters,), of the dtype `devices.wide`.
 
-        sums: (length / BLOCK,), one number per block. blocks_of: `blocks` as int64 (parameters,)
-        on the device of `sums`. The order of addition depends only on the layout.
+        sums: (length / BLOCK,), one number per block. blocks_of: `blocks` as (parameters,)
+        integers on the device of `sums`. The order of addition depends only on the layout.
         """
         used = sums[: sum(self.blocks)].to(devices.wide(sums.device))
         if not _has_segment_reduce(sums.device):
             return torch.stack([part.sum() for part in used.split(self.blocks[::-1])][::-1])
         # unsafe=True skips a check of the lengths, which would wait for a GPU.
-        in_memory = torch.segment_reduce(used, "sum", lengths=blocks_of.flip(0), unsafe=True)
+        in_memory = torch.segment_reduce(used, "sum", lengths=blocks_of.long().flip(0), unsafe=True)
         return in_memory.flip(0)
 
 
@@ -107,27 +110,77 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Values that the passes of one step share.
+class ParameterTable:
+    """What is computed per parameter needs these of all parameters of a layout, (parameters,) each.
 
-    factor: 0-d float64, multiplies the gradient: inverse loss scale times clipping.
-    updates: 0-d int64, t of the formulas. finite: 0-d bool; if False, the step changes nothing.
+    first_blocks, blocks: int32, the first block and the number of blocks. has_ratio: bool, whether
+    it has a trust ratio.
     """
 
-    settings: OptimizerSettings
-    factor: Tensor
-    updates: Tensor
+    layout: FlatLayout
+    first_blocks: Tensor
+    blocks: Tensor
+    has_ratio: Tensor
+
+    @classmethod
+    def of(cls, layout: FlatLayout, has_ratio: list[bool], device: torch.device) -> ParameterTable:
+        """The table of a layout on a device."""
+        first = [offset // BLOCK for offset in layout.offsets]
+        return cls(
+            layout,
+            torch.tensor(first, dtype=torch.int32, device=device),
+            torch.tensor(layout.blocks, dtype=torch.int32, device=device),
+            torch.tensor(has_ratio, device=device),
+        )
+
+
+class Step(Protocol):
+    """What `FlatKernels.begin` finds out for the later passes; kernels add to it what they need.
+
+    norm: 0-d, of the gradients, of the masters' dtype. finite: 0-d bool, whether the norm is; if
+    False, the later passes change nothing.
+    """
+
+    norm: Tensor
     finite: Tensor
 
 
-class FlatKernels(Protocol):
-    """The three passes of a step over a rank's shard; none waits for the device.
+@dataclass(frozen=True)
+class Request:
+    """What a step is asked for.
 
-    Sums are one number per block, of the masters' dtype, written to `out`.
+    updates: 0-d int64; `begin` adds 1 if the gradients are finite. rate: the learning rate, or the
+    schedule that gives it for `updates`. scale: the inverse of the loss scale, or the loss scale
+    itself, which `begin` then updates.
+
+    Only kernels with `takes_schedules` take a Schedule and a LossScale.
     """
 
+    settings: OptimizerSettings
+    updates: Tensor
+    rate: float | Tensor | Schedule
+    scale: float | Tensor | LossScale
+
+
+class FlatKernels(Protocol):
+    """The passes of a step over a rank's shard, and what comes between; none waits for the device.
+
+    Sums over blocks are of the masters' dtype. Blocks are added to parameters, and these to the
+    whole, in an order that depends only on the layout.
+
+    takes_schedules: whether `begin` takes a Schedule and a LossScale.
+    """
+
+    takes_schedules: bool
+
     def square_sums(self, shard: Shard, out: Tensor) -> None:
-        """out: (n / BLOCK,), receives the sums of squares of the gradient."""
+        """out: (n / BLOCK,), receives the sums of squares of the gradient in each block."""
+
+    def begin(self, sums: Tensor, table: ParameterTable, request: Request) -> Step:
+        """From the sums of squares to norm and clipping, and everything that no element needs.
+
+        sums: (layout.length / BLOCK,), from all ranks.
+        """
 
     def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
         """Update both moments.
@@ -135,8 +188,11 @@ class FlatKernels(Protocol):
         out: (2, n / BLOCK), receives the sums of squares of the weights and of the updates.
         """
 
-    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
-        """Apply the updates and round the masters.
+    def rates(self, sums: Tensor, table: ParameterTable, step: Step) -> Tensor:
+        """Learning rate times trust ratio: (parameters + 1,); the last is for unused blocks.
 
-        rates: (n / BLOCK,), learning rate times trust ratio for each block, of the masters' dtype.
+        sums: (2, layout.length / BLOCK), those of `first_stage` from all ranks.
         """
+
+    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
+        """Apply the updates and round the masters. rates: what `rates` returned."""

@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim.adam import MOMENTS
 from bert_pretraining.optim.buckets import BUCKET, Buckets
-from bert_pretraining.optim.flat import BLOCK, FlatKernels, FlatLayout, Shard, Step
+from bert_pretraining.optim.flat import (
+    BLOCK,
+    FlatKernels,
+    FlatLayout,
+    ParameterTable,
+    Request,
+    Shard,
+)
 from bert_pretraining.optim.gradients import FlatGradient
+from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.norms import scale_down
 from bert_pretraining.optim.optimizer import Optimizer, OptimizerSettings
+from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime.process_group import InProgress, all_reduce
 
 BLOCKS_AT_A_TIME = 2**13  # blocks in each tensor that `gradients` returns
@@ -112,8 +121,7 @@ class FlatLamb(Optimizer):
     def _prepare_sums(self) -> None:
         device = self.shard.master.device
         self._sums = self.shard.master.new_zeros(2, len(self.shard.parameter_of_block))
-        self._blocks_of = torch.tensor(self.layout.blocks, device=device)
-        self._has_ratio = torch.tensor(self.decays, device=device)
+        self._table = ParameterTable.of(self.layout, self.decays, device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `Optimizer.zero_grad`, but the flat gradient always keeps its place."""
@@ -159,34 +167,30 @@ class FlatLamb(Optimizer):
     def _publish(self) -> None:
         """After an update, send the new parameters to the other ranks. Unsharded: nothing to do."""
 
-    def _sum_by_parameter(self, sums: Tensor) -> list[Tensor]:
-        """(k, blocks of this shard) -> k times (parameters,) float64."""
-        return [
-            self.layout.sum_by_parameter(row, self._blocks_of) for row in self._of_all_blocks(sums)
-        ]
+    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+        return self._step(learning_rate, inverse_scale)
+
+    def scheduled_step(self, schedule: Schedule, loss_scale: LossScale) -> Tensor:
+        """See `Optimizer`."""
+        if self.kernels.takes_schedules:
+            return self._step(schedule, loss_scale)
+        return super().scheduled_step(schedule, loss_scale)
 
     @torch.no_grad()
-    def step(self, learning_rate: float | Tensor, inverse_scale: float | Tensor = 1.0) -> Tensor:
+    def _step(self, rate: float | Tensor | Schedule, scale: float | Tensor | LossScale) -> Tensor:
         self._collect_gradient()
-        shard, settings, kernels = self.shard, self.settings, self.kernels
+        shard, table, kernels = self.shard, self._table, self.kernels
         kernels.square_sums(shard, self._sums[0])
-        (squares,) = self._sum_by_parameter(self._sums[:1])
-        norm = squares.sum().sqrt() * inverse_scale
-        self.gradient_norm = norm.to(shard.master.dtype)
-        finite = torch.isfinite(self.gradient_norm)
-        if self.may_read and not finite:
-            return finite
-        self.num_updates += finite
-        factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)
-        step = Step(settings, factor, self.num_updates, finite)
+        squares = self._of_all_blocks(self._sums[:1])[0]
+        step = kernels.begin(squares, table, Request(self.settings, self.num_updates, rate, scale))
+        self.gradient_norm = step.norm
+        if self.may_read and not step.finite:
+            return step.finite
         kernels.first_stage(shard, step, self._sums)
-        weights, updates = self._sum_by_parameter(self._sums)
-        both = self._has_ratio & (weights > 0) & (updates > 0)
-        rates = torch.where(both, (weights / updates).sqrt(), 1.0) * learning_rate
-        rates = torch.cat([rates, rates.new_zeros(1)]).to(shard.master.dtype)
-        kernels.second_stage(shard, step, rates[shard.parameter_of_block.long()])
+        rates = kernels.rates(self._of_all_blocks(self._sums), table, step)
+        kernels.second_stage(shard, step, rates)
         self._publish()
-        return finite
+        return step.finite
 
     def _round_masters(self) -> None:
         if self.shard.rounded is not None:

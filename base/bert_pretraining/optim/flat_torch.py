@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bert_pretraining.optim.flat import BLOCK, Shard, Step
+from bert_pretraining.optim.flat import BLOCK, ParameterTable, Request, Shard
 from bert_pretraining.optim.optimizer import OptimizerSettings, bias_correction
 from bert_pretraining.runtime import device as devices
 
@@ -24,8 +25,26 @@ CPU_CHUNK = 2**19
 DEVICE_CHUNK = 2**25
 
 
+@dataclass(frozen=True)
+class TorchStep:
+    """A `Step` with what the passes share.
+
+    factor: 0-d float64, multiplies the gradient: inverse loss scale times clipping.
+    updates: 0-d int64, t of the formulas. rate: the learning rate.
+    """
+
+    norm: Tensor
+    finite: Tensor
+    settings: OptimizerSettings
+    factor: Tensor
+    updates: Tensor
+    rate: float | Tensor
+
+
 class TorchKernels:
     """Stores -u between the passes: over the gradient if dtypes match, else in new memory."""
+
+    takes_schedules = False
 
     def __init__(self) -> None:
         self._update: Tensor | None = None
@@ -50,7 +69,18 @@ class TorchKernels:
             _norms(gradient, out[blocks])
         out.square_()
 
-    def first_stage(self, shard: Shard, step: Step, out: Tensor) -> None:
+    def begin(self, sums: Tensor, table: ParameterTable, request: Request) -> TorchStep:
+        """Norm, clipping and the number of updates. See `FlatKernels`."""
+        settings, inverse_scale = request.settings, request.scale
+        squares = table.layout.sum_by_parameter(sums, table.blocks)
+        norm = squares.sum().sqrt() * inverse_scale
+        found = norm.to(sums.dtype)
+        finite = torch.isfinite(found)
+        request.updates.add_(finite)
+        factor = inverse_scale / torch.clamp(norm / settings.max_gradient_norm, min=1.0)
+        return TorchStep(found, finite, settings, factor, request.updates, request.rate)
+
+    def first_stage(self, shard: Shard, step: TorchStep, out: Tensor) -> None:
         """Compute m, v and -u. See `FlatKernels`."""
         update, scratch = self._prepare(shard)
         adam = _fused_adam if _has_fused_adam(update.device) else _plain_adam
@@ -64,10 +94,17 @@ class TorchKernels:
             _norms(direction, out[1, blocks])
         out.square_()
 
-    def second_stage(self, shard: Shard, step: Step, rates: Tensor) -> None:
+    def rates(self, sums: Tensor, table: ParameterTable, step: TorchStep) -> Tensor:
+        """Trust ratio times learning rate. See `FlatKernels`."""
+        weights, updates = (table.layout.sum_by_parameter(row, table.blocks) for row in sums)
+        both = table.has_ratio & (weights > 0) & (updates > 0)
+        rates = torch.where(both, (weights / updates).sqrt(), 1.0) * step.rate
+        return torch.cat([rates, rates.new_zeros(1)]).to(sums.dtype)
+
+    def second_stage(self, shard: Shard, step: TorchStep, rates: Tensor) -> None:
         """Update p and round it. See `FlatKernels`."""
         update = self._prepare(shard)[0]
-        rates = rates * step.finite
+        rates = rates[shard.parameter_of_block.long()] * step.finite
         for place, blocks in _chunks(shard):
             direction, weights = update[place], shard.master[place]
             # Multiply, then add: two roundings. A fused multiply-add rounds once, but the last
@@ -91,7 +128,7 @@ def _chunks(shard: Shard) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(start // BLOCK, end // BLOCK)
 
 
-def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Step) -> None:
+def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: TorchStep) -> None:
     """Add to `update` what Adam with learning rate 1 would; all are (n,), m and v its moments.
 
     A step that is not finite changes nothing.
@@ -115,7 +152,7 @@ def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: St
     )
 
 
-def _plain_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Step) -> None:
+def _plain_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: TorchStep) -> None:
     """As `_fused_adam`, from operators that every device has; overwrites the gradient."""
     settings = step.settings
     m.copy_(torch.where(step.finite, torch.lerp(m, gradient, 1.0 - settings.beta_1), m))
@@ -132,7 +169,7 @@ def _has_fused_adam(device: torch.device) -> bool:
     one = torch.ones(1, device=device)
     values = [one.clone() for _ in range(4)]
     settings = OptimizerSettings()
-    step = Step(settings, one[0], one[0].long(), one[0] > 0)
+    step = TorchStep(one[0], one[0] > 0, settings, one[0], one[0].long(), 1.0)
     return devices.runs(lambda: _fused_adam(*values, step))
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.norms import norm_of
+from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime import device as devices
 
 
@@ -145,6 +147,16 @@ class Optimizer:
         not wait for a GPU, but reading `finite` does. The gradients may be overwritten.
         """
         raise NotImplementedError
+
+    def scheduled_step(self, schedule: Schedule, loss_scale: LossScale) -> Tensor:
+        """`step` with the schedule's rate and the inverse loss scale, which is updated afterwards.
+
+        Like `step`, it returns `finite` and does not wait for a GPU.
+        """
+        rate = schedule.at(self.num_updates)
+        finite = self.step(rate, 1.0 / loss_scale.scale)
+        loss_scale.update(finite)
+        return finite
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """With `reduces_gradients`: a context for forward and backward of one micro-batch.

@@ -229,13 +229,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank; every rank gets the same answer."""
-    if not dist.is_initialized():
-        return flag
-    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
-
-
 def gather(item: Made) -> list[Made]:
     """The objects of all ranks, in the order of ranks; every rank gets all of them."""
     if not dist.is_initialized():

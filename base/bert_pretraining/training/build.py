@@ -26,8 +26,8 @@ from bert_pretraining.optim import (
     Sharing,
     create_optimizer,
 )
+from bert_pretraining.runtime import arithmetic, seeds
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
@@ -89,7 +89,8 @@ def build(setup: Setup) -> Training:
     if isinstance(setup.start, Saved):
         setup.start.restore(optimizer, loss_scale, fp8, ranks)
         check_replicas(dict(module.named_parameters()), optimizer.updates)
-    log.precision("fp8" if fp8 else precision)
+    tf32 = precision == "fp32" and arithmetic.multiplies_in_tf32(ranks.device)
+    log.precision("fp8" if fp8 else precision, tf32)
     limit = config.max_gradient_norm if setup.clips_before_reduction else None
     reduction = make_reduction(module, optimizer, ranks, limit)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
@@ -203,7 +204,12 @@ def _optimizer(
     if setup.ranks.world_size == 1:
         sharing = "alone"
     optimizer = create_optimizer(
-        config.optimizer, module.parameters_in_memory_order(), settings, masters, sharing
+        config.optimizer,
+        module.parameters_in_memory_order(),
+        settings,
+        masters,
+        sharing,
+        torch.float32 if config.gradient_dtype == "fp32" else None,
     )
     setup.log.say(f"Optimizer: {optimizer.choice}")
     setup.log.built("CREATE_OPTIMIZER", optimizer, provider=optimizer.choice)

@@ -34,7 +34,9 @@ def choose_kernels(
         again = config.prove_kernels == "on"
         sizes = batch_sizes(config, bert_config)
         started = time.perf_counter()
-        kernels, notices = select_proven(config.kernels, target, sizes, named, again)
+        kernels, notices = select_proven(
+            config.kernels, target, sizes, named, again, by_time=not config.deterministic
+        )
         for notice in notices:
             say(f"Notice: {notice}")
         say(f"Kernels proven in {time.perf_counter() - started:.1f} s")

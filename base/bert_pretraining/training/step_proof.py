@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import LossSum
+from bert_pretraining.runtime import arithmetic
 
 # Rounding of compiled and eager gradients differs by so many units of the dtype, relative to the
 # root mean square of a parameter's gradient or of the largest one: a key's bias has a gradient of
@@ -69,7 +70,7 @@ def difference(
     found = _norms([a - b for a, b in zip(gradients, first, strict=True)])
     sizes = _norms(first)
     zero_grad()
-    unit = ROUNDINGS * torch.finfo(first[0].dtype).eps
+    unit = ROUNDINGS * arithmetic.rounding(first[0].device, first[0].dtype)
     bound = MASKS * mask_loss + (0.05 * abs(loss) if mask_loss else 0.0) + unit * abs(loss)
     if not abs(our_loss - loss) <= bound:
         return f"the loss differs by {abs(our_loss - loss):.2g} of {loss:.4g} (bound {bound:.2g})"

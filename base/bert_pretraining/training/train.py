@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.inputs import data_paths
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED
 from bert_pretraining.logs.run_log import RunLog
-from bert_pretraining.model.losses import LossMeans, LossTotals
+from bert_pretraining.model.losses import LossMeans
 from bert_pretraining.progress import RunState
 from bert_pretraining.report.after_run import report_on
+from bert_pretraining.runtime import arithmetic, process_group, rank_reports
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
+from bert_pretraining.training.outcomes import UpdateResult
 from bert_pretraining.training.session import Session
 
 
@@ -29,7 +31,10 @@ def main(resolved: Resolved) -> int:
     # would end it, and the launcher would then end them.
     with stop.listening(ignore_afterwards=rank_reports.is_launched()):
         paths = data_paths(config)
+        if config.deterministic:
+            arithmetic.use_deterministic_operators(config.device)
         ranks = process_group.start(config.device, config.dist_backend, dataclasses.asdict(config))
+        arithmetic.set_tf32(ranks.device, config.allow_tf32)
         config = _with_the_ranks_there_are(config, ranks)
         resolved = dataclasses.replace(resolved, config=config)
         log = RunLog(resolved, ranks.rank, devices.name(ranks.device), ranks.world_size)
@@ -37,6 +42,8 @@ def main(resolved: Resolved) -> int:
         try:
             for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
                 log.say(f"Notice: {notice}")
+            if config.deterministic:
+                log.say("Deterministic: sums in a fixed order; kernels by preference, not by time")
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
             reason = train(session, stop)
@@ -65,6 +72,7 @@ def train(session: Session, stop: StopRequest) -> str:
     """Train until the run ends, and return why: "target", "max_steps", ... or "signal"."""
     config, ranks, log, run = session.config, session.ranks, session.log, session.run
     update, triggers, order = session.training.update, session.triggers, session.order
+    outcomes = update.outcomes
     samples_per_step = config.global_batch_size
     reason = session.begin()
     batches = session.micro_batches()
@@ -84,14 +92,14 @@ def train(session: Session, stop: StopRequest) -> str:
             run.samples_seen += samples_per_step
 
             # ---- the host does not wait for the device until something may be due
-            expected = run.after(update.num_unread, samples_per_step)
-            if not update.must_read and not triggers.anything_due(*expected):
+            expected = run.after(outcomes.num_unread, samples_per_step)
+            learn = outcomes.read if triggers.anything_due(*expected) else outcomes.look
+            result = learn(run.global_steps, totals, stop.received is not None)
+            if result is None:
                 continue
-            result = update.read(run.global_steps)
             step = run.account(result.updates, result.skipped, result.last_finite, samples_per_step)
             if result.skipped:
                 log.skipped(run, result.skipped, result.loss_scale)
-            stopping = process_group.any_rank(stop.received is not None, ranks.device)
             if step and triggers.replica_check_due(step):
                 weights = dict(session.training.module.named_parameters())
                 process_group.check_replicas(weights, run.global_steps)
@@ -106,14 +114,14 @@ def train(session: Session, stop: StopRequest) -> str:
                     evaluation = session.evaluate()
                 if reason != "target":
                     reason = session.stop_reason()
-            if reason is None and stopping:
+            if reason is None and result.stopping:
                 reason = "signal"
 
             # ---- tell, and save
             figures = None
             if step and (triggers.logging_due(step) or evaluation):
                 figures = {
-                    **_step_figures(session, totals, step),
+                    **_step_figures(session, totals.names, result, step),
                     "epoch": epoch,
                     "end_training": reason is not None,
                     "iter_dataloader_idx": order.shard_ordinal(first_sample),
@@ -139,13 +147,14 @@ def train(session: Session, stop: StopRequest) -> str:
     return reason
 
 
-def _step_figures(session: Session, totals: LossTotals, step: int) -> dict[str, float]:
-    """The figures of a step over all ranks; waits for the device."""
-    sums = process_group.sum_over_ranks(totals.flat()).tolist()
-    losses = LossMeans.of(totals.names, sums)
+def _step_figures(
+    session: Session, names: Sequence[str], result: UpdateResult, step: int
+) -> dict[str, float]:
+    """The figures of a step over all ranks. names: of the losses."""
+    losses = LossMeans.of(names, result.sums)
     return {
         "loss": losses.loss,
         "mlm_acc": losses.accuracy["mlm"],
-        "grad_norm": session.training.optimizer.gradient_norm.item(),
+        "grad_norm": result.gradient_norm,
         "learning_rate": session.schedule(step - 1),  # the rate that this step's update used
     }
