@@ -21,13 +21,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pretended
 import torch
 import torch.distributed as dist
-from counting import ACTIVITIES, count, device_seconds, host_seconds
+from counting import ACTIVITIES, count, device_seconds, host_seconds, host_waits
 from torch.profiler import profile
 
 from bert_pretraining.bench import record
@@ -54,6 +55,7 @@ WAYS = {  # name -> the settings that stand for it
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
+SCHEDULE = Schedule(4e-4, 6700, 0, 0)
 GIB = 2**30
 
 
@@ -104,25 +106,54 @@ def config_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> Config:
     )
 
 
-def read(training: Training) -> None:
-    """What became of the unread updates; the pretended GPU knows no numbers, and that is all."""
-    try:
-        training.update.read(0)
-    except (TrainingError, pretended.NoNumbers):
-        if not record.is_pretended():
-            raise
+class Run:
+    """What `train` does with the parts of a run, as far as it costs the GPU or the host anything.
 
+    training: the parts. accumulation: micro-batches an update, taken from `given`.
+    """
 
-def interval(training: Training, update: Callable[[], object]) -> None:
-    """The updates between two lines of the log, and the figures of the line, as `train` does it."""
-    for _ in range(INTERVAL):
-        totals = update()
-        if training.update.must_read:
-            read(training)
-    if training.update.num_unread:
-        read(training)
-    process_group.sum_over_ranks(totals.flat()).tolist()
-    training.optimizer.gradient_norm.item()
+    def __init__(
+        self, training: Training, given: Iterator[PackedBatch], accumulation: int, ranks: Ranks
+    ) -> None:
+        self.training, self._given, self._accumulation = training, given, accumulation
+        self._ranks = ranks
+
+    def update(self) -> None:
+        """One update."""
+        self._totals = self.training.update([next(self._given) for _ in range(self._accumulation)])
+
+    def update_and_look(self) -> None:
+        """One update, and what is known of earlier ones."""
+        self.update()
+        self._learn(self.training.update.outcomes.look)
+
+    def read(self) -> None:
+        """What became of all updates; the host waits."""
+        if self.training.update.outcomes.num_unread:
+            self._learn(self.training.update.outcomes.read)
+
+    def _learn(self, learn: Callable) -> None:
+        try:
+            learn(0, self._totals, False)
+        except (TrainingError, pretended.NoNumbers):  # the flags of the pretended GPU are not set
+            if not record.is_pretended():
+                raise
+
+    def interval(self) -> None:
+        """The updates between two lines of the log, and the figures of the line."""
+        for _ in range(INTERVAL - 1):
+            self.update_and_look()
+        self.update()
+        self.read()
+
+    def optimizer_step(self) -> None:
+        """LAMB alone, on the gradients that are there."""
+        self.training.optimizer.scheduled_step(SCHEDULE, self.training.loss_scale)
+
+    def evaluation(self, batches: list[PackedBatch]) -> None:
+        """Of these batches, which are in main memory."""
+        found = EvaluationSet(len(batches), list(enumerate(batches)))
+        evaluate(self.training.module, found, self._ranks)
 
 
 def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
@@ -135,8 +166,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     if record.is_pretended():
         pretended.counters().reset()
     started = time.perf_counter()
-    schedule = Schedule(4e-4, 6700, 0, 0)
-    training = build(Setup(config, model, None, 1, schedule, ranks, log))
+    training = build(Setup(config, model, None, 1, SCHEDULE, ranks, log))
     devices.synchronize(device)
     figures: dict[str, object] = {
         "said": log.lines,
@@ -152,38 +182,29 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     if lost:
         raise RuntimeError("; ".join(lost))
     training.module.train()
-    given = batches(flags, device)
-
-    def update() -> object:
-        return training.update([next(given) for _ in range(flags.accumulation)])
-
-    def read_update() -> None:
-        update()
-        if training.update.must_read:
-            read(training)
-
+    run = Run(training, batches(flags, device), flags.accumulation, ranks)
     announce(f"{way}: counting updates")
     for _ in range(3):
-        read_update()
-    read(training)
+        run.update_and_look()
+    run.read()
     torch.cuda.reset_peak_memory_stats(device)
-    counted = count(update, device, 3)
+    counted = count(run.update, device, 3)
     figures["update"] = counted.figures()
     figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
     figures["held_gib"] = torch.cuda.memory_allocated(device) / GIB
-    read(training)
-    figures["host_seconds"] = record.spread(host_seconds(update, device, flags.repeats))
-    read(training)
-    times = device_seconds(read_update, flags.repeats)
+    run.read()
+    figures["host_seconds"] = record.spread(host_seconds(run.update, device, flags.repeats))
+    run.read()
+    times = device_seconds(run.update_and_look, flags.repeats)
     if times is not None:
         figures["device_seconds"] = record.spread(times)
         rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
         figures["sequences_per_second_a_gpu"] = rate
     if flags.trace and ranks.is_main:
-        _trace(read_update, device, flags.trace / f"{way}_{flags.batch_size}")
+        _trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
     figures["kernels"] = counted.kernels if flags.list else {}
-    figures |= _other_figures(training, update, flags, ranks, given)
+    figures |= _other_figures(run, flags, ranks)
     return figures
 
 
@@ -200,44 +221,29 @@ def _trace(update: Callable[[], object], device: torch.device, name: Path) -> No
     Path(f"{name}.profile.txt").write_text(rows)
 
 
-def _other_figures(
-    training: Training,
-    update: Callable[[], object],
-    flags: argparse.Namespace,
-    ranks: Ranks,
-    given: Iterator[PackedBatch],
-) -> dict[str, object]:
+def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
     """LAMB alone, an evaluation batch, an interval of the log."""
     device = ranks.device
     announce("counting LAMB, evaluation and an interval of the log")
-    scale = 1.0 / training.loss_scale.scale
-    rate = torch.tensor(1e-4, device=device, dtype=devices.wide(device))
     figures: dict[str, object] = {}
-    if ranks.world_size == 1:
-        call = lambda: training.optimizer.step(rate, scale)  # noqa: E731
-        update()
-        counted = count(call, device, 1)
-        figures["optimizer"] = counted.figures()
-        figures["optimizer"]["host_seconds"] = record.spread(host_seconds(call, device, 5))
-        read(training)
-    host = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
-
-    def evaluation(batches: int) -> None:
-        evaluate(training.module, EvaluationSet(batches, list(enumerate(host[:batches]))), ranks)
-
-    evaluation(1)
-    few, many = (count(lambda n=n: evaluation(n), device, 1) for n in (1, 4))
+    run.update()
+    counted = count(run.optimizer_step, device, 1)
+    host = record.spread(host_seconds(run.optimizer_step, device, 5))
+    figures["optimizer"] = {**counted.figures(), "host_seconds": host}
+    run.read()
+    given = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
+    run.evaluation(given[:1])
+    few, many = (count(partial(run.evaluation, given[:n]), device, 1) for n in (1, 4))
     figures["evaluation_batch"] = {
         "launches": (many.launches - few.launches) / 3,
         "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
-        "host_seconds": record.spread(host_seconds(lambda: evaluation(4), device, 3)),
+        "host_seconds": record.spread(host_seconds(partial(run.evaluation, given), device, 3)),
         "host_seconds_are_of": "4 batches, the last wait included",
     }
-    if flags.accumulation == 1:
-        waits = count(lambda: interval(training, update), device, 1).waits
-        figures["log_interval"] = {
-            "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
-        }  # fmt: skip
+    waits = host_waits(run.interval, device)
+    figures["log_interval"] = {
+        "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
+    }  # fmt: skip
     return figures
 
 
@@ -249,7 +255,7 @@ def parser() -> FlagParser:
     made.add_argument("--output", type=Path, metavar="FILE", help="a JSON file for the figures")
     made.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["eager", "graph"])
     made.add_argument(
-        "--precision", choices=tuple(DTYPES), default="bf16", help="(default: %(default)s)"
+        "--precision", choices=(*DTYPES, "fp8"), default="bf16", help="(default: %(default)s)"
     )
     made.add_argument("--batch_size", type=int, nargs="+", default=[48], help="sequences")
     made.add_argument("--accumulation", type=int, default=1, help="micro-batches an update")
