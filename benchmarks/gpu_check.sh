@@ -65,7 +65,7 @@ step() { # step NAME SECONDS COMMAND...
     failed=$((failed + 1))
   fi
   # What a program prints is short; progress and warnings go to stderr.
-  tail -n 16 "$work/$name.txt" | cut -c1-190 | sed 's/^/    /' | tee -a "$summary"
+  tail -n 24 "$work/$name.txt" | cut -c1-190 | sed 's/^/    /' | tee -a "$summary"
   keep
 }
 
@@ -130,7 +130,7 @@ part_1() {
 
 part_2() {
   script profile 60 update_cost --batch_size 48 --num_layers "$layers" --ways eager \
-    --repeats 3 --trace "$work" --list
+    --repeats 3 --trace "$work"
   bench kernels 60 kernels --batch_size 48 --precision bf16 --repeats "$repeats"
   bench compiled 75 step --batch_size 48 --precision bf16 --kernels auto --compile --graph \
     --num_layers "$layers" --repeats "$repeats"

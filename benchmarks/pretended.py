@@ -73,6 +73,7 @@ def main(words: list[str]) -> None:
         sys.exit(__doc__)
     torch.cuda.init()
     pass_checks_of_numbers()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # there is no stub of cuDNN
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

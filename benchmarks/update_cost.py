@@ -194,7 +194,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
     figures["held_gib"] = torch.cuda.memory_allocated(device) / GIB
     run.read()
-    figures["host_seconds"] = record.spread(host_seconds(run.update, device, flags.repeats))
+    figures |= host_seconds(run.update, device, flags.repeats)
     run.read()
     times = device_seconds(run.update_and_look, flags.repeats)
     if times is not None:
@@ -203,8 +203,9 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
         figures["sequences_per_second_a_gpu"] = rate
     if flags.trace and ranks.is_main:
         _trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
-    figures["kernels"] = counted.kernels if flags.list else {}
-    figures |= _other_figures(run, flags, ranks)
+    figures["kernels"] = counted.kernels
+    if ranks.world_size == 1:
+        figures |= _other_figures(run, flags, ranks)
     return figures
 
 
@@ -228,8 +229,7 @@ def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[st
     figures: dict[str, object] = {}
     run.update()
     counted = count(run.optimizer_step, device, 1)
-    host = record.spread(host_seconds(run.optimizer_step, device, 5))
-    figures["optimizer"] = {**counted.figures(), "host_seconds": host}
+    figures["optimizer"] = counted.figures() | host_seconds(run.optimizer_step, device, 5)
     run.read()
     given = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
     run.evaluation(given[:1])
@@ -237,8 +237,7 @@ def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[st
     figures["evaluation_batch"] = {
         "launches": (many.launches - few.launches) / 3,
         "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
-        "host_seconds": record.spread(host_seconds(partial(run.evaluation, given), device, 3)),
-        "host_seconds_are_of": "4 batches, the last wait included",
+        "of_4_batches_and_a_wait": host_seconds(partial(run.evaluation, given), device, 3),
     }
     waits = host_waits(run.interval, device)
     figures["log_interval"] = {
@@ -267,18 +266,19 @@ def parser() -> FlagParser:
     made.add_argument(
         "--trace", type=Path, metavar="FOLDER", help="a trace of two updates, and its table"
     )
-    made.add_argument("--list", action="store_true", help="name the kernels of an update")
+    made.add_argument("--list", action="store_true", help="print the kernels of an update")
     return made
 
 
 def line(name: str, found: dict) -> str:
     """One line for people."""
-    update, host = found["update"], found["host_seconds"]
+    update, host, cpu = found["update"], found["host_seconds"], found["host_cpu_seconds"]
     device = found.get("device_seconds")
     return (
         f"{name:<22} {update['launches']:>6.0f} launches {update['graph_launches']:>2.0f} graphs "
         f"{update['host_waits']:>4.1f} waits  host {1e3 * host['median']:>6.2f} ms "
-        f"(n {host['n']}, {1e3 * host['min']:.2f} to {1e3 * host['max']:.2f})  "
+        f"(n {host['n']}, {1e3 * host['min']:.2f} to {1e3 * host['max']:.2f}; "
+        f"computing {1e3 * cpu['median']:.2f})  "
         f"device {f'''{1e3 * device['median']:.2f} ms''' if device else 'not known'}  "
         f"peak {found['peak_gib']:.2f} GiB, reserved {found['reserved_gib']:.2f}  "
         f"built in {found['build_seconds']:.1f} s"
@@ -348,7 +348,8 @@ def main() -> int:
             results[name] = found
             if ranks.is_main:
                 print(text, flush=True)
-                for kernel, n in sorted(found.get("kernels", {}).items(), key=lambda k: -k[1]):
+                named = found.get("kernels", {}) if flags.list else {}
+                for kernel, n in sorted(named.items(), key=lambda one: -one[1]):
                     print(f"  {n:>7.1f} {kernel[:150]}")
                 if flags.output:
                     record.write(flags.output, described)
