@@ -22,6 +22,7 @@ from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
 from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.gradient_sink import GradientSink, side_by_side
+from bert_pretraining.runtime import compat
 
 if TYPE_CHECKING:
     from bert_pretraining.model.bert import Layer, ResidualOutput
@@ -353,7 +354,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     if target.dtype == left.dtype:
         target.addmm_(left.t(), right)
     else:
-        target.add_(torch.mm(left.t(), right))
+        compat.add_wide_product(target, left.t(), right)
 
 
 class _Targets(NamedTuple):
