@@ -91,7 +91,7 @@ class Case:
                 found[name] = self._time(call).figures()
                 line = f"{1e3 * found[name]['median']:.3f} ms (n {found[name]['n']})"
                 if "host" in found[name]:
-                    line += f", by {found[name]['method']}"
+                    line += f" ({found[name]['method']})"
                 if operations:
                     found[name]["flop_per_second"] = operations / found[name]["median"]
                     line += f", {found[name]['flop_per_second'] / 1e12:.0f} TFLOP/s"
