@@ -43,7 +43,8 @@ PARTS = ("proof", "attention", "operators", "tf32", "fp8")
 WARM_UP = 3
 TILINGS = [  # block of queries, block of keys, warps, stages
     triton_attention.Tiling(*sizes)
-    for sizes in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2), (128, 128, 8, 2))
+    for sizes in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2),
+                  (128, 128, 8, 2))
 ]  # fmt: skip
 Found = dict[str, dict]
 
