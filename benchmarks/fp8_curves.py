@@ -22,9 +22,8 @@ from bert_pretraining.bench import record
 PRECISIONS = ("fp32", "bf16", "fp8")
 COLORS = ("#777777", "#1f77b4", "#d62728")
 TARGET = 0.72
-EVAL_STEPS = 25
-SMOOTHED = 20  # steps over which the drawn loss is averaged
-LATE = 40  # last steps that all runs of a seed have, over which their losses are compared
+EVAL_STEPS = 25  # losses are averaged over as many steps too
+LATE = 4  # last averages that all runs of a seed have, over which their losses are compared
 
 
 def module(*words: object) -> list[str]:
@@ -32,7 +31,7 @@ def module(*words: object) -> list[str]:
 
 
 def one_run(data_dir: Path, output_dir: Path, precision: str, seed: int, config: str) -> dict:
-    """Steps to the target, losses by step, and accuracies by step."""
+    """Steps to the target, mean losses of EVAL_STEPS steps by the last of them, accuracies."""
     done = subprocess.run(
         module("launch", "--name", "mini", "--config", config, "--device", "cpu",
                "--data_dir", data_dir, "--output_dir", output_dir, "--seed", seed,
@@ -56,8 +55,16 @@ def one_run(data_dir: Path, output_dir: Path, precision: str, seed: int, config:
         "seed": seed,
         "reached": done.returncode == 0,
         "steps": max(losses),
-        "losses": losses,
+        "losses": averaged(losses),
         "accuracies": accuracies,
+    }
+
+
+def averaged(losses: dict[int, float]) -> dict[int, float]:
+    """The means of EVAL_STEPS losses each, by the last step; the steps at the end are left out."""
+    return {
+        end: round(statistics.fmean(losses[end - back] for back in range(EVAL_STEPS)), 5)
+        for end in range(EVAL_STEPS, max(losses) + 1, EVAL_STEPS)
     }
 
 
@@ -70,8 +77,7 @@ def summary_of(runs: list[dict]) -> dict[str, object]:
         apart = []
         for run in mine:
             same_seed = [by_key[each, run["seed"]] for each in PRECISIONS]
-            last = min(one["steps"] for one in same_seed)
-            late = range(last - LATE + 1, last + 1)
+            late = sorted(set.intersection(*(set(one["losses"]) for one in same_seed)))[-LATE:]
             own, plain = (
                 statistics.fmean(one["losses"][step] for step in late)
                 for one in (run, same_seed[0])
@@ -98,12 +104,7 @@ def draw(runs: list[dict], path: Path) -> None:
         mine = [run for run in runs if run["precision"] == precision]
         for run in mine:
             left.plot(*zip(*run["accuracies"].items(), strict=True), color=color, alpha=0.35, lw=1)
-            losses = list(run["losses"].values())
-            smooth = [
-                statistics.fmean(losses[max(0, end - SMOOTHED) : end])
-                for end in range(1, len(losses) + 1)
-            ]
-            right.plot(range(1, len(smooth) + 1), smooth, color=color, alpha=0.7, lw=1)
+            right.plot(*zip(*run["losses"].items(), strict=True), color=color, alpha=0.7, lw=1)
         steps = sorted(set.intersection(*(set(run["accuracies"]) for run in mine)))
         middle = [statistics.median(run["accuracies"][step] for run in mine) for step in steps]
         label = f"{precision}: {len(mine)} runs (thin), median (wide)"
@@ -111,7 +112,7 @@ def draw(runs: list[dict], path: Path) -> None:
         right.plot([], [], color=color, label=precision)
     left.axhline(TARGET, color="black", lw=1, ls="--")
     left.set(xlabel="updates", ylabel="MLM accuracy (evaluation)")
-    right.set(xlabel="updates", ylabel=f"training loss, mean of {SMOOTHED} updates")
+    right.set(xlabel="updates", ylabel=f"training loss, mean of {EVAL_STEPS} updates")
     left.legend(loc="lower right")
     right.legend(loc="upper right")
     figure.savefig(path, metadata={"Date": None})

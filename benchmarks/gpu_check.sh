@@ -65,7 +65,7 @@ step() { # step NAME SECONDS COMMAND...
     failed=$((failed + 1))
   fi
   # What a program prints is short; progress and warnings go to stderr.
-  tail -n 16 "$work/$name.txt" | cut -c1-190 | sed 's/^/    /' | tee -a "$summary"
+  tail -n 24 "$work/$name.txt" | cut -c1-190 | sed 's/^/    /' | tee -a "$summary"
   keep
 }
 
@@ -115,19 +115,22 @@ part_1() {
     # Those that use the GPU come first.
     step tests 150 "$PYTHON" "${tests[@]}" tests/numerics/test_triton_*.py \
       tests/numerics/test_lamb_triton.py tests/numerics/test_kernels.py tests/numerics
-    script parity 90 gpu_extra --parts proof --batch_size 48
+    script parity 75 gpu_extra --parts proof --batch_size 48
   fi
-  bench step_96 75 step --batch_size 96 --precision bf16 --kernels auto --graph \
+  # The whole update, LAMB included, eager and captured; then forward and backward alone.
+  script update_96 60 update_cost --batch_size 96 --num_layers "$layers" --repeats 20
+  bench step_96 60 step --batch_size 96 --precision bf16 --kernels auto --graph \
     --num_layers "$layers" --repeats "$repeats"
-  bench step_48 75 step --batch_size 48 --precision bf16 --kernels auto torch --graph \
+  bench step_48 60 step --batch_size 48 --precision bf16 --kernels auto torch --graph \
     --num_layers "$layers" --repeats "$repeats"
-  bench lamb_bf16 45 optimizer --precision bf16 --num_layers "$layers" --optimizers triton foreach
-  script update 75 update_cost --batch_size 48 --num_layers "$layers"
+  bench lamb 40 optimizer --precision bf16 --num_layers "$layers" --optimizers triton foreach
+  script update_fp8 60 update_cost --precision fp8 --batch_size 96 --num_layers "$layers" \
+    --repeats 20
 }
 
 part_2() {
   script profile 60 update_cost --batch_size 48 --num_layers "$layers" --ways eager \
-    --repeats 3 --trace "$work" --list
+    --repeats 3 --trace "$work"
   bench kernels 60 kernels --batch_size 48 --precision bf16 --repeats "$repeats"
   bench compiled 75 step --batch_size 48 --precision bf16 --kernels auto --compile --graph \
     --num_layers "$layers" --repeats "$repeats"

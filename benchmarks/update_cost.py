@@ -14,22 +14,22 @@ says "pretended", and it has no time of the device.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pretended
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from counting import ACTIVITIES, count, device_seconds, host_seconds, host_waits
+from torch.profiler import profile
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.timing import announce
@@ -54,119 +54,9 @@ WAYS = {  # name -> the settings that stand for it
     "graph": {"compile": "off", "use_cuda_graph": True},
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
+SCHEDULE = Schedule(4e-4, 6700, 0, 0)
 GIB = 2**30
-
-
-# ---- counting
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What happened, by name. kernels: those of graphs too, except on the pretended GPU."""
-
-    launches: float
-    graph_launches: float
-    waits: dict[str, float]
-    copies: dict[str, float]
-    kernels: dict[str, float]
-
-    def figures(self) -> dict[str, object]:
-        return {
-            "launches": self.launches,
-            "graph_launches": self.graph_launches,
-            "kernels_run": sum(self.kernels.values()),
-            "host_waits": sum(self.waits.values()),
-            "waits": self.waits,
-            "copies": self.copies,
-        }
-
-
-def count(call: Callable[[], object], device: torch.device, calls: int) -> Counts:
-    """What one of `calls` calls does, on average."""
-    if record.is_pretended():
-        counters = pretended.counters()
-        devices.synchronize(device)
-        counters.reset()
-        for _ in range(calls):
-            call()
-        return _of_stubs(counters.counts(), calls)
-    # The profiler waits by itself, once: what one call counts is taken away from what more do.
-    once, more = _profiled(call, device, 1), _profiled(call, device, 1 + calls)
-    more.subtract(once)
-    return _of_profiler({key: value / calls for key, value in more.items() if value > 0})
-
-
-def _of_stubs(found: dict[str, int], calls: int) -> Counts:
-    each = {key: value / calls for key, value in found.items()}
-
-    def those(start: str) -> dict[str, float]:
-        return {key.removeprefix(start): n for key, n in each.items() if key.startswith(start)}
-
-    waits = those("SYNC:")
-    copies = those("memcpyAsync ")
-    # A copy to memory that is not page-locked lets the host wait.
-    waits |= {f"copy {name}": n for name, n in copies.items() if "pageable" in name}
-    return Counts(sum(those("K:").values()), each.get("graphlaunch", 0), waits, copies, those("K:"))
-
-
-def _profiled(call: Callable[[], object], device: torch.device, calls: int) -> Counter[str]:
-    devices.synchronize(device)
-    with profile(activities=ACTIVITIES) as profiled:
-        for _ in range(calls):
-            call()
-        devices.synchronize(device)
-    found: Counter[str] = Counter()
-    for event in profiled.key_averages():
-        is_kernel = str(event.device_type).endswith("CUDA")
-        found[f"K:{event.key}" if is_kernel else event.key] += event.count
-    return found
-
-
-def _of_profiler(each: dict[str, float]) -> Counts:
-    kernels = {key[2:]: n for key, n in each.items() if key.startswith("K:")}
-    copies = {name: n for name, n in kernels.items() if name.startswith(("Memcpy", "Memset"))}
-    waits = {key: n for key, n in each.items() if key.startswith("cuda") and "Synchronize" in key}
-    # Each is a synchronous copy, or one from or to memory that is not page-locked.
-    waits |= {f"copy {name}": n for name, n in copies.items() if "Pageable" in name}
-    return Counts(
-        sum(each.get(name, 0.0) for name in LAUNCHES),
-        each.get("cudaGraphLaunch", 0.0),
-        waits,
-        copies,
-        {name: n for name, n in kernels.items() if name not in copies},
-    )
-
-
-def host_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of the host in each of `repeats` calls, each on an idle device.
-
-    They are the time until all work is queued. Where more than about 1,000 launches are queued,
-    the host waits for the device, and its time includes that.
-    """
-    found = []
-    for _ in range(repeats):
-        devices.synchronize(device)
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return found
-
-
-def device_seconds(call: Callable[[], object], repeats: int) -> list[float] | None:
-    """Seconds from the end of one call to the end of the next on the device; None if pretended."""
-    if record.is_pretended():
-        return None
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + repeats)]
-    call()
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    events[-1].synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 # ---- what is counted
@@ -216,25 +106,54 @@ def config_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> Config:
     )
 
 
-def read(training: Training) -> None:
-    """What became of the unread updates; the pretended GPU knows no numbers, and that is all."""
-    try:
-        training.update.read(0)
-    except (TrainingError, pretended.NoNumbers):
-        if not record.is_pretended():
-            raise
+class Run:
+    """What `train` does with the parts of a run, as far as it costs the GPU or the host anything.
 
+    training: the parts. accumulation: micro-batches an update, taken from `given`.
+    """
 
-def interval(training: Training, update: Callable[[], object]) -> None:
-    """The updates between two lines of the log, and the figures of the line, as `train` does it."""
-    for _ in range(INTERVAL):
-        totals = update()
-        if training.update.must_read:
-            read(training)
-    if training.update.num_unread:
-        read(training)
-    process_group.sum_over_ranks(totals.flat()).tolist()
-    training.optimizer.gradient_norm.item()
+    def __init__(
+        self, training: Training, given: Iterator[PackedBatch], accumulation: int, ranks: Ranks
+    ) -> None:
+        self.training, self._given, self._accumulation = training, given, accumulation
+        self._ranks = ranks
+
+    def update(self) -> None:
+        """One update."""
+        self._totals = self.training.update([next(self._given) for _ in range(self._accumulation)])
+
+    def update_and_look(self) -> None:
+        """One update, and what is known of earlier ones."""
+        self.update()
+        self._learn(self.training.update.outcomes.look)
+
+    def read(self) -> None:
+        """What became of all updates; the host waits."""
+        if self.training.update.outcomes.num_unread:
+            self._learn(self.training.update.outcomes.read)
+
+    def _learn(self, learn: Callable) -> None:
+        try:
+            learn(0, self._totals, False)
+        except (TrainingError, pretended.NoNumbers):  # the flags of the pretended GPU are not set
+            if not record.is_pretended():
+                raise
+
+    def interval(self) -> None:
+        """The updates between two lines of the log, and the figures of the line."""
+        for _ in range(INTERVAL - 1):
+            self.update_and_look()
+        self.update()
+        self.read()
+
+    def optimizer_step(self) -> None:
+        """LAMB alone, on the gradients that are there."""
+        self.training.optimizer.scheduled_step(SCHEDULE, self.training.loss_scale)
+
+    def evaluation(self, batches: list[PackedBatch]) -> None:
+        """Of these batches, which are in main memory."""
+        found = EvaluationSet(len(batches), list(enumerate(batches)))
+        evaluate(self.training.module, found, self._ranks)
 
 
 def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
@@ -247,8 +166,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     if record.is_pretended():
         pretended.counters().reset()
     started = time.perf_counter()
-    schedule = Schedule(4e-4, 6700, 0, 0)
-    training = build(Setup(config, model, None, 1, schedule, ranks, log))
+    training = build(Setup(config, model, None, 1, SCHEDULE, ranks, log))
     devices.synchronize(device)
     figures: dict[str, object] = {
         "said": log.lines,
@@ -264,38 +182,30 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     if lost:
         raise RuntimeError("; ".join(lost))
     training.module.train()
-    given = batches(flags, device)
-
-    def update() -> object:
-        return training.update([next(given) for _ in range(flags.accumulation)])
-
-    def read_update() -> None:
-        update()
-        if training.update.must_read:
-            read(training)
-
+    run = Run(training, batches(flags, device), flags.accumulation, ranks)
     announce(f"{way}: counting updates")
     for _ in range(3):
-        read_update()
-    read(training)
+        run.update_and_look()
+    run.read()
     torch.cuda.reset_peak_memory_stats(device)
-    counted = count(update, device, 3)
+    counted = count(run.update, device, 3)
     figures["update"] = counted.figures()
     figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
     figures["held_gib"] = torch.cuda.memory_allocated(device) / GIB
-    read(training)
-    figures["host_seconds"] = record.spread(host_seconds(update, device, flags.repeats))
-    read(training)
-    times = device_seconds(read_update, flags.repeats)
+    run.read()
+    figures |= host_seconds(run.update, device, flags.repeats)
+    run.read()
+    times = device_seconds(run.update_and_look, flags.repeats)
     if times is not None:
         figures["device_seconds"] = record.spread(times)
         rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
         figures["sequences_per_second_a_gpu"] = rate
     if flags.trace and ranks.is_main:
-        _trace(read_update, device, flags.trace / f"{way}_{flags.batch_size}")
-    figures["kernels"] = counted.kernels if flags.list else {}
-    figures |= _other_figures(training, update, flags, ranks, given)
+        _trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
+    figures["kernels"] = counted.kernels
+    if ranks.world_size == 1:
+        figures |= _other_figures(run, flags, ranks)
     return figures
 
 
@@ -312,44 +222,27 @@ def _trace(update: Callable[[], object], device: torch.device, name: Path) -> No
     Path(f"{name}.profile.txt").write_text(rows)
 
 
-def _other_figures(
-    training: Training,
-    update: Callable[[], object],
-    flags: argparse.Namespace,
-    ranks: Ranks,
-    given: Iterator[PackedBatch],
-) -> dict[str, object]:
+def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
     """LAMB alone, an evaluation batch, an interval of the log."""
     device = ranks.device
     announce("counting LAMB, evaluation and an interval of the log")
-    scale = 1.0 / training.loss_scale.scale
-    rate = torch.tensor(1e-4, device=device, dtype=devices.wide(device))
     figures: dict[str, object] = {}
-    if ranks.world_size == 1:
-        call = lambda: training.optimizer.step(rate, scale)  # noqa: E731
-        update()
-        counted = count(call, device, 1)
-        figures["optimizer"] = counted.figures()
-        figures["optimizer"]["host_seconds"] = record.spread(host_seconds(call, device, 5))
-        read(training)
-    host = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
-
-    def evaluation(batches: int) -> None:
-        evaluate(training.module, EvaluationSet(batches, list(enumerate(host[:batches]))), ranks)
-
-    evaluation(1)
-    few, many = (count(lambda n=n: evaluation(n), device, 1) for n in (1, 4))
+    run.update()
+    counted = count(run.optimizer_step, device, 1)
+    figures["optimizer"] = counted.figures() | host_seconds(run.optimizer_step, device, 5)
+    run.read()
+    given = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
+    run.evaluation(given[:1])
+    few, many = (count(partial(run.evaluation, given[:n]), device, 1) for n in (1, 4))
     figures["evaluation_batch"] = {
         "launches": (many.launches - few.launches) / 3,
         "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
-        "host_seconds": record.spread(host_seconds(lambda: evaluation(4), device, 3)),
-        "host_seconds_are_of": "4 batches, the last wait included",
+        "of_4_batches_and_a_wait": host_seconds(partial(run.evaluation, given), device, 3),
     }
-    if flags.accumulation == 1:
-        waits = count(lambda: interval(training, update), device, 1).waits
-        figures["log_interval"] = {
-            "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
-        }  # fmt: skip
+    waits = host_waits(run.interval, device)
+    figures["log_interval"] = {
+        "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
+    }  # fmt: skip
     return figures
 
 
@@ -361,7 +254,7 @@ def parser() -> FlagParser:
     made.add_argument("--output", type=Path, metavar="FILE", help="a JSON file for the figures")
     made.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=["eager", "graph"])
     made.add_argument(
-        "--precision", choices=tuple(DTYPES), default="bf16", help="(default: %(default)s)"
+        "--precision", choices=(*DTYPES, "fp8"), default="bf16", help="(default: %(default)s)"
     )
     made.add_argument("--batch_size", type=int, nargs="+", default=[48], help="sequences")
     made.add_argument("--accumulation", type=int, default=1, help="micro-batches an update")
@@ -373,18 +266,19 @@ def parser() -> FlagParser:
     made.add_argument(
         "--trace", type=Path, metavar="FOLDER", help="a trace of two updates, and its table"
     )
-    made.add_argument("--list", action="store_true", help="name the kernels of an update")
+    made.add_argument("--list", action="store_true", help="print the kernels of an update")
     return made
 
 
 def line(name: str, found: dict) -> str:
     """One line for people."""
-    update, host = found["update"], found["host_seconds"]
+    update, host, cpu = found["update"], found["host_seconds"], found["host_cpu_seconds"]
     device = found.get("device_seconds")
     return (
         f"{name:<22} {update['launches']:>6.0f} launches {update['graph_launches']:>2.0f} graphs "
         f"{update['host_waits']:>4.1f} waits  host {1e3 * host['median']:>6.2f} ms "
-        f"(n {host['n']}, {1e3 * host['min']:.2f} to {1e3 * host['max']:.2f})  "
+        f"(n {host['n']}, {1e3 * host['min']:.2f} to {1e3 * host['max']:.2f}; "
+        f"computing {1e3 * cpu['median']:.2f})  "
         f"device {f'''{1e3 * device['median']:.2f} ms''' if device else 'not known'}  "
         f"peak {found['peak_gib']:.2f} GiB, reserved {found['reserved_gib']:.2f}  "
         f"built in {found['build_seconds']:.1f} s"
@@ -454,7 +348,8 @@ def main() -> int:
             results[name] = found
             if ranks.is_main:
                 print(text, flush=True)
-                for kernel, n in sorted(found.get("kernels", {}).items(), key=lambda k: -k[1]):
+                named = found.get("kernels", {}) if flags.list else {}
+                for kernel, n in sorted(named.items(), key=lambda one: -one[1]):
                     print(f"  {n:>7.1f} {kernel[:150]}")
                 if flags.output:
                     record.write(flags.output, described)

@@ -89,7 +89,7 @@ def test_a_part_fits_one_command(tmp_path: Path, part: str, pretended: bool) -> 
     assert len(steps) == len(limits)
     if part == "1":
         words = " ".join(checked.calls)
-        first_figure = words.index("bench step --batch_size 96")
+        first_figure = words.index("--batch_size 96")
         assert words.index("tests/numerics") < first_figure
         assert pretended or words.index("--parts proof") < first_figure
 

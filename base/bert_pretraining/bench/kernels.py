@@ -151,7 +151,7 @@ def line_of(operator: str, provider: str, figures: dict, is_fastest: bool) -> st
         f"({1e3 * figures['min']:.3f} to {1e3 * figures['max']:.3f}, n {figures['n']})"
     )
     if "host" in figures:
-        line += f"; host {1e3 * figures['host']['median']:.3f}, by {figures['method']}"
+        line += f"; host {1e3 * figures['host']['median']:.3f} ({figures['method']})"
     if "flop_per_second" in figures:
         line += f"; {figures['flop_per_second'] / 1e12:.1f} TFLOP/s"
     return line + (" (fastest)" if is_fastest else "")

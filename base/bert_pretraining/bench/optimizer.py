@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
     spreads = {name: one.figures() for name, one in times.items()}
     for name, spread in spreads.items():
         host = (
-            f"; host {spread['host']['median']:.4f} s, by {spread['method']}"
+            f"; host {spread['host']['median']:.4f} s ({spread['method']})"
             if "host" in spread
             else ""
         )

@@ -203,7 +203,7 @@ def table(figures: dict[str, dict], baseline: str) -> str:
             f"({spread['n']}, {spread['min']:.4f} to {spread['max']:.4f})"
         )
         if "host" in spread:
-            line += f"; host {spread['host']['median']:.4f} s, by {spread['method']}"
+            line += f"; host {spread['host']['median']:.4f} s ({spread['method']})"
         lines.append(line)
     return "\n".join(lines)
 

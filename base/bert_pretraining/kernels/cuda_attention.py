@@ -8,11 +8,14 @@ Shapes: see `reference.py`. Both draw dropout masks from PyTorch's generator, in
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from bert_pretraining.kernels.pairs import AttentionBackward, Pair, Saved
+from bert_pretraining.kernels.pairs import AddSums, AttentionBackward, Pair, Saved
 from bert_pretraining.runtime.compat import custom_op
 
 aten = torch.ops.aten
@@ -53,8 +56,10 @@ def flash_backward(
     seed: object,
     context: Tensor,
     saved: Saved,
+    bias_gradient: Tensor | None = None,
+    add_sums: AddSums | None = None,
 ) -> Tensor:
-    """The gradient of qkv. gradient: contiguous.
+    """The gradient of qkv. gradient: contiguous. The last two: see `pairs.AttentionBackward`.
 
     PyTorch's function (2.4 to 2.13) always makes three new tensors, so that they must be copied
     into one.
@@ -65,7 +70,23 @@ def flash_backward(
         gradient, query, key, value, context, log_sum_exp, cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen, dropout, False, seed, offset,
     )  # fmt: skip
-    return torch.stack(gradients, 1)
+    if bias_gradient is not None and add_sums is not None and _has_triton():
+        from bert_pretraining.kernels.triton_sums import stack
+
+        return stack(gradients, bias_gradient, add_sums)
+    stacked = torch.stack(gradients, 1)
+    _add_sum(stacked, bias_gradient)
+    return stacked
+
+
+def _add_sum(gradient: Tensor, bias_gradient: Tensor | None) -> None:
+    if bias_gradient is not None:
+        bias_gradient.add_(gradient.flatten(1).sum(0, dtype=torch.float32))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def efficient_forward(
@@ -88,8 +109,10 @@ def efficient_backward(
     seed: object,
     context: Tensor,
     saved: Saved,
+    bias_gradient: Tensor | None = None,
+    add_sums: AddSums | None = None,
 ) -> Tensor:
-    """The gradient of qkv. gradient: contiguous."""
+    """The gradient of qkv. gradient: contiguous. The last two: see `pairs.AttentionBackward`."""
     query, key, value = qkv[None].unbind(2)
     log_sum_exp, seed, offset = saved
     # With shared storage, the three gradients are parts of one tensor of the shape of qkv.
@@ -100,6 +123,7 @@ def efficient_backward(
     )[:3]  # fmt: skip
     whole = torch.empty(0, dtype=qkv.dtype, device=qkv.device)
     whole.set_(gradients[0].untyped_storage(), 0, qkv.shape)
+    _add_sum(whole, bias_gradient)
     return whole
 
 

@@ -197,18 +197,21 @@ class Scaling:
         self.scales, self.inverses = scales.unbind(), inverses.unbind()
         self.maxima = maxima.unbind()
 
-    @torch.no_grad()
     def cast(self, x: Tensor, which: int, record: bool) -> Quantised:
         """x, (T, C), in the format of INPUT, WEIGHT or GRADIENT.
 
         record: whether its largest number counts for the next update's scale.
         """
         if not self._state.calibrated:
-            scale = scale_for(largest_of(x), LARGEST[which], self.scales[which])
-            self.scales[which].copy_(scale)
-            self.inverses[which].copy_(1.0 / scale)
+            self._measure(x, which)
         amax = self.maxima[which] if record else None
-        return self.engine.cast(x, self.scales[which], FORMATS[which], amax)
+        return self.engine.cast(x.detach(), self.scales[which], FORMATS[which], amax)
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor, which: int) -> None:
+        scale = scale_for(largest_of(x), LARGEST[which], self.scales[which])
+        self.scales[which].copy_(scale)
+        self.inverses[which].copy_(1.0 / scale)
 
 
 class Fp8State:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.fp8 import (
@@ -83,6 +84,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if gradient.shape[0] == 0:
             x_gradient = gradient.new_empty((0, ctx.shape[1]))

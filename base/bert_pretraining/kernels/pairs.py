@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Saved = tuple[Tensor, ...]
+
+# Takes partial sums of parameters' gradients, (parts, ..., C) float32, and the tensors to which
+# their sum over the parts is added, now or when the layer's backward pass ends.
+AddSums = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 class AttentionForward(Protocol):
@@ -39,18 +42,19 @@ class AttentionBackward(Protocol):
         seed: Tensor | None,
         context: Tensor,
         saved: Saved,
+        bias_gradient: Tensor,
+        add_sums: AddSums,
     ) -> Tensor:
-        """The gradient of qkv, (T, 3, heads, D), contiguous."""
+        """The gradient of qkv, (T, 3, heads, D), contiguous.
+
+        Its sum over the tokens is added to bias_gradient, (3 * heads * D,): it is the gradient of
+        the bias of the projection to qkv.
+        """
 
 
 class GeluForward(Protocol):
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """GELU(x + bias)."""
-
-
-# Takes partial sums of parameters' gradients, (parts, ..., C) float32, and the tensors to which
-# their sum over the parts is added, now or when the layer's backward pass ends.
-AddSums = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 class GeluBackward(Protocol):
@@ -99,11 +103,6 @@ class NormBackward(Protocol):
         """
 
 
-class ColumnSum(Protocol):
-    def __call__(self, x: Tensor, out: Tensor, add_sums: AddSums) -> None:
-        """Add the sum over the rows of x, (T, C), to out, (C,): the gradient of a plain bias."""
-
-
 class Sums(Protocol):
     """An `AddSums` that may keep what it gets until `finish`."""
 
@@ -128,12 +127,11 @@ class NoSums:
 class Pair(NamedTuple):
     """One operator: its forward and its backward function.
 
-    column_sum, sums: of the same provider, where it has them; see `LayerPairs`.
+    sums: of the same provider, where it keeps partial sums; see `LayerPairs`.
     """
 
     forward: AttentionForward | GeluForward | NormForward
     backward: AttentionBackward | GeluBackward | NormBackward
-    column_sum: ColumnSum | None = None
     sums: Callable[[], Sums] = NoSums
 
 
@@ -147,7 +145,6 @@ class LayerPairs:
     attention: Pair
     bias_gelu: Pair
     bias_dropout_residual_layer_norm: Pair
-    column_sum: ColumnSum
     sums: Callable[[], Sums] = NoSums
 
 
@@ -157,10 +154,4 @@ def layer_pairs(pairs: Mapping[str, Pair | None]) -> LayerPairs | None:
     chosen = {name: pairs.get(name) for name in names}
     if None in chosen.values():
         return None
-    norm = chosen["bias_dropout_residual_layer_norm"]
-    return LayerPairs(**chosen, column_sum=norm.column_sum or plain_column_sum, sums=norm.sums)
-
-
-def plain_column_sum(x: Tensor, out: Tensor, add_sums: AddSums) -> None:
-    """See `ColumnSum`."""
-    out.add_(x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return LayerPairs(**chosen, sums=chosen["bias_dropout_residual_layer_norm"].sums)

@@ -24,7 +24,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 """One for words, one for positions, one for segments."""
 
 CHUNK = 64  # keys of a chunk, whose gradients one program adds up
-_CHUNK_COLUMNS = 128
+_CHUNK_COLUMNS = 64
 
 
 def forward(

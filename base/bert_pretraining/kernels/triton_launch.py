@@ -8,7 +8,6 @@ is looked up by what Triton compiles variants for on NVIDIA's GPUs: constants, d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import triton
 
 from bert_pretraining.runtime import compat
+from bert_pretraining.runtime import device as devices
 
 # Compiled kernels take all arguments of the source, constants included, from this version on.
 OLDEST = (3, 3)
@@ -92,10 +92,9 @@ class _Launcher:
         return run
 
 
-@functools.cache
 def _on_nvidia() -> bool:
     """Elsewhere variants depend on more, such as the sizes of tensors."""
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return (devices.built_with() or "").startswith("CUDA")
 
 
 def _is_watched() -> bool:

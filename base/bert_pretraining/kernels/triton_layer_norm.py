@@ -25,9 +25,13 @@ BACKWARD_PROGRAMS = 512
 
 @functools.cache
 def row_blocks(num_columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a block of whole rows: about 32 numbers per thread."""
+    """(rows, columns, warps) of a block of whole rows: about 16 numbers per thread.
+
+    With 32, the backward kernels hold so many registers that two blocks run at a time instead of
+    five.
+    """
     columns = power_of_two_at_least(num_columns, 16)
-    rows = min(max(4096 // columns, 1), 16)
+    rows = min(max(2048 // columns, 1), 16)
     return rows, columns, 8 if columns > 4096 else 4
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from bert_pretraining.kernels import triton_attention, triton_bias_gelu, triton_layer_norm
 from bert_pretraining.kernels.pairs import LayerPairs
 from bert_pretraining.kernels.triton_layer_sums import LayerSums
-from bert_pretraining.kernels.triton_sums import column_sum
 
 PAIRS = LayerPairs(
     attention=triton_attention.PAIR,
     bias_gelu=triton_bias_gelu.PAIR,
     bias_dropout_residual_layer_norm=triton_layer_norm.PAIR,
-    column_sum=column_sum,
     sums=LayerSums,
 )

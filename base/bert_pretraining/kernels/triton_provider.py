@@ -37,7 +37,7 @@ def find(operator: str, target: Target) -> Implementation | Unavailable:
 
     pair = getattr(PAIRS, operator, None)
     if pair is not None:
-        pair = pair._replace(column_sum=PAIRS.column_sum, sums=PAIRS.sums)
+        pair = pair._replace(sums=PAIRS.sums)
     return Implementation(getattr(triton_operators, operator), NAME, pair)
 
 

@@ -103,6 +103,35 @@ def partial_sums_kernel(
     tl.store(partial_ptr + program * COLUMNS + columns, tl.sum(total, axis=0), mask=inside)
 
 
+@launched_directly
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def stack_kernel(
+    first_ptr, second_ptr, third_ptr, stacked_ptr, partial_ptr, num_rows,
+    COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy one of three (num_rows, COLUMNS), and write each program's sum over its rows."""
+    program, part = tl.program_id(0), tl.program_id(2)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = columns < COLUMNS
+    source_ptr = first_ptr
+    if part == 1:
+        source_ptr = second_ptr
+    if part == 2:
+        source_ptr = third_ptr
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
+        rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)
+        places = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+        mask = (rows < num_rows)[:, None] & inside[None, :]
+        values = tl.load(source_ptr + places, mask=mask, other=0.0)
+        places = (rows.to(tl.int64)[:, None] * 3 + part) * COLUMNS + columns[None, :]
+        tl.store(stacked_ptr + places, values, mask=mask)
+        total += values.to(tl.float32)
+    partial_ptr += (program * 3 + part) * COLUMNS + columns
+    tl.store(partial_ptr, tl.sum(total, axis=0), mask=inside)
+
+
 @functools.cache
 def block_shape(block: tuple[int, int], num_columns: int) -> tuple[int, int]:
     """(rows, columns) of a block. If there are few columns, it has more rows instead."""
@@ -134,11 +163,31 @@ def add_partial_sums(partial: Tensor, outputs: Sequence[Tensor], add: bool = Tru
     )
 
 
+def stack(parts: Sequence[Tensor], sums: Tensor, add_sums: AddSums = add_partial_sums) -> Tensor:
+    """Three contiguous tensors, (T, heads, D) each, in one, (T, 3, heads, D).
+
+    Its sum over the rows is added to sums, (3 * heads * D,), as add_sums does it.
+    """
+    first, second, third = parts
+    num_rows, num_columns = first.shape[0], first.stride(0)
+    stacked = first.new_empty((num_rows, 3, *first.shape[1:]))
+    programs = divide_up(num_rows, _PROGRAM_ROWS)
+    partial = first.new_empty((programs, 3 * num_columns), dtype=torch.float32)
+    block_rows, block_columns = block_shape(COLUMN_BLOCK, num_columns)
+    if num_rows:
+        stack_kernel[(programs, divide_up(num_columns, block_columns), 3)](
+            first, second, third, stacked, partial, num_rows, num_columns, _PROGRAM_ROWS,
+            block_rows, block_columns,
+        )  # fmt: skip
+        add_sums(partial, (sums,))
+    return stacked
+
+
 write_partial_sums = functools.partial(add_partial_sums, add=False)
 
 
 def column_sum(x: Tensor, out: Tensor, add_sums: AddSums = add_partial_sums) -> None:
-    """The sum over the rows of x, (T, C) contiguous, for out, (C,); see `pairs.ColumnSum`."""
+    """Add the sum over the rows of x, (T, C) contiguous, to out, (C,), as add_sums does it."""
     num_rows, num_columns = x.shape
     programs = divide_up(num_rows, _PROGRAM_ROWS)
     partial = x.new_empty((programs, num_columns), dtype=torch.float32)

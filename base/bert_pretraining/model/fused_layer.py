@@ -22,6 +22,7 @@ from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
 from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.gradient_sink import GradientSink, side_by_side
+from bert_pretraining.runtime import compat
 
 if TYPE_CHECKING:
     from bert_pretraining.model.bert import Layer, ResidualOutput
@@ -271,6 +272,7 @@ class FusedLayer:
             self.first, middle_gradient, saved.to_middle, saved.first_norm, two, sums
         )
         heads = (gradient.shape[0], self.num_heads, -1)
+        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         qkv_gradient = self.pairs.attention.backward(
             context_gradient.view(heads),
             saved.qkv.view(heads[0], 3, *heads[1:]),
@@ -280,11 +282,11 @@ class FusedLayer:
             one,
             saved.context.view(heads),
             saved.attention,
+            biases.together,
+            sums,
         ).view(saved.qkv.shape)
-        weights, biases = map(self._target, (self.qkv_weights, self.qkv_biases))
         weight = self._stacked()[0]
         self.to_qkv.backward(qkv_gradient, weight, saved.to_qkv, weights.together, hidden_gradient)
-        self.pairs.column_sum(qkv_gradient, biases.together, sums)
         sums.finish()
         for added in (weights, biases):
             added.spread()
@@ -352,7 +354,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     if target.dtype == left.dtype:
         target.addmm_(left.t(), right)
     else:
-        target.add_(torch.mm(left.t(), right))
+        compat.add_wide_product(target, left.t(), right)
 
 
 class _Targets(NamedTuple):

@@ -91,6 +91,19 @@ def scaled_mm(left: torch.Tensor, right: torch.Tensor, **options: typing.Any) ->
     return product[0] if isinstance(product, tuple) else product
 
 
+def add_wide_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """target += left right, for a float32 target and 16-bit factors; the sum is not rounded.
+
+    CUDA devices do it in one kernel, for which early versions have no function. Elsewhere the
+    product is rounded to 16 bits before it is added.
+    """
+    add = getattr(torch.ops.aten.addmm, "dtype_out", None)
+    if add is not None and target.is_cuda:
+        add(target, left, right, target.dtype, out=target)
+    else:
+        target.add_(torch.mm(left, right))
+
+
 def compile_once_for_equal_modules() -> None:
     """torch.compile makes one program for all modules of one class, not one for each.
 

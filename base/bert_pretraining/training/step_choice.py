@@ -188,7 +188,11 @@ def _difference(
             for with_dropout in modes:
                 with _training(module, with_dropout):
                     fault = difference(
-                        module, plain, lambda: step(batch, weights), trained.zero_grad
+                        module,
+                        plain,
+                        lambda: step(batch, weights),
+                        trained.zero_grad,
+                        (trained.sink or OwnGradients()).target,
                     )
                 if fault:
                     break
