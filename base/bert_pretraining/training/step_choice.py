@@ -119,6 +119,8 @@ def best_that_works(
                 blamed = str(way)
                 fault = _difference(step, way, trained, batch, config, say)
             trained.zero_grad()
+        # A graph cannot use what the plain modules have left behind.
+        devices.free_unused_memory(ranks.device)
         if fault is None:
             say(f"Micro-steps: {_described(way)}")
             return step
