@@ -39,9 +39,9 @@ KINDS = {
     "bf16, sums in fp32": "--precision bf16 --gradient_dtype fp32",
     "fp32": "--precision fp32",
 }
-COMMON = "--name mini --config CPUx1x1 --train_batch_size 4 --gradient_accumulation_steps 8 " \
+COMMON = "--name mini --config CPUx1x1 --train_batch_size 8 --gradient_accumulation_steps 8 " \
     "--log_freq 1 --target_mlm_accuracy 1"  # fmt: skip
-LATE = 30  # steps at the end of which the mean is taken
+LATE = 50  # steps at the end of which the mean is taken
 
 
 def module(*words: object) -> list[str]:
@@ -161,7 +161,7 @@ def summary_of(runs: dict[str, dict[int, dict]]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
     os.environ["PYTHONPATH"] = str(record.ROOT / "base")
