@@ -131,7 +131,7 @@ part_1() {
 part_2() {
   script profile 60 update_cost --batch_size 48 --num_layers "$layers" --ways eager \
     --repeats 3 --trace "$work"
-  bench kernels 60 kernels --batch_size 48 --precision bf16 --repeats "$repeats"
+  bench kernels 45 kernels --batch_size 48 --precision bf16 --repeats "$repeats"
   bench compiled 75 step --batch_size 48 --precision bf16 --kernels auto --compile --graph \
     --num_layers "$layers" --repeats "$repeats"
   script transformers 75 compare_transformers --batch_size 48 --precision bf16 --graph \
@@ -145,7 +145,7 @@ part_2() {
   bench step_192 45 step --batch_size 192 --precision bf16 --kernels auto --graph \
     --num_layers "$layers" --repeats 5
   script attention 75 gpu_extra --parts attention operators --batch_size 48 --repeats "$repeats"
-  script tf32 30 gpu_extra --parts tf32 --batch_size 48 --num_layers "$layers" --repeats 5
+  script tf32 45 gpu_extra --parts tf32 --batch_size 48 --num_layers "$layers" --repeats 5
   script fp8 30 gpu_extra --parts fp8 --batch_size 48 --repeats "$repeats"
 }
 
