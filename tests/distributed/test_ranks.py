@@ -182,7 +182,7 @@ def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
 def test_every_optimizer_gives_the_same_loss_curve(
     mini_data: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """Of two ranks, DDP owns the gradients."""
+    """Of two ranks, DDP owns the gradients of all but flat."""
     curves = {}
     for name in ("reference", "foreach", "flat"):
         done = launch(
@@ -213,13 +213,21 @@ def trained_weights(
     return content["model"], content["optimizer"]
 
 
+IN_FP32 = ("--precision", "bf16", "--gradient_dtype", "fp32")
+
+
 @pytest.mark.parametrize(
-    ("ranks", "clip"), [(2, "after"), pytest.param(4, "before", marks=pytest.mark.slow)]
+    ("ranks", "clip", "more"),
+    [
+        (2, "after", ()),
+        pytest.param(2, "after", IN_FP32, marks=pytest.mark.slow),
+        pytest.param(4, "before", (), marks=pytest.mark.slow),
+    ],
 )
 def test_distributed_lamb_trains_to_the_same_weights(
-    mini_data: Path, tmp_path: Path, ranks: int, clip: str
+    mini_data: Path, tmp_path: Path, ranks: int, clip: str, more: tuple[str, ...]
 ) -> None:
-    flags = ("--gradient_accumulation_steps", 2, "--clip_gradients", f"{clip}_reduction")
+    flags = ("--gradient_accumulation_steps", 2, "--clip_gradients", f"{clip}_reduction", *more)
     plain, its_state = trained_weights(mini_data, tmp_path, ranks, *flags)
     sharded, state = trained_weights(mini_data, tmp_path, ranks, *flags, "--distributed_lamb")
     # With two ranks a sum has one order only; the norm before the reduction has another, though.

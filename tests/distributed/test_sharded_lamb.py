@@ -33,5 +33,5 @@ def test_reducing_and_sharded_lamb_are_the_plain_one(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_so_they_are_with_the_kernels_of_triton(ranks: int) -> None:
     """In Triton's interpreter: the sums of blocks are gathered, and added in the same order."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.1")  # see docs/LOG.md on 3.0's interpreter
     run(ranks, "triton", TRITON_INTERPRET="1")
