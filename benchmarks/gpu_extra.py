@@ -31,9 +31,17 @@ from bert_pretraining.bench.timing import Stopwatch, Times, announce
 from bert_pretraining.bench.workload import batch_of
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import DTYPES, Target, select, triton_attention, unavailable
+from bert_pretraining.kernels import (
+    DTYPES,
+    Target,
+    select,
+    triton_attention,
+    triton_attention_tilings,
+    unavailable,
+)
 from bert_pretraining.kernels.cuda_attention import efficient_attention, flash_attention
 from bert_pretraining.kernels.reference import IGNORED
+from bert_pretraining.kernels.triton_attention_tilings import Tiling, Tilings
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.runtime import device as devices
@@ -42,7 +50,7 @@ from bert_pretraining.training.kernel_choice import choose_kernels
 PARTS = ("proof", "attention", "operators", "tf32", "fp8")
 WARM_UP = 3
 TILINGS = [  # block of queries, block of keys, warps, stages
-    triton_attention.Tiling(*sizes)
+    Tiling(*sizes)
     for sizes in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2),
                   (128, 128, 8, 2))
 ]  # fmt: skip
@@ -147,10 +155,10 @@ def attention(case: Case) -> Found:
     return found
 
 
-def _tiled(tiling: triton_attention.Tiling, function: Callable, *arguments: object) -> Tensor:
+def _tiled(tiling: Tiling, function: Callable, *arguments: object) -> Tensor:
     """The Triton kernels with these block sizes. Backward must follow before another tiling."""
-    triton_attention.tiling = lambda _size, _dtype: tiling
-    triton_attention._constants.cache_clear()
+    problem = triton_attention.problem_of(arguments[0], arguments[2])
+    triton_attention_tilings.use(problem, Tilings(tiling, tiling, tiling))
     return function(*arguments)
 
 

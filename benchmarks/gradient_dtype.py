@@ -25,9 +25,9 @@ KINDS = {
     "bf16, sums in fp32": "--precision bf16 --gradient_dtype fp32",
     "fp32": "--precision fp32",
 }
-COMMON = "--name mini --config CPUx1x1 --train_batch_size 8 --gradient_accumulation_steps 8 " \
+COMMON = "--name mini --config CPUx1x1 --train_batch_size 4 --gradient_accumulation_steps 8 " \
     "--log_freq 1 --target_mlm_accuracy 1"  # fmt: skip
-LATE = 50  # steps at the end of which the mean is taken
+LATE = 30  # steps at the end of which the mean is taken
 
 
 def module(*words: object) -> list[str]:
@@ -92,7 +92,7 @@ def summary_of(runs: dict[str, dict[int, dict]]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
     os.environ["PYTHONPATH"] = str(record.ROOT / "base")
@@ -105,7 +105,10 @@ def main() -> None:
                 folder = Path(name) / f"{seed}-{place}"
                 runs[kind][seed] = train(data, folder, chosen, seed, flags.steps)
                 run = runs[kind][seed]
-                print(f"seed {seed}, {kind}: {late(run):.4f}, {run['eval_mlm_accuracy']:.4f}")
+                print(
+                    f"seed {seed}, {kind}: {late(run):.4f}, {run['eval_mlm_accuracy']:.4f}",
+                    flush=True,
+                )
     result = {"flags": COMMON, "kinds": KINDS, "steps": flags.steps, "late": LATE}
     summary = summary_of(runs)
     record.write(flags.output / "gradient_dtype.json", {**result, "summary": summary, "runs": runs})

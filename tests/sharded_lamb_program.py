@@ -1,6 +1,7 @@
 """Compares LAMB that reduces gradients itself with LAMB that does not, bit for bit.
 
-It is sharded or not. torchrun runs this on gloo ranks.
+It is sharded or not. torchrun runs this on gloo ranks; the argument is "flat" or "triton", the
+optimizer's name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bert_pretraining.optim import (
 from bert_pretraining.optim.buckets import AT_A_TIME
 from bert_pretraining.optim.flat_lamb import FlatLamb
 from bert_pretraining.optim.flat_torch import TorchKernels
+from bert_pretraining.optim.flat_triton import TritonKernels
 from bert_pretraining.runtime import process_group
 from lamb_cases import SETTINGS, assert_near, assert_same_bits, case, numpy_lamb, parameters_of
 
@@ -57,13 +59,14 @@ class Case:
     bucket: int
     sharded: bool
     way: str
+    name: str = "flat"
 
     def optimizer(self, parameters: dict[str, Tensor]) -> FlatLamb:
         masters = {name: value.detach().clone() for name, value in parameters.items()}
         if self.dtype.itemsize < 4:
             masters = {name: value.float() for name, value in masters.items()}
         arguments = {
-            "kernels": TorchKernels(),
+            "kernels": TorchKernels() if self.name == "flat" else TritonKernels(),
             "bucket": self.bucket,
             "gradient_dtype": self.gradient_dtype,
         }
@@ -73,7 +76,7 @@ class Case:
 
     def plain(self, parameters: dict[str, Tensor]) -> Optimizer:
         return create_optimizer(
-            "flat", parameters.items(), SETTINGS, gradient_dtype=self.gradient_dtype
+            self.name, parameters.items(), SETTINGS, gradient_dtype=self.gradient_dtype
         )
 
     def backward(
@@ -94,9 +97,15 @@ class Case:
         backward(parameters, {name: gradients[name] for name in gradients if name not in ours})
 
 
-def cases() -> Iterator[Case]:
-    kinds = [(dtype, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
-    kinds += [(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
+def cases(name: str) -> Iterator[Case]:
+    kinds = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+    if name == "triton":
+        for dtype, gradient_dtype in kinds:
+            for sharded in (True, False):
+                yield Case(dtype, gradient_dtype, 9000, sharded, "by hand", name)
+        return
+    kinds += [(dtype, dtype) for dtype in (torch.float64, torch.bfloat16)]
+    kinds += [(torch.float16, torch.float32)]
     for sharded in (True, False):
         for dtype, gradient_dtype in kinds:
             for bucket in (SMALL_BUCKET, 9000, 2**20):
@@ -298,7 +307,7 @@ def a_gradient_that_comes_twice(sharded: bool) -> None:
 
 def main() -> None:
     ranks = process_group.start("cpu", "gloo")
-    for its in cases():
+    for its in cases(sys.argv[1]):
         compare(ranks, its)
     for sharded in (True, False):
         clip_each_rank_first(ranks, sharded)

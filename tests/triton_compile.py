@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bert_pretraining.kernels import (
-    triton_attention,
     triton_attention_kernels,
+    triton_attention_tilings,
     triton_bias_gelu,
     triton_cross_entropy,
     triton_embedding,
@@ -81,7 +81,8 @@ def kernels(dropout: bool, capability: int) -> list[tuple[Any, dict[str, Any], d
     # For head size 128, the compiler of Triton 3.0 aborts where the target is capability 9.0.
     sizes = (64, 128) if dropout and (capability, TRITON) != (90, (3, 0)) else (64,)
     for head_size in sizes:
-        tiling = triton_attention.tiling(head_size, torch.bfloat16)
+        problem = triton_attention_tilings.Problem(head_size, torch.bfloat16, False, 3)
+        tiling = triton_attention_tilings.fixed(problem).forward  # the same for all three
         constants = {
             "NUM_HEADS": 16,
             "HEAD_SIZE": head_size,
@@ -141,6 +142,7 @@ def ast_source(
     aligned: arguments that are multiples of 16. They are left out before Triton 3.3, which takes
     them in another form in each version.
     """
+    kernel = getattr(kernel, "kernel", None) or kernel  # without the launcher around it
     if TRITON < (3, 3):
         return ASTSource(kernel, types, constants)
     position = {name: (number,) for number, name in enumerate(kernel.arg_names)}
@@ -161,13 +163,14 @@ def compile_kernel(
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         if name.endswith(("_ptr", "_stride")):
             aligned.append(name)
-    source = ast_source(getattr(kernel, "kernel", kernel), signature, constants, aligned)
+    source = ast_source(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assembly = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
         "capability": capability,
         "shared_bytes": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in assembly,
         "tensor_cores": "wgmma.mma_async" in assembly or "mma.sync" in assembly,
         "atomics": re.search(r"\b(atom|red)\.", assembly) is not None,
     }

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import OPTIMIZERS, Optimizer
+from bert_pretraining.training.micro_step import forward_backward
+from bert_pretraining.training.step_proof import difference, sample_batch
+from helpers import make_model, tiny_config
 from lamb_cases import assert_near, assert_same_bits, case, give, make, numpy_lamb, parameters_of
 
 SHAPES = {"word.weight": (37, 29), "word.bias": (37,), "one.bias": (1,), "query.weight": (64, 48)}
@@ -193,3 +196,27 @@ def test_the_sums_so_far_by_name(name: str) -> None:
     assert list(found) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert torch.equal(found["0.weight"], torch.full((2, 3), 2.0))
     assert not found["1.weight"].any()
+
+
+@pytest.mark.parametrize("gradient_dtype", [None, torch.float32])
+def test_the_proof_of_a_step_looks_at_the_flat_gradient(
+    gradient_dtype: torch.dtype | None,
+) -> None:
+    model = make_model(tiny_config(), dtype=torch.bfloat16).eval()  # without dropout
+    optimizer = make("flat", dict(model.named_parameters()), gradient_dtype=gradient_dtype)
+    batch = sample_batch(3, 32, 11, torch.device("cpu"))
+    weights = {name: torch.tensor(0.1) for name in ("mlm", "nsp")}
+
+    def right() -> dict:
+        return forward_backward(model, batch, weights)
+
+    def wrong() -> dict:
+        sums = right()
+        optimizer.sink.target(model.cls.predictions.bias).mul_(100.0)
+        return sums
+
+    arguments = (optimizer.zero_grad, optimizer.sink.target)
+    assert difference(model, right, right, *arguments) is None
+    assert "the gradient of cls.predictions.bias differs" in difference(
+        model, right, wrong, *arguments
+    )

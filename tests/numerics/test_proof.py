@@ -10,6 +10,7 @@ import torch
 from bert_pretraining.kernels import OPERATORS, PROVIDERS, Target
 from bert_pretraining.kernels.proof import Case, cases, find_fault, measure
 from bert_pretraining.kernels.proof_problem import Sizes, lengths_of, small
+from bert_pretraining.runtime import arithmetic
 from fake_kernels import spoiled
 
 CPU = torch.device("cpu")
@@ -168,3 +169,28 @@ def test_times_are_positive() -> None:
         problem = Case(operator, SIZES, True, 0.1).problem(target)
         function = PROVIDERS["torch"].find(operator, target).function
         assert measure(function, problem, 0.1) > 0.0
+
+
+def test_products_in_tf32_are_right_where_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here they are emulated: each number that enters is cut to 10 bits after the point."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x: torch.Tensor) -> torch.Tensor:
+            return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+        @staticmethod
+        def backward(_, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient
+
+    right = PROVIDERS["torch"].find("attention", Target(CPU, torch.float32, 16)).function
+
+    def in_tf32(qkv: torch.Tensor, *others: object) -> torch.Tensor:
+        return right(Cut.apply(qkv), *others)
+
+    assert all(faults(in_tf32, "attention", torch.float32))
+    monkeypatch.setattr(arithmetic, "multiplies_in_tf32", lambda _: True)
+    assert set(faults(in_tf32, "attention", torch.float32)) == {None}
+    # Operators without products are held to float32 all the same.
+    wrong = spoiled("bias_gelu", "element")
+    assert all(faults(wrong, "bias_gelu", torch.float32))

@@ -76,19 +76,43 @@ def test_what_fits_a_budget() -> None:
 
 
 def test_budgets_of_the_published_data_set() -> None:
-    usual, any_batch = budgets(48, 512)
+    (usual,) = budgets(48, 512)
     assert (usual.tokens, usual.masked, usual.max_seqlen) == (12544, 1920, 512)
-    assert any_batch.tokens == 48 * 512
-    for lengths in ([1] * 48, [512] * 48, [256] * 48):
+    for lengths, fits in (([1] * 48, False), ([512] * 48, False), ([256] * 48, True)):
         arrays = padded_arrays(lengths, 512, 101)
-        arrays["masked_lm_ids"][:, 76:] = 0  # the largest number in the published data set
-        assert any_batch.fits(packed(arrays))
-    small, _ = budgets(4, 64)
+        arrays["masked_lm_ids"][:, 38:] = 0  # about the mean of the published data set
+        assert usual.fits(packed(arrays)) is fits
+    (small,) = budgets(4, 64)
     assert small.tokens == 4 * 64
 
 
+@pytest.mark.parametrize("extra", [0, 1, 70, 3 * 64])
+def test_what_fills_a_batch_is_spread_and_follows_from_it(extra: int) -> None:
+    budget = Budget(FIRST.num_tokens + extra, 8, FIRST.num_masked + 7, 64, dummies=5)
+    fresh, used = (StaticBatch(budget, CPU, IGNORED) for _ in range(2))
+    if budget.fits(SECOND):
+        used.load(SECOND)
+    batch = fresh.load(FIRST)
+    for name, tensor in used.load(FIRST).tensors().items():
+        assert torch.equal(tensor, getattr(batch, name)), name
+    for name in ("input_ids", "position_ids", "segment_ids"):
+        filled, own = getattr(batch, name), getattr(FIRST, name)
+        assert torch.equal(filled, own.repeat(3)[: len(filled)])
+    places = batch.masked_positions[FIRST.num_masked :]
+    assert len(set(places.tolist())) == 7
+    assert 0 <= places.min() <= places.max() < budget.tokens
+
+
+def test_a_batch_much_smaller_than_its_budget() -> None:
+    budget = Budget(tokens=50, sequences=1, masked=60, max_seqlen=64, dummies=1)
+    tiny = packed(padded_arrays([7], 64, 101))
+    batch = StaticBatch(budget, CPU, IGNORED).load(tiny)
+    assert torch.equal(batch.input_ids, tiny.input_ids.repeat(8)[:50])
+    assert batch.masked_positions.max() < 50
+
+
 def test_a_batch_of_any_size_takes_a_step() -> None:
-    """It takes the smallest budget that fits, or none if none fits."""
+    """One that fits no budget keeps its own shape."""
     model = make_model(tiny_config())
     step = MicroStep(model, CPU, budgets(8, 64, static_tokens=FIRST.num_tokens + 10), graph=False)
     step.prepare(lambda: model.zero_grad(set_to_none=False))

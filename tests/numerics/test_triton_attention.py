@@ -5,6 +5,8 @@ On a GPU the kernels run natively, otherwise in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,13 @@ from triton_helpers import (
 )
 
 # isort: split
-from bert_pretraining.kernels import reference, triton_attention, triton_operators
+from bert_pretraining.kernels import (
+    reference,
+    triton_attention,
+    triton_attention_tilings,
+    triton_operators,
+)
+from bert_pretraining.kernels.triton_attention_tilings import Problem, Tiling, Tilings
 
 LENGTHS = [[1], [1, 1, 1], [7, 33, 3], [64, 64], [0, 5, 0, 0, 70, 0]]
 LONG = [[511], [512, 1, 300]]
@@ -147,3 +155,76 @@ def test_attention_dropout_forward_and_backward(dropout: float) -> None:
         [random(sum(lengths), 3, 2, 8)],
         1e-5,
     )
+
+
+# Block sizes
+
+
+def seconds_of(numbers: list[float]) -> Callable[[Callable[[], object]], float]:
+    """A stopwatch that runs nothing, and gives these times, one after the other."""
+    times = iter(numbers)
+    return lambda _: next(times)
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (32, 16)])
+def test_other_block_sizes_drop_the_same_weights(sizes: tuple[int, int]) -> None:
+    """Results differ by rounding alone."""
+    lengths, seed = [7, 40], fixed_seed()
+    qkv, direction = random(47, 3, 2, 8), random(47, 2, 8, seed=9)
+    inputs = (qkv, bounds(lengths), 40, 0.4, seed)
+    problem = triton_attention.problem_of(qkv, 40)
+
+    def run() -> list[Tensor]:
+        context, saved = triton_attention.forward(*inputs)
+        return [context, triton_attention.backward(direction, *inputs, context, saved)]
+
+    expected = run()
+    try:
+        triton_attention_tilings.use(problem, Tilings(*[Tiling(*sizes, 4, 1)] * 3))
+        found = run()
+    finally:
+        triton_attention_tilings.use(problem, None)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_measurement_changes_no_block_sizes() -> None:
+    """Otherwise a resumed run would not give the bits of one that was not interrupted."""
+    qkv = random(5, 3, 1, 16, dtype=torch.bfloat16)
+    problem = triton_attention.problem_of(qkv, 5)
+    kernels = ("forward", "query_gradient", "key_value_gradient")
+    count = [len(triton_attention_tilings.candidates(kernel, problem)) for kernel in kernels]
+    found = triton_attention.tune(
+        seconds_of(list(range(sum(count)))), qkv, bounds([5]), 5, 0.1, fixed_seed()
+    )
+    assert [len(found[kernel]) for kernel in kernels] == count
+    for kernel in kernels:
+        assert next(iter(found[kernel])) == getattr(triton_attention_tilings.fixed(problem), kernel)
+    assert triton_attention_tilings.tilings(problem) == triton_attention_tilings.fixed(problem)
+
+
+def test_block_sizes_are_chosen_for_a_class_of_lengths() -> None:
+    classes = [triton_attention_tilings.length_class(length) for length in (1, 64, 65, 256, 512)]
+    assert classes == [0, 0, 1, 2, 3]
+    short, long = (Problem(64, torch.bfloat16, False, one) for one in (0, 3))
+    other = Tilings(*[Tiling(128, 64, 8, 2)] * 3)
+    try:
+        triton_attention_tilings.use(long, other)
+        assert triton_attention_tilings.tilings(long) == other
+        assert triton_attention_tilings.tilings(short) == triton_attention_tilings.fixed(short)
+    finally:
+        triton_attention_tilings.use(long, None)
+
+
+@pytest.mark.parametrize(("allowed", "dtype", "expected"), [
+    (True, torch.float32, True), (True, torch.bfloat16, False), (False, torch.float32, False),
+])  # fmt: skip
+def test_tf32_only_where_it_is_allowed(
+    allowed: bool, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_attention.arithmetic, "multiplies_in_tf32", lambda _: allowed)
+    qkv = random(5, 3, 1, 16, dtype=dtype)
+    assert triton_attention.problem_of(qkv, 5).tf32 == expected
+    output = triton_operators.attention(qkv, bounds([5]), 5, 0.0)
+    exact = reference.attention(qkv.double(), bounds([5]), 5, 0.0)
+    assert_near(output, exact, TOLERANCE[torch.float16] if expected else TOLERANCE[dtype])

@@ -53,6 +53,13 @@ def test_every_config_resolves_and_its_name_is_its_topology(name: str, stem: str
     assert config.parse_topology(stem) == (resolved.nnodes, resolved.nproc_per_node)
 
 
+def test_eight_gpus_share_the_optimizer_s_work() -> None:
+    one, eight = (resolve({"name": "nvidia", "config": f"H200x1x{n}"}).config for n in (1, 8))
+    assert eight.distributed_lamb
+    assert not one.distributed_lamb  # one rank has nobody to share with
+    assert one.global_batch_size == eight.global_batch_size == 448
+
+
 def test_all_names_are_there() -> None:
     assert {f"{name}/{stem}" for name, stem in config.config_names()} == {
         *(f"default/V100x1x{count}" for count in (1, 4, 8, 16)),

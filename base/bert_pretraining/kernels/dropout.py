@@ -30,15 +30,21 @@ def keep_scale(probability: float) -> float:
 
 def dropout(x: Tensor, probability: float) -> Tensor:
     """Zero each element with `probability`, and scale the others to preserve the mean."""
-    if probability == 0.0 or x.device.type != "cpu":
-        return F.dropout(x, probability, training=probability > 0)
+    if probability == 0.0:
+        return x
+    if x.device.type != "cpu":
+        # No `training=probability > 0`: under torch.compile with dynamic shapes that is a symbol,
+        # which F.dropout refuses.
+        return F.dropout(x, probability)
     return _Dropout.apply(x, keep_mask(tuple(x.shape), probability), keep_scale(probability))
 
 
 def dropout_add(x: Tensor, bias: Tensor, residual: Tensor, probability: float) -> Tensor:
     """residual + dropout(x + bias). x, residual: (T, C); bias: (C,)."""
-    if probability == 0.0 or x.device.type != "cpu":
-        return residual + F.dropout(x + bias, probability, training=probability > 0)
+    if probability == 0.0:
+        return residual + (x + bias)
+    if x.device.type != "cpu":
+        return residual + F.dropout(x + bias, probability)
     mask = keep_mask(tuple(x.shape), probability)
     return _DropoutAdd.apply(x, bias, residual, mask, keep_scale(probability))
 

@@ -48,6 +48,7 @@ from bert_pretraining.kernels.proof_problem import (
     take,
 )
 from bert_pretraining.kernels.provider import Target
+from bert_pretraining.runtime import arithmetic
 from bert_pretraining.runtime import device as devices
 
 FACTOR = 8.0
@@ -126,7 +127,10 @@ def find_fault(function: Callable, problem: Problem, dropout: float) -> str | No
     found = dict(zip(("output", *problem.inputs), (output, *gradients), strict=True))
     exact = problem.exact(dropout, masks)
     grain = DROPOUT_GRAIN if dropout else 0.0
-    unit = FACTOR * max(torch.finfo(problem.dtype).eps, grain)
+    spacing = torch.finfo(problem.dtype).eps
+    if problem.multiplies:
+        spacing = arithmetic.rounding(problem.device, problem.dtype)
+    unit = FACTOR * max(spacing, grain)
     for name, tensor in found.items():
         what, part = "output", problem.output_part
         if name != "output":

@@ -15,6 +15,8 @@ from bert_pretraining.kernels.proof_problem import COMPARED, Problem, Sizes, gro
 
 
 class Attention(Problem):
+    multiplies = True
+
     def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self._size, self._longest = sizes.head_size, max(sizes.lengths)

@@ -90,6 +90,7 @@ def _key(provider: str, operator: str, target: Target, sizes: Sizes) -> dict:
         "triton_interpreter": os.environ.get("TRITON_INTERPRET", ""),
         "threads": torch.get_num_threads(),
         "deterministic": arithmetic.are_operators_deterministic(),
+        "rounding": arithmetic.rounding(target.device, target.dtype),
         **_installed(),
     }
     return json.loads(json.dumps(circumstances))

@@ -122,9 +122,11 @@ class Problem:
         parts: name -> the compared part of an input; a missing name: all of it.
         output_part: the compared part of the output.
         drops: whether the operator has dropout.
+        multiplies: whether it multiplies matrices, which a device may do in TF32.
     """
 
     drops = True
+    multiplies = False
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

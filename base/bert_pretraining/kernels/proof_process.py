@@ -138,6 +138,7 @@ def main() -> None:
         # The type's extension package comes first: without it torch.device does not know the type.
         kind, _, index = job["device"].partition(":")
         device = devices.choose(kind, int(index or 0)).device
+        arithmetic.set_tf32(device, job["tf32"])
         (torch.ones(8, device=device) * 2).sum().item()
     except Exception as error:
         tell({"unusable": str(error).strip().splitlines()[0][:200]})
@@ -176,6 +177,7 @@ class Child:
             "dtype": str(target.dtype).removeprefix("torch."),
             "head_size": target.head_size,
             "deterministic": arithmetic.are_operators_deterministic(),
+            "tf32": arithmetic.multiplies_in_tf32(target.device),
             "sizes": dataclasses.asdict(sizes),
         }
         try:

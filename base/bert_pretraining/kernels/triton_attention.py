@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,71 +15,64 @@ from bert_pretraining.kernels.triton_attention_kernels import (
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
+from bert_pretraining.kernels.triton_attention_tilings import (
+    Problem,
+    Tiling,
+    candidates,
+    length_class,
+    tilings,
+    use,
+)
 from bert_pretraining.kernels.triton_common import (
     divide_up,
     mask_constants,
     power_of_two_at_least,
 )
 from bert_pretraining.kernels.triton_sums import add_partial_sums, column_sum
+from bert_pretraining.runtime import arithmetic
 from bert_pretraining.runtime.compat import custom_op
 
-
-class Tiling(NamedTuple):
-    """Block sizes of a kernel, and its compile options."""
-
-    block_queries: int
-    block_keys: int
-    num_warps: int
-    num_stages: int
-
-
-# For 16-bit dtypes: no registers spill on sm80 or sm90, and with head size 64 two to four programs
-# run on one multiprocessor at a time. Larger blocks would waste more work on short sequences.
-_SMALL_HEAD_TILING = Tiling(64, 64, num_warps=4, num_stages=2)
-_LARGE_HEAD_TILING = Tiling(64, 64, num_warps=8, num_stages=2)
-# For float32: products do not use tensor cores, and their operands are twice as large.
-_FLOAT32_TILING = Tiling(32, 32, num_warps=8, num_stages=1)
 _LARGEST_HEAD = 128
 
 
-def tiling(head_size: int, dtype: torch.dtype) -> Tiling:
-    """The block sizes for a head size and a dtype."""
-    if dtype == torch.float32:
-        return _FLOAT32_TILING
-    return _SMALL_HEAD_TILING if head_size <= 64 else _LARGE_HEAD_TILING
+def problem_of(qkv: Tensor, max_seqlen: int) -> Problem:
+    """What the block sizes depend on. qkv: (T, 3, heads, D)."""
+    tf32 = qkv.dtype == torch.float32 and arithmetic.multiplies_in_tf32(qkv.device)
+    return Problem(qkv.shape[3], qkv.dtype, tf32, length_class(max_seqlen))
 
 
 @functools.cache
 def _constants(
-    num_heads: int, head_size: int, dtype: torch.dtype, dropout: float
-) -> tuple[Tiling, float, tuple, dict[str, int]]:
-    """The tiling, the scale of scores, and a kernel's constants and compile options."""
+    num_heads: int, head_size: int, dropout: float, tf32: bool, tiling: Tiling
+) -> tuple[tuple, dict[str, int]]:
+    """A kernel's constants and compile options."""
     if head_size > _LARGEST_HEAD:
         raise ValueError(f"head size {head_size} is larger than {_LARGEST_HEAD}")
-    sizes = tiling(head_size, dtype)
-    block_size = power_of_two_at_least(head_size, 16)
-    blocks = (block_size, sizes.block_queries, sizes.block_keys)
-    constants = (num_heads, head_size, *blocks, *mask_constants(dropout), "ieee")
-    options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
-    return sizes, 1.0 / math.sqrt(head_size), constants, options
+    blocks = (power_of_two_at_least(head_size, 16), tiling.block_queries, tiling.block_keys)
+    precision = "tf32" if tf32 else "ieee"
+    constants = (num_heads, head_size, *blocks, *mask_constants(dropout), precision)
+    return constants, {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
 
 
 def _launch(
     kernel: Any,
-    programs_over: str,
+    name: str,
     pointers: tuple[Tensor | None, ...],
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     dropout: float,
 ) -> None:
-    """Run a kernel with one program per block of `programs_over` ("queries" or "keys")."""
+    """Run a kernel with the block sizes of this name, a field of `Tilings`."""
     num_tokens, _, num_heads, head_size = qkv.shape
-    sizes, scale, constants, options = _constants(num_heads, head_size, qkv.dtype, dropout)
+    problem = problem_of(qkv, max_seqlen)
+    tiling = getattr(tilings(problem), name)
+    constants, options = _constants(num_heads, head_size, dropout, problem.tf32, tiling)
     if num_tokens == 0:
         return
     num_sequences = cu_seqlens.shape[0] - 1
-    block = sizes.block_queries if programs_over == "queries" else sizes.block_keys
+    # One program for each block of what the kernel does not loop over.
+    block = tiling.block_keys if name == "key_value_gradient" else tiling.block_queries
     num_blocks = max(divide_up(max_seqlen, block), 1)
     kernel[((num_sequences + 1) * num_heads * num_blocks,)](
         *pointers,
@@ -87,7 +80,7 @@ def _launch(
         num_sequences,
         num_blocks,
         *qkv.stride()[:3],
-        scale,
+        head_size**-0.5,
         *constants,
         **options,
     )
@@ -106,7 +99,7 @@ def forward(
     """
     context, log_sum_exp = _empty_outputs(qkv)
     pointers = (qkv, cu_seqlens, seed, context, log_sum_exp)
-    _launch(forward_kernel, "queries", pointers, qkv, cu_seqlens, max_seqlen, dropout)
+    _launch(forward_kernel, "forward", pointers, qkv, cu_seqlens, max_seqlen, dropout)
     return context, (log_sum_exp,)
 
 
@@ -137,13 +130,13 @@ def backward(
     # The order matters: the second kernel reads the delta that the first one writes.
     _launch(
         query_gradient_kernel,
-        "queries",
+        "query_gradient",
         (*inputs, context, log_sum_exp, delta, qkv_gradient),
         *sizes,
     )
     _launch(
         key_value_gradient_kernel,
-        "keys",
+        "key_value_gradient",
         (*inputs, log_sum_exp, delta, qkv_gradient),
         *sizes,
     )
@@ -170,6 +163,41 @@ def backward_with_bias(
 
 
 PAIR = Pair(forward, backward_with_bias)
+
+Seconds = Callable[[Callable[[], object]], float]
+"""Runs a function and returns the seconds that the device took for it."""
+
+
+def tune(
+    seconds: Seconds,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> dict[str, dict[Tiling, float]]:
+    """The seconds of every candidate of every kernel on these inputs; see `forward` for them.
+
+    Those of the gradient kernels include the other gradient kernel. What a run uses stays as it
+    was, so that its results do not depend on a measurement.
+    """
+    problem = problem_of(qkv, max_seqlen)
+    before = tilings(problem)
+    inputs = (qkv, cu_seqlens, max_seqlen, dropout, seed)
+    context, saved = forward(*inputs)
+    found = {}
+    for kernel in before._fields:
+        run = functools.partial(forward, *inputs)
+        if kernel != "forward":
+            run = functools.partial(backward, context, *inputs, context, saved)
+        found[kernel] = {}
+        for candidate in candidates(kernel, problem):
+            use(problem, before._replace(**{kernel: candidate}))
+            try:
+                found[kernel][candidate] = seconds(run)
+            finally:
+                use(problem, before)
+    return found
 
 
 def _readable(qkv: Tensor) -> Tensor:

@@ -89,15 +89,11 @@ class LossTotals:
         """The length of the tensor that `flat` returns."""
         return (_COLUMNS + 1) * len(names)
 
-    def write_to(self, row: Tensor) -> None:
-        """Fill row, (3 k,) for k losses: loss and correct predictions of each, then all counts."""
+    def flat(self) -> Tensor:
+        """(3 k,) for k losses: loss and correct predictions of each, then all counts."""
+        row = self._sums.new_empty(self.columns(self.names))
         sums = self._sums.view(-1)
         row[: len(sums)] = sums
         for place, name in enumerate(self.names, len(sums)):
             row[place].fill_(self._counts[name])  # row[place] = x would wait for a GPU
-
-    def flat(self) -> Tensor:
-        """A tensor with what `write_to` writes, to be summed over ranks."""
-        row = self._sums.new_empty(self.columns(self.names))
-        self.write_to(row)
         return row

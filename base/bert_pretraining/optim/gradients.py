@@ -78,6 +78,8 @@ class FlatGradient:
         views, gradients = [], []
         for parameter, view in zip(self._parameters, self.views, strict=True):
             gradient = parameter.grad
+            if gradient is view:
+                continue
             if gradient is not None and gradient.data_ptr() != view.data_ptr():
                 views.append(view)
                 gradients.append(gradient)

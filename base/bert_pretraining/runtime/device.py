@@ -177,6 +177,13 @@ def reset_peak_memory(device: torch.device) -> None:
     _told(device, "reset_peak_memory_stats")
 
 
+def free_unused_memory(device: torch.device) -> None:
+    """Give the device back what PyTorch keeps for later tensors."""
+    free = function_of(device.type, "empty_cache")
+    if free is not None:
+        free()
+
+
 # ---- what it can do
 
 

@@ -29,17 +29,17 @@ def loss_weights(
     and over all sequences, of the update, so that only the set of sequences matters and
     not how it is split. Asks the other ranks for their counts.
     """
-    counts = [[batch.num_predictions(name) for name in names] for batch in micro_batches]
+    counts = torch.tensor(
+        [[batch.num_predictions(name) for name in names] for batch in micro_batches],
+        dtype=torch.float32,
+    )
+    # The host computes what it can: a device would need a launch for each operator.
     if normalization == "rank":
-        at_least_one = [[max(count, 1) for count in row] for row in counts]
-        weights = 1.0 / (len(counts) * _on_device(at_least_one, ranks.device))
+        weights = devices.sent(1.0 / (len(counts) * counts.clamp(min=1.0)), ranks.device)
     else:
-        totals = _on_device([sum(column) for column in zip(*counts, strict=True)], ranks.device)
-        weights = ranks.world_size / sum_over_ranks(totals).clamp(min=1.0)
-        weights = weights.expand(len(counts), -1)
+        totals = counts.sum(0)
+        if ranks.world_size > 1:
+            totals = sum_over_ranks(devices.sent(totals, ranks.device))
+        weights = ranks.world_size / totals.clamp(min=1.0)
+        weights = devices.sent(weights, ranks.device).expand(len(counts), -1)
     return [dict(zip(names, row.unbind(), strict=True)) for row in weights * scale]
-
-
-def _on_device(counts: list, device: torch.device) -> Tensor:
-    """float32 on the device; where memory can be pinned, nothing waits for earlier work there."""
-    return devices.sent(torch.tensor(counts, dtype=torch.float32), device)

@@ -118,8 +118,10 @@ class Session:
         self._evaluation_set = load_evaluation_set(
             self._paths.eval_dir,
             self.config.num_eval_examples,
-            self._loader_config(self.config.eval_batch_size),
-        )
+            dataclasses.replace(
+                self._loader_config(self.config.eval_batch_size), pin_for=self.ranks.device
+            ),
+        ).near(self.ranks.device)
 
     def begin(self) -> str | None:
         """Evaluate the start weights, or take over the saved run; then training begins.

@@ -1,8 +1,10 @@
 """Batches of constant shape, for compiled code and CUDA graphs.
 
-Buffers of a fixed size receive one packed batch after the other. After the last token of a batch,
-they still hold tokens of earlier batches: valid, but meaningless. These form dummy sequences, whose
-labels are ignored, so that they do not affect the losses or the gradients.
+Buffers of a fixed size receive one packed batch after the other. After the last token of a batch
+come copies of its first ones. These form dummy sequences, whose labels are ignored, so that they do
+not affect the losses or the gradients. Copies, because the zeros that come back for equal ids or
+positions may be added one by one to the same row of a table, and because everything that a step
+computes then follows from its batch alone.
 """
 
 from __future__ import annotations
@@ -44,8 +46,11 @@ class Budget:
         )
 
 
-def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[Budget, Budget]:
-    """The sizes for the usual balanced batch, and for any possible batch.
+def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[Budget]:
+    """The sizes for the usual balanced batch. Larger ones keep their own shape.
+
+    Sizes for any possible batch would need the memory of sequences that are all of full length:
+    twice as much as the usual batch.
 
     batch_size: sequences per batch. max_seqlen: the most tokens per sequence. static_tokens: tokens
     of the usual batch; 0 computes them from the means of the MLPerf training set.
@@ -63,7 +68,7 @@ def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[B
         # A batch with a tenth fewer tokens than the budget still fits.
         math.ceil(0.1 * tokens / max_seqlen) + 1,
     )
-    return usual, Budget(most, batch_size, batch_size * max_masked, max_seqlen, batch_size)
+    return (usual,)
 
 
 def _rounded(count: float) -> int:
@@ -94,6 +99,9 @@ class StaticBatch:
             next_sentence_labels=zeros(num_sequences, torch.int64).fill_(ignored),
             max_seqlen=budget.max_seqlen,
         )
+        # The positions of rows that no masked token needs: all different.
+        rows = torch.arange(budget.masked, device=device)
+        self._places = (rows * budget.tokens // max(budget.masked, 1)).to(torch.int32)
         # Where dummy sequences end, counted from the last real token.
         self._ends = budget.max_seqlen * torch.arange(
             1, budget.dummies + 1, dtype=torch.int32, device=device
@@ -109,8 +117,19 @@ class StaticBatch:
         sources = batch.tensors()
         for name, buffer in self.batch.tensors().items():
             buffer[: len(sources[name])].copy_(sources[name], non_blocking=True)
+        for name in ("input_ids", "segment_ids", "position_ids"):
+            _repeat(sources[name], getattr(self.batch, name))
         ends = self.batch.cu_seqlens[len(batch.cu_seqlens) :]
         torch.clamp(self._ends + batch.num_tokens, max=self.budget.tokens, out=ends)
         self.batch.masked_labels[batch.num_masked :].fill_(self._ignored)
-        self.batch.masked_positions[batch.num_masked :].fill_(0)
+        self.batch.masked_positions[batch.num_masked :].copy_(self._places[batch.num_masked :])
         return self.batch
+
+
+def _repeat(source: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Fill what comes after the source's copy in the buffer with the source, again and again."""
+    start = len(source)
+    while start < len(buffer):
+        count = min(len(source), len(buffer) - start)
+        buffer[start : start + count].copy_(source[:count], non_blocking=True)
+        start += count

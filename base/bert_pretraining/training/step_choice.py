@@ -119,6 +119,8 @@ def best_that_works(
                 blamed = str(way)
                 fault = _difference(step, way, trained, batch, config, say)
             trained.zero_grad()
+        # A graph cannot use what the plain modules have left behind.
+        devices.free_unused_memory(ranks.device)
         if fault is None:
             say(f"Micro-steps: {_described(way)}")
             return step
@@ -188,7 +190,11 @@ def _difference(
             for with_dropout in modes:
                 with _training(module, with_dropout):
                     fault = difference(
-                        module, plain, lambda: step(batch, weights), trained.zero_grad
+                        module,
+                        plain,
+                        lambda: step(batch, weights),
+                        trained.zero_grad,
+                        (trained.sink or OwnGradients()).target,
                     )
                 if fault:
                     break

@@ -45,10 +45,12 @@ def difference(
     eager: Callable[[], Sums],
     other: Callable[[], Sums],
     zero_grad: Callable[[], None],
+    gradient_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.grad,
 ) -> str | None:
     """How loss or gradients of `other` differ from the eager ones beyond their bounds, or None.
 
-    Both add the gradients of the same batch to the module's parameters; zero_grad zeroes them.
+    Both add the gradients of the same batch to the module's parameters; zero_grad zeroes them, and
+    gradient_of tells where they are.
     Two eager passes with different random states show how much dropout changes; without dropout
     only rounding may differ. With dropout, an error that is smaller than its effect is not found.
     """
@@ -59,7 +61,7 @@ def difference(
         torch.manual_seed(seed)
         sums = step()
         loss = float(sum(part.loss.double() for part in sums.values()))
-        return loss, [parameter.grad for _, parameter in named]
+        return loss, [gradient_of(parameter) for _, parameter in named]
 
     loss, gradients = run(eager, 1)
     first = [gradient.clone() for gradient in gradients]
@@ -70,7 +72,7 @@ def difference(
     found = _norms([a - b for a, b in zip(gradients, first, strict=True)])
     sizes = _norms(first)
     zero_grad()
-    unit = ROUNDINGS * arithmetic.rounding(first[0].device, first[0].dtype)
+    unit = ROUNDINGS * arithmetic.rounding(first[0].device, named[0][1].dtype)
     bound = MASKS * mask_loss + (0.05 * abs(loss) if mask_loss else 0.0) + unit * abs(loss)
     if not abs(our_loss - loss) <= bound:
         return f"the loss differs by {abs(our_loss - loss):.2g} of {loss:.4g} (bound {bound:.2g})"
