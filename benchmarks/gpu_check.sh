@@ -32,6 +32,7 @@ mkdir -p "$out" || exit
 work=$(mktemp -d) || exit
 archive=$out/gpu_check_$part.tar.gz
 summary=$out/gpu_check_$part.txt
+: >"$summary"
 failed=0
 running=
 
