@@ -82,7 +82,7 @@ def test_a_part_fits_one_command(tmp_path: Path, part: str, pretended: bool) -> 
     assert all(call.startswith("-k 10 ") for call in checked.calls)
     limits = [int(call.split()[2]) for call in checked.calls]
     assert len(limits) >= 6
-    assert sum(limits) <= MOST_SECONDS
+    assert sum(limits) <= MOST_SECONDS * (3 if pretended else 1)
     assert len(list(checked.out.iterdir())) <= MOST_FILES
     steps = [line.split()[1] for line in checked.shown.splitlines() if line.startswith("ok ")]
     assert {f"{name}.txt" for name in steps} <= set(checked.archived())
