@@ -15,7 +15,7 @@ from bert_pretraining.kernels import select
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import forward_backward
-from bert_pretraining.training.step_choice import prepared_step
+from bert_pretraining.training.step_choice import Trained, prepared_step
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 SWITCHES = (
@@ -27,6 +27,10 @@ WITH_EFFECT = ("exchange_padding", "use_cuda_graph", "checkpoint_activations")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
 WEIGHTS = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
+
+
+def trained(model: BertForPreTraining) -> Trained:
+    return Trained(model, model, functools.partial(model.zero_grad, set_to_none=False))
 
 
 def combinations(whole: bool) -> Iterator[dict[str, bool]]:
@@ -55,7 +59,7 @@ def test_every_combination_of_switches_trains(whole: bool) -> None:
             tiny_config(num_hidden_layers=1), kernels, 1, chosen.checkpoint_activations
         )
         said: list[str] = []
-        step = prepared_step(chosen, model, 512, ALONE, said.append, model.zero_grad)
+        step = prepared_step(chosen, trained(model), 512, ALONE, said.append)
         torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
         norms = [parameter.grad.norm() for parameter in model.parameters()]
         torch.testing.assert_close(torch.stack(norms).norm(), norm, rtol=1e-4, atol=1e-6)
@@ -89,8 +93,7 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     expected = forward_backward(model, BATCH, WEIGHTS)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     said: list[str] = []
-    zero_grad = functools.partial(model.zero_grad, set_to_none=False)
-    step = prepared_step(chosen, model, 64, ALONE, said.append, zero_grad)
+    step = prepared_step(chosen, trained(model), 64, ALONE, said.append)
     torch.testing.assert_close(step(BATCH, WEIGHTS), expected, rtol=1e-4, atol=1e-4)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
@@ -102,7 +105,7 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = config.resolve({"compile": "on"}).config
     with pytest.raises(UserError, match=r"needs a C.. compiler; install"):
         model = make_model(tiny_config())
-        prepared_step(chosen, model, 512, ALONE, print, model.zero_grad)
+        prepared_step(chosen, trained(model), 512, ALONE, print)
 
 
 def test_compiling_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,4 +114,4 @@ def test_compiling_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> N
     on_gpu = Ranks(0, 1, torch.device("cuda", 0))
     with pytest.raises(UserError, match="--compile on: on a GPU it needs triton; pip install"):
         model = make_model(tiny_config())
-        prepared_step(chosen, model, 512, on_gpu, print, model.zero_grad)
+        prepared_step(chosen, trained(model), 512, on_gpu, print)
