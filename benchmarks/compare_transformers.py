@@ -18,13 +18,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from bert_pretraining.bench import record
 from bert_pretraining.bench import step as bench
 from bert_pretraining.bench.workload import batch_of, padded_arrays
 from bert_pretraining.kernels import select
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.runtime import device as devices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -91,22 +89,8 @@ def main() -> int:
     flags = parser.parse(sys.argv[1:])
     device, config, lengths = bench.setting_of(flags)
     batch = batch_of(lengths, config)
-    results: dict[str, dict] = {}
-    described = {
-        "transformers": importlib.metadata.version("transformers"),
-        "device": devices.name(device),
-        "threads": torch.get_num_threads(),
-        "layers": config.num_hidden_layers,
-        "lengths": lengths.tolist(),
-        "results": results,
-    }
 
-    def keep(precision: str, figures: dict[str, dict]) -> None:
-        results[precision] = figures
-        if flags.output:
-            record.write(flags.output, described)
-
-    for precision in flags.precision:
+    def makers_of(precision: str) -> bench.Makers:
         dtype = bench.DTYPES[precision]
         theirs = partial(hugging_face_step, config, lengths, device, dtype)
         ours = partial(bench.OurStep, config, batch, device, dtype)
@@ -120,13 +104,15 @@ def main() -> int:
             makers[f"Hugging Face, compiled, {precision}"] = partial(theirs, compiled=True)
         if flags.compile:
             makers[f"ours, compiled, {precision}"] = partial(ours, compiled=True)
-        figures = bench.compare(
-            makers, device, config, lengths, batch.num_masked, dtype, flags.repeats,
-            partial(keep, precision),
-        )  # fmt: skip
-        print(bench.table(figures, next(iter(figures))), flush=True)
-        keep(precision, figures)
-    return 1 if any("failed" in one for found in results.values() for one in found.values()) else 0
+        return makers
+
+    return bench.compare_each_precision(
+        flags,
+        (device, config, lengths),
+        batch.num_masked,
+        makers_of,
+        transformers=importlib.metadata.version("transformers"),
+    )
 
 
 if __name__ == "__main__":

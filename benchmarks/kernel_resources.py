@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -67,16 +66,7 @@ def resources(
     kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
 ) -> dict[str, Any]:
     """Compile one kernel and describe it."""
-    signature, aligned = {}, []
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        pointer = "*bf16" if name.endswith("_ptr") else "i32"
-        signature[name] = triton_compile.TYPES.get(name, pointer)
-        if name.endswith(("_ptr", "_stride")):
-            aligned.append(name)
-    source = triton_compile.ast_source(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton_compile.compiled(kernel, constants, options, capability)
     registers, code = read_machine_code(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = blocks_at_a_time(registers, shared, warps, capability)
@@ -85,7 +75,7 @@ def resources(
         return sum(number for name, number in code.items() if re.match(pattern, name))
 
     return {
-        "kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
+        "kernel": triton_compile.name_of(kernel),
         "capability": capability,
         "dropout": bool(constants.get("THRESHOLD")),
         "head_size": constants.get("HEAD_SIZE"),

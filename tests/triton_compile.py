@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from bert_pretraining.kernels import (
     triton_attention_kernels,
@@ -152,9 +152,9 @@ def ast_source(
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_kernel(
+def compiled(
     kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
-) -> dict[str, Any]:
+) -> CompiledKernel:
     """Compile for NVIDIA GPUs of a compute capability (90 for 9.0), with 16-byte alignment."""
     signature, aligned = {}, []
     for name in kernel.arg_names:
@@ -164,12 +164,24 @@ def compile_kernel(
         if name.endswith(("_ptr", "_stride")):
             aligned.append(name)
     source = ast_source(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assembly = compiled.asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def name_of(kernel: Any) -> str:
+    """The kernel's module and name."""
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
+) -> dict[str, Any]:
+    """Compile a kernel, and what the tests ask of it."""
+    program = compiled(kernel, constants, options, capability)
+    assembly = program.asm["ptx"]
     return {
-        "kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}",
+        "kernel": name_of(kernel),
         "capability": capability,
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": program.metadata.shared,
         "wgmma": "wgmma.mma_async" in assembly,
         "tensor_cores": "wgmma.mma_async" in assembly or "mma.sync" in assembly,
         "atomics": re.search(r"\b(atom|red)\.", assembly) is not None,

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bert_pretraining.model.gradient_sink import OwnGradients
 from bert_pretraining.model.layer_form import FusedForm
 from bert_pretraining.model.losses import mean_loss
+from bert_pretraining.model.parameter_memory import OwnGradients
 from bert_pretraining.optim import OptimizerSettings, create_optimizer
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training import gradient_reduction

@@ -9,8 +9,8 @@ import torch
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.fp8 import GRADIENT, Fp8State
-from bert_pretraining.model.gradient_sink import OwnGradients
 from bert_pretraining.model.layer_form import PLAIN, FusedForm
+from bert_pretraining.model.parameter_memory import OwnGradients
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
 from bert_pretraining.training.static_batch import Budget
@@ -133,8 +133,8 @@ def test_no_graph_is_replayed_before_scales_are_measured() -> None:
     """A graph has no measuring in it. None is captured here, so that a replay would fail."""
     model = make_model(tiny_config())
     state = Fp8State.of(model.bert.encoder, CPU)
-    budgets = (Budget(tokens=64, sequences=3, masked=16, max_seqlen=16, dummies=4),)
-    step = MicroStep(model, CPU, budgets, graph=True, fp8=state)
+    budget = Budget(tokens=64, sequences=3, masked=16, max_seqlen=16, dummies=4)
+    step = MicroStep(model, CPU, budget, graph=True, fp8=state)
     weights = dict.fromkeys(model.losses, torch.ones(()))
     step(packed(padded_arrays([9, 16, 3], 16, 101)), weights)
     assert (state.table[2] > 0.0).all()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.kernels.pairs import PlainSums
 from bert_pretraining.model.batch import PackedBatch
-from bert_pretraining.model.gradient_sink import OwnGradients, put_side_by_side, side_by_side
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import CompiledForm, FusedForm, LayerForm
+from bert_pretraining.model.parameter_memory import OwnGradients, side_by_side
 from bert_pretraining.training.micro_step import forward_backward
 from helpers import make_model, packed, padded_arrays, tiny_config
 from reference_pairs import PAIRS
@@ -64,28 +65,26 @@ def test_queries_keys_and_values_may_lie_side_by_side(width: int) -> None:
     for group in groups if width == 64 else groups[::2]:
         put_side_by_side(group)
         assert side_by_side(group) is not None
+    model.zero_grad()
+    memories = []
     for group in groups:
-        memory = torch.zeros(3, *group[0].shape, dtype=torch.float64)
-        for parameter, part in zip(group, memory, strict=True):
+        memories.append(torch.zeros(3, *group[0].shape, dtype=torch.float64))
+        for parameter, part in zip(group, memories[-1], strict=True):
             parameter.grad = part
-        model.sink_memory = [*getattr(model, "sink_memory", []), memory]
-    model_sums = run_without_zeroing(model, batch)
-    torch.testing.assert_close([[model_sums], gradients(model)], expected, rtol=1e-9, atol=1e-12)
-    for memory, group in zip(model.sink_memory, groups, strict=True):
+    with model.layers_as(fused(model)):
+        sums = forward_backward(model, batch, WEIGHTS)
+    torch.testing.assert_close([[sums], gradients(model)], expected, rtol=1e-9, atol=1e-12)
+    for memory, group in zip(memories, groups, strict=True):
         for part, parameter in zip(memory, group, strict=True):
             assert part.data_ptr() == parameter.grad.data_ptr()
             assert part.abs().sum() > 0
 
 
-def run_without_zeroing(model: BertForPreTraining, batch: PackedBatch) -> dict:
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in ("query", "key", "value")):
-            parameter.grad = None
-    with model.layers_as(fused(model)):
-        return forward_backward(model, batch, WEIGHTS)
+def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    """Move parameters of equal shape into one tensor, one behind the other."""
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, whole.chunk(len(parameters)), strict=True):
+        parameter.data = part
 
 
 class WideSink:
@@ -187,8 +186,18 @@ def test_all_layers_share_one_program(constant: bool, monkeypatch: pytest.Monkey
         expected = run(model, batches, None)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        form = CompiledForm((batches[0].num_tokens,) if constant else None)
+        form = CompiledForm(batches[0].num_tokens if constant else None)
         found = run(model, batches, form)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("parts", [0, 1, 5])
+def test_a_provider_without_its_own_way_adds_partial_sums_at_once(parts: int) -> None:
+    partial = torch.randn(parts, 2, 3, dtype=torch.float64)
+    outputs = [torch.ones(3, dtype=torch.float64) for _ in range(2)]
+    sums = PlainSums()
+    sums(partial, outputs)
+    sums.finish()
+    torch.testing.assert_close(torch.stack(outputs), 1.0 + partial.sum(0))

@@ -8,7 +8,7 @@ import torch
 
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
-from bert_pretraining.training.static_batch import Budget, StaticBatch, budgets
+from bert_pretraining.training.static_batch import Budget, StaticBatch, usual_budget
 from helpers import make_model, packed, padded_arrays, tiny_config
 
 CPU = torch.device("cpu")
@@ -76,13 +76,13 @@ def test_what_fits_a_budget() -> None:
 
 
 def test_budgets_of_the_published_data_set() -> None:
-    (usual,) = budgets(48, 512)
+    usual = usual_budget(48, 512)
     assert (usual.tokens, usual.masked, usual.max_seqlen) == (12544, 1920, 512)
     for lengths, fits in (([1] * 48, False), ([512] * 48, False), ([256] * 48, True)):
         arrays = padded_arrays(lengths, 512, 101)
         arrays["masked_lm_ids"][:, 38:] = 0  # about the mean of the published data set
         assert usual.fits(packed(arrays)) is fits
-    (small,) = budgets(4, 64)
+    small = usual_budget(4, 64)
     assert small.tokens == 4 * 64
 
 
@@ -114,7 +114,7 @@ def test_a_batch_much_smaller_than_its_budget() -> None:
 def test_a_batch_of_any_size_takes_a_step() -> None:
     """One that fits no budget keeps its own shape."""
     model = make_model(tiny_config())
-    step = MicroStep(model, CPU, budgets(8, 64, static_tokens=FIRST.num_tokens + 10), graph=False)
+    step = MicroStep(model, CPU, usual_budget(8, 64, FIRST.num_tokens + 10), graph=False)
     step.prepare(lambda: model.zero_grad(set_to_none=False))
     assert not any(parameter.grad.any() for parameter in model.parameters())
     for batch in (FIRST, packed(padded_arrays([64] * 8, 64, 101)), packed(ARRAYS, slice(16, 19))):

@@ -16,7 +16,7 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossSum
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
-from bert_pretraining.training.static_batch import budgets
+from bert_pretraining.training.static_batch import usual_budget
 from bert_pretraining.training.step_choice import (
     Trained,
     Way,
@@ -29,7 +29,7 @@ from reference_pairs import PAIRS
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BATCH = packed(padded_arrays([30, 7, 52, 11, 64, 5], 64, 101, seed=3))
-SIZES = budgets(6, 64, 200)
+SIZE = usual_budget(6, 64, 200)
 WEIGHTS = {"mlm": torch.tensor(0.01), "nsp": torch.tensor(0.2)}
 
 
@@ -172,7 +172,7 @@ def test_the_step_goes_on_where_a_form_fails() -> None:
         errors.append(error)
         wrong.fails_from = 1e9
 
-    step = MicroStep(wrong, ALONE.device, (), False, instead=instead)
+    step = MicroStep(wrong, ALONE.device, None, False, instead=instead)
     for _ in range(2):
         for ours, theirs in zip(gradients_of(step, model), expected, strict=True):
             assert torch.equal(ours, theirs)
@@ -183,9 +183,9 @@ def test_the_step_goes_on_where_a_form_fails() -> None:
 @pytest.mark.parametrize(
     ("way", "fails_from", "names"),
     [
-        (Way(("compiled", "plain"), False, SIZES), 0, ["torch.compile"]),
-        (Way(("plain",), True, SIZES), 1e9, ["use_cuda_graph"]),
-        (Way(("compiled", "plain"), True, SIZES), 0, ["torch.compile", "use_cuda_graph"]),
+        (Way(("compiled", "plain"), False, SIZE), 0, ["torch.compile"]),
+        (Way(("plain",), True, SIZE), 1e9, ["use_cuda_graph"]),
+        (Way(("compiled", "plain"), True, SIZE), 0, ["torch.compile", "use_cuda_graph"]),
     ],
     ids=["compiled", "graph", "both"],
 )
@@ -213,10 +213,10 @@ def test_what_fails_is_left_out_with_one_notice(
 
 def test_a_model_that_fails_for_the_shape_is_not_captured_again_and_again() -> None:
     """Nothing was compiled, so that the notice is about the graph."""
-    model = Wrong(tiny(), fails_from=SIZES[-1].tokens)
+    model = Wrong(tiny(), fails_from=SIZE.tokens)
     chosen = config.resolve({"train_batch_size": 6}).config
     said: list[str] = []
-    way = Way(("plain",), True, SIZES)
+    way = Way(("plain",), True, SIZE)
     step = best_that_works(way, chosen, trained(model), 64, ALONE, said.append)
     (notice,) = said
     assert notice.startswith("Notice: use_cuda_graph: the run goes on without it (RuntimeError: ")

@@ -15,9 +15,9 @@ from bert_pretraining.kernels import OPERATORS, select, triton_operators, triton
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model import layer_form
 from bert_pretraining.model.fused_layer import SEEDS
-from bert_pretraining.model.gradient_sink import OwnGradients
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import PLAIN, FusedForm, LayerForm
+from bert_pretraining.model.parameter_memory import OwnGradients
 from bert_pretraining.training.micro_step import forward_backward
 from bert_pretraining.training.static_batch import Budget, StaticBatch
 from helpers import packed, padded_arrays, tiny_config

@@ -33,7 +33,7 @@ def make(
 ) -> tuple[BertForPreTraining, Optimizer, Update]:
     model = make_model(tiny_config(), dtype=dtype)
     lamb = create_optimizer(optimizer, model.named_parameters(), OptimizerSettings())
-    micro_step = MicroStep(model, CPU, (), graph=False)
+    micro_step = MicroStep(model, CPU, None, graph=False)
     update = Update(
         module=model,
         micro_step=micro_step,

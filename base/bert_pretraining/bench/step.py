@@ -29,7 +29,7 @@ from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
-from bert_pretraining.training.static_batch import budgets
+from bert_pretraining.training.static_batch import usual_budget
 from bert_pretraining.training.step_choice import Trained, prepared_step
 
 
@@ -89,7 +89,7 @@ class OurStep:
         # On a device `train` keeps the gradients where they are, and zeroes them.
         self._zero_grad = partial(module.zero_grad, set_to_none=device.type == "cpu")
         longest = config.max_position_embeddings
-        usual = budgets(batch.num_sequences, longest)[0]
+        usual = usual_budget(batch.num_sequences, longest)
         settings = Config(
             train_batch_size=batch.num_sequences,
             batching="balanced",
@@ -235,14 +235,35 @@ def main(arguments: list[str]) -> int:
             f"--graph: a device of type {device.type} cannot capture graphs", "leave it out"
         )
     batch = batch_of(lengths, config)
+
+    def makers_of(precision: str) -> Makers:
+        ours = partial(OurStep, config, batch, device, DTYPES[precision])
+        return _makers(flags, precision, ours)
+
+    return compare_each_precision(flags, (device, config, lengths), batch.num_masked, makers_of)
+
+
+def compare_each_precision(
+    flags: argparse.Namespace,
+    setting: tuple[torch.device, BertConfig, np.ndarray],
+    num_masked: int,
+    makers_of: Callable[[str], Makers],
+    **described: object,
+) -> int:
+    """`compare` for each of the flags' precisions; prints tables, and keeps figures in the file.
+
+    setting: what `setting_of` returns. described: further facts for the file. Returns the exit
+    code: 1 if a candidate failed.
+    """
+    device, config, lengths = setting
     results: dict[str, dict] = {}
-    described = {
+    described |= {
         "device": devices.name(device),
         "threads": torch.get_num_threads(),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "lengths": lengths.tolist(),
-        "masked": batch.num_masked,
+        "masked": num_masked,
         "results": results,
     }
 
@@ -252,11 +273,9 @@ def main(arguments: list[str]) -> int:
             record.write(flags.output, described)
 
     for precision in flags.precision:
-        dtype = DTYPES[precision]
         figures = compare(
-            _makers(flags, precision, partial(OurStep, config, batch, device, dtype)),
-            device, config, lengths, batch.num_masked, dtype, flags.repeats,
-            partial(keep, precision),
+            makers_of(precision), device, config, lengths, num_masked, DTYPES[precision],
+            flags.repeats, partial(keep, precision),
         )  # fmt: skip
         print(table(figures, next(iter(figures))), flush=True)
         keep(precision, figures)

@@ -9,13 +9,13 @@ Shapes: see `reference.py`. Both draw dropout masks from PyTorch's generator, in
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from bert_pretraining.kernels.pairs import AddSums, AttentionBackward, Pair, Saved
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.compat import custom_op
 
 aten = torch.ops.aten
@@ -84,9 +84,7 @@ def _add_sum(gradient: Tensor, bias_gradient: Tensor | None) -> None:
         bias_gradient.add_(gradient.flatten(1).sum(0, dtype=torch.float32))
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_has_triton = functools.cache(functools.partial(devices.is_installed, "triton"))
 
 
 def efficient_forward(

@@ -29,7 +29,7 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) 
     for start, end in itertools.pairwise(bounds):
         query, key, value = qkv[start:end].permute(1, 2, 0, 3)
         scores = query @ key.transpose(-1, -2) / math.sqrt(qkv.shape[-1])
-        weights = F.dropout(softmax(scores), dropout, training=dropout > 0)
+        weights = _dropped(softmax(scores), dropout)
         contexts.append((weights @ value).transpose(0, 1))
     contexts.append(torch.zeros_like(qkv[bounds[-1] :, 0]))
     return torch.cat(contexts)
@@ -73,9 +73,7 @@ def bias_dropout_residual_layer_norm(
 
     x, residual: (T, C); bias, weight, norm_bias: (C,).
     """
-    return layer_norm(
-        residual + F.dropout(x + bias, dropout, training=dropout > 0), weight, norm_bias, epsilon
-    )
+    return layer_norm(residual + _dropped(x + bias, dropout), weight, norm_bias, epsilon)
 
 
 def embedding_layer_norm_dropout(
@@ -95,9 +93,7 @@ def embedding_layer_norm_dropout(
     ids: (T,) int32 or int64; tables: (entries, C); weight, norm_bias: (C,). Returns (T, C).
     """
     embedded = word_table[input_ids] + position_table[position_ids] + segment_table[segment_ids]
-    return F.dropout(
-        layer_norm(embedded, weight, norm_bias, epsilon), dropout, training=dropout > 0
-    )
+    return _dropped(layer_norm(embedded, weight, norm_bias, epsilon), dropout)
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +108,11 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     chosen = wide.gather(1, labels[:, None])[:, 0]
     loss_sum = (torch.logsumexp(wide, dim=1) - chosen).sum()
     return loss_sum, (wide.argmax(dim=1) == labels).sum()
+
+
+def _dropped(x: Tensor, dropout: float) -> Tensor:
+    # Not `training=dropout > 0`: where torch.compile makes the number a symbol, F.dropout refuses.
+    return F.dropout(x, dropout) if dropout else x
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

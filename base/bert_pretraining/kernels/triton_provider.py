@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 from bert_pretraining.errors import NotInstalled, Unavailable
@@ -16,7 +15,7 @@ OLDEST = (2, 1)  # the oldest whose compiler takes all kernels
 
 def unavailable(target: Target) -> Unavailable | None:
     """Why Triton's kernels cannot run on the target, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not devices.is_installed("triton"):
         return NotInstalled("triton is not installed (pip install triton)")
     if devices.is_cuda(target.device):
         return None

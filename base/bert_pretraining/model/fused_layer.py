@@ -21,14 +21,14 @@ from bert_pretraining.kernels.fp8 import Scaling
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
 from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
-from bert_pretraining.model.gradient_sink import GradientSink, side_by_side
+from bert_pretraining.model.parameter_memory import side_by_side
 from bert_pretraining.runtime import compat
+from bert_pretraining.runtime.gradient_sink import GradientSink
 
 if TYPE_CHECKING:
     from bert_pretraining.model.bert import Layer, ResidualOutput
 
 SEEDS = 3  # of a layer: attention, and the dropout before each of the two LayerNorms
-
 
 Seeds = tuple[Tensor | None, ...]  # SEEDS tensors, (2,) int32 each; None where nothing is dropped
 NO_SEEDS: Seeds = (None,) * SEEDS

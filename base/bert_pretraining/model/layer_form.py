@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bert_pretraining.kernels.pairs import LayerPairs
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, draw_seeds
-from bert_pretraining.model.gradient_sink import GradientSink
 from bert_pretraining.runtime import compat
+from bert_pretraining.runtime.gradient_sink import GradientSink
 
 if TYPE_CHECKING:
     from bert_pretraining.model.bert import Layer
@@ -51,14 +51,14 @@ class CompiledForm(LayerForm):
     custom operator while it compiles, which grows exponentially with the number of layers.
 
     Args:
-        tokens: the numbers of tokens for which programs are made. Other batches run as in the
-            plain form. None: one program for any number.
+        tokens: the number of tokens for which programs are made. Other batches run as in the plain
+            form. None: one program for any number.
     """
 
     name = "compiled"
 
-    def __init__(self, tokens: Iterable[int] | None) -> None:
-        self._tokens = None if tokens is None else frozenset(tokens)
+    def __init__(self, tokens: int | None) -> None:
+        self._tokens = tokens
         self._programs: dict[Callable, Callable] = {}
 
     def call(self, function: Callable, module: nn.Module, *arguments: object) -> object:
@@ -77,7 +77,7 @@ class CompiledForm(LayerForm):
 
     def _applies(self, module: nn.Module, batch: PackedBatch) -> bool:
         # Evaluation has batches of many sizes, each of which would be compiled.
-        return module.training and (self._tokens is None or batch.num_tokens in self._tokens)
+        return module.training and (self._tokens is None or batch.num_tokens == self._tokens)
 
 
 def _run(layer: Layer, hidden: Tensor, batch: PackedBatch) -> Tensor:

@@ -52,11 +52,11 @@ class FlatGradient:
                 parameter.register_post_accumulate_grad_hook(hook)
 
     def target(self, parameter: nn.Parameter) -> Tensor:
-        """See `GradientSink` in `optimizer.py`."""
+        """See `runtime/gradient_sink.py`."""
         return self.views[self._index[parameter]]
 
     def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
-        """See `GradientSink` in `optimizer.py`."""
+        """See `runtime/gradient_sink.py`."""
         for parameter in parameters:
             index = self._index[parameter]
             if self._in_place and parameter.grad is None:

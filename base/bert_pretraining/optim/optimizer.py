@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from bert_pretraining.optim.loss_scale import LossScale
 from bert_pretraining.optim.norms import norm_of
 from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.gradient_sink import GradientSink
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,6 @@ class OptimizerSettings:
 def has_weight_decay(name: str) -> bool:
     """Whether a parameter of this name has weight decay (and, in LAMB, a trust ratio)."""
     return not (name.endswith("bias") or "LayerNorm" in name)
-
-
-class GradientSink(Protocol):
-    """Where code that computes gradients without autograd adds them."""
-
-    def target(self, parameter: nn.Parameter) -> Tensor:
-        """What to add the parameter's gradient to: of its shape, maybe of another dtype."""
-
-    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The gradients of these parameters have this micro-batch's part now, all of it.
-
-        Call it once a micro-batch for each parameter that autograd does not handle.
-        """
 
 
 class Optimizer:

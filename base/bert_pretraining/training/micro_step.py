@@ -43,9 +43,9 @@ class MicroStep:
 
     Args:
         model: called with a batch; may be replicated.
-        budgets: the constant shapes, the smallest first. A batch that fits none of them keeps its
-            own shape; without budgets, every batch does.
-        graph: replay captured CUDA graphs, one for each budget. `prepare` captures them.
+        budget: the constant shape. A batch that does not fit it keeps its own shape; without a
+            budget, every batch does.
+        graph: replay a captured CUDA graph for the budget. `prepare` captures it.
         losses: the names of the model's losses.
         instead: called with the error when the forward pass fails, as a compiled one may for a new
             shape. It changes the model so that the pass can be tried again, or raises.
@@ -57,23 +57,23 @@ class MicroStep:
         self,
         model: nn.Module,
         device: torch.device,
-        budgets: tuple[Budget, ...],
+        budget: Budget | None,
         graph: bool,
         losses: Sequence[str] = OBJECTIVES["mlm_nsp"],
         instead: Callable[[Exception], None] | None = None,
         fp8: Fp8State | None = None,
     ) -> None:
         self._model, self._device = model, device
-        self._static = [StaticBatch(budget, device, IGNORED) for budget in budgets]
+        self._static = None if budget is None else StaticBatch(budget, device, IGNORED)
         self._weights = {name: torch.ones((), device=device) for name in losses}
-        self._captures: list[tuple[devices.Graph, dict[str, LossSum]]] = []
+        self._capture: list[tuple[devices.Graph, dict[str, LossSum]]] = []  # one, once prepared
         self._graph = graph
         self._instead = instead
         self._fp8 = fp8
 
     @property
     def captured(self) -> bool:
-        """Whether graphs are replayed.
+        """Whether a graph is replayed.
 
         Gradients must then stay where they lie: the graph adds to them there. And nothing can be
         sent to other ranks before it ends.
@@ -82,18 +82,17 @@ class MicroStep:
 
     def __call__(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
         """As `forward_backward`; the result is overwritten by the next call."""
-        for index, static in enumerate(self._static):
-            if static.budget.fits(batch):
-                loaded = static.load(batch)
-                measures = self._fp8 is not None and not self._fp8.calibrated
-                if not self._graph or measures:
-                    return self._step(loaded, weights)
-                for name, weight in self._weights.items():
-                    weight.copy_(weights[name])
-                graph, sums = self._captures[index]
-                graph.replay()
-                return sums
-        return self._step(batch, weights)
+        if self._static is None or not self._static.budget.fits(batch):
+            return self._step(batch, weights)
+        loaded = self._static.load(batch)
+        measures = self._fp8 is not None and not self._fp8.calibrated
+        if not self._graph or measures:
+            return self._step(loaded, weights)
+        for name, weight in self._weights.items():
+            weight.copy_(weights[name])
+        graph, sums = self._capture[0]
+        graph.replay()
+        return sums
 
     def _step(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
         if self._instead is None:
@@ -113,40 +112,39 @@ class MicroStep:
         return forward_backward(self._model, batch, weights)
 
     def forward(self, batch: PackedBatch | None) -> None:
-        """The forward pass for every budget, or for this batch without budgets; no gradients.
+        """The forward pass for the budget, or for this batch without a budget; no gradients.
 
-        A compiled model is compiled in it. batch: None: nothing runs without budgets.
+        A compiled model is compiled in it. batch: None: nothing runs without a budget.
         """
-        for static in self._static:
-            _dummies_only(static)
-            self._model(static.batch)
-        if not self._static and batch is not None:
+        if self._static is not None:
+            _dummies_only(self._static)
+            batch = self._static.batch
+        if batch is not None:
             self._model(batch)
 
     def prepare(self, zero_grad: Callable[[], None]) -> None:
-        """Compile and capture for every budget, with dummy tokens only, before time counts.
+        """Compile and capture for the budget, with dummy tokens only, before time counts.
 
         zero_grad leaves every parameter's gradient in place, zeroed.
         """
-        for static in self._static:
-            _dummies_only(static)
-            # A capture needs that what came before ran on another stream than the usual one.
-            with devices.side_stream(self._device) if self._graph else nullcontext():
-                for _ in range(WARM_UP_STEPS):
-                    forward_backward(self._model, static.batch, self._weights)
-            if self._graph:
-                zero_grad()
-                self._captures.append(self._capture(static))
+        if self._static is None:
+            return
+        _dummies_only(self._static)
+        # A capture needs that what came before ran on another stream than the usual one.
+        with devices.side_stream(self._device) if self._graph else nullcontext():
+            for _ in range(WARM_UP_STEPS):
+                forward_backward(self._model, self._static.batch, self._weights)
+        if self._graph:
             zero_grad()
+            self._capture = [self._captured_step(self._static)]
+        zero_grad()
 
-    def _capture(self, static: StaticBatch) -> tuple[devices.Graph, dict[str, LossSum]]:
+    def _captured_step(self, static: StaticBatch) -> tuple[devices.Graph, dict[str, LossSum]]:
         graphs = devices.graphs(self._device)
         graph = graphs.create()
-        # Only one graph runs at a time, so that all can use the same memory.
-        pool = self._captures[0][0].pool() if self._captures else None
         stream = devices.current_stream(self._device)
         try:
-            with graphs.capture(graph, pool=pool):
+            with graphs.capture(graph):
                 sums = forward_backward(self._model, static.batch, self._weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]

@@ -46,7 +46,7 @@ class Budget:
         )
 
 
-def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[Budget]:
+def usual_budget(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> Budget:
     """The sizes for the usual balanced batch. Larger ones keep their own shape.
 
     Sizes for any possible batch would need the memory of sequences that are all of full length:
@@ -60,7 +60,7 @@ def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[B
     most = batch_size * max_seqlen
     tokens = static_tokens or _rounded(batch_size * MEAN_TOKENS * MARGIN)
     masked = _rounded(max(batch_size * MEAN_MASKED, tokens / MEAN_TOKENS * MEAN_MASKED) * MARGIN)
-    usual = Budget(
+    return Budget(
         min(tokens, most),
         batch_size,
         min(masked, batch_size * max_masked),
@@ -68,7 +68,6 @@ def budgets(batch_size: int, max_seqlen: int, static_tokens: int = 0) -> tuple[B
         # A batch with a tenth fewer tokens than the budget still fits.
         math.ceil(0.1 * tokens / max_seqlen) + 1,
     )
-    return (usual,)
 
 
 def _rounded(count: float) -> int:

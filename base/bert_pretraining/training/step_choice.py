@@ -7,7 +7,6 @@ than the plain modules do, is left out, and the run goes on without it.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,15 +19,16 @@ from bert_pretraining.config.settings import Config
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.batch import PackedBatch
-from bert_pretraining.model.gradient_sink import GradientSink, OwnGradients
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import PLAIN, CompiledForm, FusedForm, LayerForm
 from bert_pretraining.model.losses import OBJECTIVES
+from bert_pretraining.model.parameter_memory import OwnGradients
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
+from bert_pretraining.runtime.gradient_sink import GradientSink
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
-from bert_pretraining.training.static_batch import Budget, budgets
+from bert_pretraining.training.static_batch import Budget, usual_budget
 from bert_pretraining.training.step_proof import difference, sample_batch
 
 FORMS = {"compiled": "torch.compile", "fused": "fused layers", "plain": "plain modules"}
@@ -52,23 +52,28 @@ class Trained:
     reduces_later: bool = True
     fp8: Fp8State | None = None
 
+    @property
+    def gradients(self) -> GradientSink:
+        """Where gradients are, and where fused layers put theirs."""
+        return self.sink or OwnGradients()
+
 
 @dataclass(frozen=True)
 class Way:
     """How micro-steps run.
 
     forms: of the layers, names in FORMS; the first that works is taken. graph: whether forward and
-    backward are captured. sizes: the constant shapes for compiled code and graphs, or none.
+    backward are captured. size: the constant shape for compiled code and graphs, if there is one.
     """
 
     forms: tuple[str, ...]
     graph: bool
-    sizes: tuple[Budget, ...]
+    size: Budget | None
 
     @property
-    def used_sizes(self) -> tuple[Budget, ...]:
-        """The constant shapes that this way needs."""
-        return self.sizes if self.graph or self.forms[0] == "compiled" else ()
+    def used_size(self) -> Budget | None:
+        """The constant shape that this way needs."""
+        return self.size if self.graph or self.forms[0] == "compiled" else None
 
     def __str__(self) -> str:
         return "use_cuda_graph" if self.graph else FORMS[self.forms[0]]
@@ -76,8 +81,8 @@ class Way:
     def without(self, blamed: str) -> Way:
         """The way to try when this one has failed. blamed: "use_cuda_graph" or the form."""
         if blamed == "use_cuda_graph":
-            return Way(self.forms, False, self.sizes)
-        return Way(self.forms[1:], self.graph, self.sizes)
+            return Way(self.forms, False, self.size)
+        return Way(self.forms[1:], self.graph, self.size)
 
 
 def prepared_step(
@@ -87,7 +92,7 @@ def prepared_step(
 
     The step is compiled and captured here, on all ranks at once; what fails is left out. With
     `prove_kernels`, loss and gradients are also compared with those of the plain modules. Random
-    states stay as they were. Compiled and captured steps may use constant shapes.
+    states stay as they were. Compiled and captured steps may use a constant shape.
 
     max_seqlen: the longest sequence that the model takes. say: is told what was chosen.
 
@@ -140,11 +145,10 @@ def _described(way: Way) -> str:
 
 def _form(way: Way, trained: Trained) -> LayerForm:
     if way.forms[0] == "compiled":
-        return CompiledForm([size.tokens for size in way.sizes] or None)
+        return CompiledForm(None if way.size is None else way.size.tokens)
     if way.forms[0] == "fused":
         module = trained.module
-        sink = trained.sink or OwnGradients()
-        return FusedForm(module.bert.encoder.layer, module.kernels.pairs, sink)
+        return FusedForm(module.bert.encoder.layer, module.kernels.pairs, trained.gradients)
     return PLAIN
 
 
@@ -154,7 +158,7 @@ def _prepare(
     """Compile and capture; why that failed, or None, and what failed. The same on every rank.
 
     The forward passes come first: they fail on a rank before other ranks wait for this rank's
-    gradients in a backward pass. batch: to compile for if there are no constant shapes.
+    gradients in a backward pass. batch: to compile for if there is no constant shape.
     """
     fault = _first_fault(lambda: step.forward(batch))
     if fault:
@@ -194,7 +198,7 @@ def _difference(
                         plain,
                         lambda: step(batch, weights),
                         trained.zero_grad,
-                        (trained.sink or OwnGradients()).target,
+                        trained.gradients.target,
                     )
                 if fault:
                     break
@@ -250,15 +254,19 @@ def _asked(
     on_gpu = devices.is_cuda(ranks.device)
     fuses = trained.module.kernels.pairs is not None and trained.reduces_later
     forms = ["fused"] if fuses else []
+    has_triton = devices.is_installed("triton")
     if trained.fp8 is not None:
         if config.compile == "on":
             say("Notice: --compile on has no effect: layers in fp8 are not compiled")
     elif config.compile == "on":
         forms = ["compiled"]
-    elif config.compile == "auto" and on_gpu and _has_triton(say, needed=not fuses):
+    elif config.compile == "auto" and on_gpu:
         # Fused layers leave nothing to the compiler, and need no time to compile.
-        forms.append("compiled")
-    if forms == ["compiled"] and on_gpu and not _has_triton(say, needed=False):
+        if has_triton:
+            forms.append("compiled")
+        elif not fuses:
+            say("Notice: not compiled: triton is not installed")
+    if forms == ["compiled"] and on_gpu and not has_triton:
         raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
     balanced = config.resolved_batching == "balanced"
     obstacles = {
@@ -269,22 +277,15 @@ def _asked(
     why_not = next((why for why, holds in obstacles.items() if holds), None)
     if config.use_cuda_graph and why_not:
         say(f"Notice: use_cuda_graph has no effect: {why_not}")
-    sizes: tuple[Budget, ...] = ()
+    size = None
     if balanced:
-        sizes = budgets(config.train_batch_size, max_seqlen, config.static_tokens)
-    way = Way((*forms, "plain"), config.use_cuda_graph and not why_not, sizes)
-    if way.used_sizes:
-        say(f"Constant shapes: {sizes[0].tokens} tokens, {sizes[0].masked} masked rows")
+        size = usual_budget(config.train_batch_size, max_seqlen, config.static_tokens)
+    way = Way((*forms, "plain"), config.use_cuda_graph and not why_not, size)
+    if way.used_size:
+        say(f"Constant shapes: {size.tokens} tokens, {size.masked} masked rows")
     if config.compile == "on" and not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile on: on a CPU it needs a C++ compiler", "install g++ or set CXX")
     return way
-
-
-def _has_triton(say: Callable[[str], None], needed: bool) -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if needed and not found:
-        say("Notice: not compiled: triton is not installed")
-    return found
 
 
 def _make(
@@ -297,7 +298,7 @@ def _make(
     return MicroStep(
         trained.model,
         ranks.device,
-        way.used_sizes,
+        way.used_size,
         way.graph,
         OBJECTIVES[config.objective],
         instead if way.forms[0] == "compiled" else None,
@@ -306,9 +307,9 @@ def _make(
 
 
 def _sample(way: Way, max_seqlen: int, device: torch.device) -> PackedBatch:
-    """A batch that fits the first constant shape; a small one if there is none."""
-    if way.used_sizes:
-        size = way.sizes[0]
+    """A batch that fits the constant shape; a small one if there is none."""
+    size = way.used_size
+    if size is not None:
         return sample_batch(size.sequences, size.tokens, size.masked, device)
     length = min(11, max_seqlen)
     return sample_batch(3, 3 * length - 1, length, device)

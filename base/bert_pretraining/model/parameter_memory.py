@@ -1,35 +1,24 @@
-"""Where the backward pass of a fused layer puts the gradients of its parameters."""
+"""Gradients in the parameters' own `grad`, and parameters that lie side by side in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-
-class GradientSink(Protocol):
-    """What an optimizer offers that keeps all gradients in memory of its own."""
-
-    def target(self, parameter: nn.Parameter) -> Tensor:
-        """What to add the parameter's gradient to; of its shape, maybe of a wider dtype."""
-
-    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The gradients that one micro-batch gives these parameters are in their targets."""
 
 
 class OwnGradients:
     """Each parameter's gradient is its `grad`, as autograd leaves it."""
 
     def target(self, parameter: nn.Parameter) -> Tensor:
-        """See `GradientSink`."""
+        """See `runtime/gradient_sink.py`."""
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
     def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
-        """See `GradientSink`."""
+        """See `runtime/gradient_sink.py`."""
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -48,10 +37,3 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
         return None
     shape = (len(parts) * first.shape[0], *first.shape[1:])
     return first.detach().as_strided(shape, first.stride())
-
-
-def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
-    """Move parameters of equal shape into one tensor, one behind the other."""
-    whole = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, whole.chunk(len(parameters)), strict=True):
-        parameter.data = part
