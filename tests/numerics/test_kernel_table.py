@@ -17,7 +17,6 @@ from bert_pretraining.kernels import (
     Target,
     select,
     torch_provider,
-    triton_provider,
 )
 from bert_pretraining.kernels.reference import attention as reference_attention
 from bert_pretraining.kernels.table import Candidates, candidates
@@ -44,7 +43,7 @@ def test_every_operator_has_a_flag() -> None:
 
 def test_candidates_for_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing runs on the device to find them: this machine may have none."""
-    monkeypatch.setattr(triton_provider.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for device, operator, names in (
         (CUDA, "attention", ("torch", "triton")),
         (CUDA, "bias_gelu", ("triton", "torch")),
@@ -171,7 +170,7 @@ def test_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_provider.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--kernels triton: triton is not installed"):
         select("triton", CUDA, torch.float16)
     monkeypatch.setattr(
