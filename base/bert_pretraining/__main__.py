@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before a module is imported that a file of the user may hide
+    from bert_pretraining.runtime import import_path
+
+    import_path.leave_out_the_current_folder()
+
 import importlib
 import os
 import signal
@@ -16,7 +21,13 @@ from bert_pretraining.errors import (
     TrainingError,
     UserError,
 )
-from bert_pretraining.runtime import packages, rank_reports, rank_variables, torch_variables
+from bert_pretraining.runtime import (
+    import_path,
+    packages,
+    rank_reports,
+    rank_variables,
+    torch_variables,
+)
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -60,7 +71,12 @@ def main() -> int:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error), error.detail)
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
+        path = import_path.hiding_file()
+        if path is not None:
+            return _fail(EXIT_USAGE, import_path.hidden(path))
+        if not isinstance(error, ModuleNotFoundError):
+            return _crashed(error)
         module = (error.name or "").split(".")[0]
         if module == "bert_pretraining":
             raise
@@ -72,8 +88,11 @@ def main() -> int:
         refused = torch_variables.refused(error, os.environ)
         if refused is not None:
             return _fail(EXIT_USAGE, str(refused))
-        message = f"{type(error).__name__}: {error}"
-        return _fail(EXIT_CRASH, message, traceback.format_exc())
+        return _crashed(error)
+
+
+def _crashed(error: Exception) -> int:
+    return _fail(EXIT_CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _what_is_missing(module: str) -> str:
