@@ -14,6 +14,7 @@ says "pretended", and it has no time of the device.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import socket
 import subprocess
@@ -46,7 +47,6 @@ from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import evaluate
 
 WAYS = {  # name -> the settings that stand for it
     "eager": {"compile": "off", "use_cuda_graph": False},
@@ -54,6 +54,7 @@ WAYS = {  # name -> the settings that stand for it
     "graph": {"compile": "off", "use_cuda_graph": True},
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
+EVALUATED = 8  # batches, besides the first one
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
 SCHEDULE = Schedule(4e-4, 6700, 0, 0)
 GIB = 2**30
@@ -150,10 +151,14 @@ class Run:
         """LAMB alone, on the gradients that are there."""
         self.training.optimizer.scheduled_step(SCHEDULE, self.training.loss_scale)
 
-    def evaluation(self, batches: list[PackedBatch]) -> None:
-        """Of these batches, which are in main memory."""
-        found = EvaluationSet(len(batches), list(enumerate(batches)))
-        evaluate(self.training.module, found, self._ranks)
+    def evaluation(self, num_batches: int, batch_size: int) -> Callable[[], object]:
+        """Evaluates so many batches, which stay on the device, as later evaluations of a run do."""
+        given = [batch_of(wikipedia_lengths(batch_size), BERT_LARGE) for _ in range(num_batches)]
+        found = EvaluationSet(num_batches, list(enumerate(given))).near(self._ranks.device)
+        # Each copy captures for the first set that it is given.
+        evaluate = partial(copy.copy(self.training.evaluate), found)
+        evaluate()
+        return evaluate
 
 
 def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
@@ -231,19 +236,34 @@ def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[st
     counted = count(run.optimizer_step, device, 1)
     figures["optimizer"] = counted.figures() | host_seconds(run.optimizer_step, device, 5)
     run.read()
-    given = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
-    run.evaluation(given[:1])
-    few, many = (count(partial(run.evaluation, given[:n]), device, 1) for n in (1, 4))
-    figures["evaluation_batch"] = {
-        "launches": (many.launches - few.launches) / 3,
-        "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
-        "of_4_batches_and_a_wait": host_seconds(partial(run.evaluation, given), device, 3),
-    }
+    figures["evaluation"] = _evaluation_figures(run, flags.batch_size, device)
     waits = host_waits(run.interval, device)
     figures["log_interval"] = {
         "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
     }  # fmt: skip
     return figures
+
+
+def _evaluation_figures(
+    run: Run, batch_size: int, device: torch.device
+) -> dict[str, dict[str, object]]:
+    """Of one batch more, and of what an evaluation costs besides its batches."""
+    torch.cuda.reset_peak_memory_stats(device)
+    one, many = (run.evaluation(n, batch_size) for n in (1, 1 + EVALUATED))
+    prepared_peak = torch.cuda.max_memory_allocated(device) / GIB
+    few, more = (count(call, device, 1).figures() for call in (one, many))
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = host_seconds(many, device, 5)
+    keys = ("launches", "graph_launches", "host_waits")
+    batch = {key: (more[key] - few[key]) / EVALUATED for key in keys}
+    return {
+        "batch": batch,
+        "besides": {key: few[key] - batch[key] for key in keys},
+        f"of_{1 + EVALUATED}_batches_with_the_last_wait": seconds,
+        "first_peak_gib": prepared_peak,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+    }
 
 
 # ---- the program
@@ -282,6 +302,20 @@ def line(name: str, found: dict) -> str:
         f"device {f'''{1e3 * device['median']:.2f} ms''' if device else 'not known'}  "
         f"peak {found['peak_gib']:.2f} GiB, reserved {found['reserved_gib']:.2f}  "
         f"built in {found['build_seconds']:.1f} s"
+    )
+
+
+def evaluation_line(found: dict) -> str:
+    """The same of an evaluation."""
+    batch, besides = found["batch"], found["besides"]
+    cpu = next(one for key, one in found.items() if key.startswith("of_"))["host_cpu_seconds"]
+    return (
+        f"  an evaluation batch: {batch['launches']:.1f} launches {batch['graph_launches']:.1f} "
+        f"graphs {batch['host_waits']:.1f} waits; besides: {besides['launches']:.0f} launches "
+        f"{besides['host_waits']:.0f} waits; {1 + EVALUATED} batches: "
+        f"{1e3 * cpu['median']:.2f} ms computing (n {cpu['n']}, {1e3 * cpu['min']:.2f} to "
+        f"{1e3 * cpu['max']:.2f})  peak {found['peak_gib']:.2f} GiB (first "
+        f"{found['first_peak_gib']:.2f}), reserved {found['reserved_gib']:.2f}"
     )
 
 
@@ -341,6 +375,8 @@ def main() -> int:
             try:
                 found = cost_of(way, flags, ranks)
                 text = line(name, found)
+                if "evaluation" in found:
+                    text += "\n" + evaluation_line(found["evaluation"])
             except (RuntimeError, UserError) as error:
                 failed += 1
                 found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}

@@ -32,7 +32,7 @@ from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime import process_group, seeds
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import Evaluation, evaluate
+from bert_pretraining.training.evaluate import Evaluation
 
 
 class Session:
@@ -164,7 +164,7 @@ class Session:
         """Evaluate the model on the whole set, and keep the figures in `run`."""
         run, log = self.run, self.log
         log.evaluation_started(run)
-        result = evaluate(self.training.module, self._evaluation_set, self.ranks)
+        result = self.training.evaluate(self._evaluation_set)
         log.evaluation_stopped(run, result.mlm_accuracy)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         run.eval_sequences = result.num_sequences
