@@ -29,8 +29,14 @@ import numpy as np
 import pretended
 import torch
 import torch.distributed as dist
-from counting import ACTIVITIES, count, device_seconds, host_seconds, host_waits
-from torch.profiler import profile
+from counting import (
+    count,
+    device_seconds,
+    free_memory,
+    host_seconds,
+    host_waits,
+    trace,
+)
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.timing import announce
@@ -154,7 +160,9 @@ class Run:
     def evaluation(self, num_batches: int, batch_size: int) -> Callable[[], object]:
         """Evaluates so many batches, which stay on the device, as later evaluations of a run do."""
         given = [batch_of(wikipedia_lengths(batch_size), BERT_LARGE) for _ in range(num_batches)]
-        found = EvaluationSet(num_batches, list(enumerate(given))).near(self._ranks.device)
+        ranks, total = self._ranks, num_batches * self._ranks.world_size
+        numbers = range(ranks.rank, total, ranks.world_size)
+        found = EvaluationSet(total, list(zip(numbers, given, strict=True))).near(ranks.device)
         # Each copy captures for the first set that it is given.
         evaluate = partial(copy.copy(self.training.evaluate), found)
         evaluate()
@@ -166,8 +174,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     device, config = ranks.device, config_of(way, flags, ranks)
     model = replace(BERT_LARGE, num_hidden_layers=flags.num_layers)
     log = Said(config, ranks.world_size)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    free_memory(device)
     if record.is_pretended():
         pretended.counters().reset()
     started = time.perf_counter()
@@ -207,36 +214,23 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
         rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
         figures["sequences_per_second_a_gpu"] = rate
     if flags.trace and ranks.is_main:
-        _trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
+        trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
     figures["kernels"] = counted.kernels
+    figures["evaluation"] = _evaluation_figures(run, flags.batch_size, device)
     if ranks.world_size == 1:
         figures |= _other_figures(run, flags, ranks)
     return figures
 
 
-def _trace(update: Callable[[], object], device: torch.device, name: Path) -> None:
-    """Write NAME.trace.json.gz, for Chrome or Perfetto, and NAME.profile.txt."""
-    with profile(activities=ACTIVITIES) as profiled:
-        for _ in range(2):
-            update()
-        devices.synchronize(device)
-    profiled.export_chrome_trace(f"{name}.trace.json.gz")
-    rows = profiled.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80
-    )
-    Path(f"{name}.profile.txt").write_text(rows)
-
-
 def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
-    """LAMB alone, an evaluation batch, an interval of the log."""
+    """LAMB alone, an interval of the log."""
     device = ranks.device
-    announce("counting LAMB, evaluation and an interval of the log")
+    announce("counting LAMB and an interval of the log")
     figures: dict[str, object] = {}
     run.update()
     counted = count(run.optimizer_step, device, 1)
     figures["optimizer"] = counted.figures() | host_seconds(run.optimizer_step, device, 5)
     run.read()
-    figures["evaluation"] = _evaluation_figures(run, flags.batch_size, device)
     waits = host_waits(run.interval, device)
     figures["log_interval"] = {
         "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
@@ -375,8 +369,7 @@ def main() -> int:
             try:
                 found = cost_of(way, flags, ranks)
                 text = line(name, found)
-                if "evaluation" in found:
-                    text += "\n" + evaluation_line(found["evaluation"])
+                text += "\n" + evaluation_line(found["evaluation"])
             except (RuntimeError, UserError) as error:
                 failed += 1
                 found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
