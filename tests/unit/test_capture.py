@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -104,3 +105,11 @@ def test_a_graph_repeats_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     given.add_(1.0)
     graph.replay()
     assert result.tolist() == [6.0, 9.0]
+
+
+def test_captures_do_not_search_what_was_there_before() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(ValueError, match="the work failed"), compat.cheap_captures():
+        assert gc.get_freeze_count() > before + 1000
+        fails()
+    assert gc.get_freeze_count() == 0
