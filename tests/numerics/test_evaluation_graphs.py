@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bert_pretraining.data.loader import EvaluationSet
+from bert_pretraining.kernels import select
 from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.heads import BertForPreTraining
+from bert_pretraining.runtime import capture, process_group
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training import evaluate as evaluation
 from bert_pretraining.training.evaluate import Evaluation, Evaluator, evaluate
@@ -170,4 +171,27 @@ def test_fp8_is_captured_once_its_scales_are_those_of_an_update() -> None:
         assert len(calls) == expected
         assert figures(found) == figures(evaluate(model, SET, ALONE))
         state.update()
+    assert said == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_replays_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # real graphs
+    device = torch.device("cuda", torch.cuda.current_device())
+    ranks = Ranks(0, 1, device)
+    dtype = torch.bfloat16 if devices.supports(device, torch.bfloat16) else torch.float32
+    kernels = select("auto", device, dtype, head_size=8)
+    model = BertForPreTraining(tiny_config(), kernels, seed=1).to(device, dtype)
+    near = SET.near(device)
+    evaluate(model, near, ranks)
+    # The pool of a training step whose graph has room for an evaluation.
+    step, _ = capture.captured(device, lambda: torch.empty(2**24, device=device).zero_())
+    said: list[str] = []
+    evaluator = Evaluator(model, ranks, step.pool(), say=said.append)
+    evaluator(near)
+    for shift in (0.0, 0.1):
+        for parameter in model.parameters():
+            parameter.data.add_(shift)
+        step.replay()
+        assert figures(evaluator(near)) == figures(evaluate(model, near, ranks))
     assert said == []
