@@ -23,8 +23,8 @@ def segment(arguments: list[str]) -> None:
     parser = data_parser(
         "segment",
         "Turn raw text, plain or from WikiExtractor, into one sentence a line with a blank line "
-        "after each article, and set evaluation articles apart. Files may be compressed (gzip, bz2, "
-        "xz, zstd). Figures of the text, and what looks wrong with it, go to stderr.",
+        "after each article, and set evaluation articles apart. Files may be compressed (gzip, "
+        "bz2, xz, zstd). Figures of the text, and what looks wrong with it, go to stderr.",
     )
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="FILE",
