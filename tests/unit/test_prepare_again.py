@@ -20,7 +20,7 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 def small_texts(tmp_path: Path) -> PrepareSettings:
     """Two training texts and an evaluation text of a few sentences."""
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    (tmp_path / "text.txt").write_text("a b\nc d\n\ne f\ng h\n" * 3)
+    (tmp_path / "text.txt").write_text("b a\nd c\n\nf e\nh g\n" * 3)
     text = TextSettings(tmp_path / "vocab.txt", ExampleSettings(32, 5, dupe_factor=2))
     (tmp_path / "texts").mkdir()
     for name in ("part-0", "part-1"):

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.documents import documents_of
 from bert_pretraining.preparation.segment import (
     SegmentReport,
-    articles,
     describe,
     eval_choice,
     segment,
-    sentences,
 )
+from bert_pretraining.preparation.sentences import sentences
 
 WIKI = """<doc id="1" url="https://example.org/1" title="Tea">
 Tea
@@ -79,9 +79,9 @@ def test_wiki_extractor_output(tmp_path: Path) -> None:
 
 def test_plain_paragraphs() -> None:
     single = "\n\n\nOne\nline. <b>\n \nTwo.\n\n\n"
-    assert list(articles(single, "x")) == [["One\nline. <b>"], ["Two."]]
+    assert list(documents_of(single, "blank_line", "x")) == [["One\nline. <b>"], ["Two."]]
     double = "One.\n\nStill one.\r\n\t\r\n\r\n\r\nTwo.\n"
-    assert list(articles(double, "x")) == [["One.", "Still one."], ["Two."]]
+    assert list(documents_of(double, "blank_line", "x")) == [["One.", "Still one."], ["Two."]]
 
 
 def test_plain_text_with_a_byte_order_mark_and_wrapped_lines(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UserError, match=r"text: not UTF-8 text \(byte 3\)"):
         segment([good, bad], output, 0, 1)
-    with pytest.raises(UserError, match=r"cannot read .*absent \(No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*absent: does not exist"):
         segment([tmp_path / "absent"], output, 0, 1)
     with pytest.raises(UserError, match="good: given twice"):
         segment([good, tmp_path / "." / "x" / ".." / "good"], output, 0, 1)
@@ -223,7 +223,7 @@ def test_the_empty_piece_takes_part_in_the_draw(tmp_path: Path) -> None:
 def test_inputs_gathered_into_fewer_files(tmp_path: Path) -> None:
     paths = write_corpus(tmp_path / "in", [3, 1, 4, 2, 5])
     segment(paths, tmp_path / "single", 2, 5)
-    segment(paths, tmp_path / "out", 2, 5, num_files=2)
+    segment(paths, tmp_path / "out", 2, 5, num_parts=2)
     parts = [(tmp_path / "single" / f"part-0000{n}-of-00005").read_text() for n in range(5)]
     assert (tmp_path / "out" / "part-00000-of-00002").read_text() == "".join(parts[:3])
     assert (tmp_path / "out" / "part-00001-of-00002").read_text() == "".join(parts[3:])

@@ -19,7 +19,7 @@ import numpy as np
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import documents, text_files, text_statistics
-from bert_pretraining.preparation.held_out import document_digest
+from bert_pretraining.preparation.held_out import document_digest, repeated
 from bert_pretraining.preparation.sentences import sentences
 from bert_pretraining.preparation.text_statistics import TextStatistics
 from bert_pretraining.runtime.files import whole_folder
@@ -67,7 +67,7 @@ def segment(
     and the empty piece behind the last blank line counts too. If that one is picked, there is one
     evaluation article less; the report has the true number.
 
-    Raises UserError for an input that is missing, empty, given twice (also as a copy), no text, not
+    Raises UserError for an input that is missing, empty, given twice, no text, not
     UTF-8 or cut off in an article, for one with fewer articles than are needed for evaluation, for
     a part without articles, for missing parts that are not allowed, and for an output_dir that
     holds anything or is in an input folder.
@@ -93,19 +93,23 @@ def segment(
         )
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists", "delete it, or choose another --output_dir")
-    if found.left_out:
-        print(f"Left out of --input: {text_files.listed(found.left_out, 10)}", file=sys.stderr)
     names = [path.name for path in paths]
-    text_statistics.warn(text_files.require_all_parts(names, "--input", allow_missing_parts))
+    warnings = text_files.require_all_parts(names, "--input", allow_missing_parts)
     _require_different(paths)
     forms = documents.guess(paths) if form is None else dict.fromkeys(paths, form)
-    if form is None:
-        _tell_guess(forms)
     groups = _groups(paths, forms)
     parts = min(num_parts, len(groups)) if num_parts else len(groups)
     with whole_folder(output_dir) as staging:
-        writer = _Writer(staging, parts, num_eval_articles, seed, forms, form is None)
-        return SegmentReport(output_dir, parts, *writer.write(groups))
+        writer = _Writer(staging, parts, num_eval_articles, seed, forms)
+        counts = writer.write(groups)
+    # Only now, because an error should stand alone.
+    if found.left_out:
+        print(f"Left out of --input: {text_files.listed(found.left_out, 10)}", file=sys.stderr)
+    text_statistics.warn(warnings)
+    if form is None:
+        _tell_guess(forms)
+    writer.tell(guessed=form is None)
+    return SegmentReport(output_dir, parts, *counts)
 
 
 def describe(report: SegmentReport) -> str:
@@ -132,12 +136,13 @@ def eval_choice(num_pieces: int, wanted: int, seed: int) -> set[int]:
 
 
 def _require_different(paths: Sequence[Path]) -> None:
+    """Raise UserError for a file that is given twice, also through links."""
     seen: dict[tuple[int, int], Path] = {}
     for path in paths:
         try:
-            status = path.stat()
+            status = os.stat(os.path.realpath(path))
         except OSError:
-            continue  # the reader names it
+            continue  # the reader says why
         first = seen.setdefault((status.st_dev, status.st_ino), path)
         if first is not path:
             raise UserError(
@@ -149,7 +154,9 @@ def _require_different(paths: Sequence[Path]) -> None:
 
 def _tell_guess(forms: dict[Path, str]) -> None:
     counts = Counter(forms.values())
-    guessed = ", ".join(f"{form} ({count:,} files)" for form, count in counts.most_common())
+    guessed = ", ".join(
+        f"{form} ({text_statistics.counted(count, 'file')})" for form, count in counts.most_common()
+    )
     print(
         f"Documents: {guessed}, guessed by the files; --documents says otherwise", file=sys.stderr
     )
@@ -181,16 +188,15 @@ class _Writer:
         num_eval_articles: int,
         seed: int,
         forms: dict[Path, str],
-        guessed: bool,
     ) -> None:
         self.directory, self.num_parts = directory, num_parts
         self.num_eval_articles, self.seed = num_eval_articles, seed
-        self.forms, self.guessed = forms, guessed
+        self.forms = forms
         self.trained = [0] * num_parts
         self.num_sentences = self.without_text = self.paragraphs_taken = 0
         self.statistics = {"training": TextStatistics(), "evaluation": TextStatistics()}
         self.digests = {"training": array("Q"), "evaluation": array("Q")}
-        self.contents: dict[str, Path] = {}
+        self.contents: dict[str, str] = {}
 
     def write(self, groups: Sequence[Sequence[Path]]) -> tuple[int, int, int, int]:
         """Segment all files.
@@ -201,7 +207,6 @@ class _Writer:
         with open(self.directory / "eval.txt", "w", encoding="utf-8", newline="\n") as evaluation:
             for number, paths in enumerate(groups):
                 self._write_group(number, len(groups), paths, evaluation)
-        self._tell()
         evaluated = len(self.digests["evaluation"])
         return sum(self.trained), evaluated, self.num_sentences, self.without_text
 
@@ -244,12 +249,7 @@ class _Writer:
         if not text.strip():
             raise UserError(f"{path}: empty", "give text, or leave the file out")
         form = self.forms[path]
-        first = self.contents.setdefault(document_digest(text), path)
-        if first != path and form != "file":  # collections of small files do have copies
-            raise UserError(
-                f"{path}: the same text as {first}, so that its articles would be in both sets",
-                "give it once",
-            )
+        self.contents[str(path)] = document_digest(text)
         self.paragraphs_taken += form == "blank_line" and documents.are_paragraphs(text)
         for article in documents.documents_of(text, form, str(path)):
             yield [sentence for paragraph in article for sentence in sentences(paragraph)]
@@ -259,7 +259,7 @@ class _Writer:
         self.statistics[which] += text_statistics.count_documents([words])
         self.digests[which].append(int(document_digest(text)[:16], 16))
 
-    def _tell(self) -> None:
+    def tell(self, guessed: bool) -> None:
         """Print the figures and what is wrong with them on stderr."""
         for which, counted in self.statistics.items():
             if not counted.documents:
@@ -271,16 +271,21 @@ class _Writer:
                 tokens=counted.tokens, of_one_sentence=counted.of_one_sentence,
             )  # fmt: skip
             text_statistics.tell(f"the {which} text", one, "words")
-        text_statistics.warn([*self._of_paragraphs(), *self._of_copies()])
+        text_statistics.warn(
+            [
+                *(self._of_paragraphs() if guessed else []),
+                *repeated(self.contents),
+                *self._of_copies(),
+            ]
+        )
 
     def _of_paragraphs(self) -> list[str]:
         counted = self.statistics["training"]
-        if not (self.guessed and self.paragraphs_taken):
-            return []
-        if counted.sentences >= FEW_SENTENCES * counted.documents:
+        if not self.paragraphs_taken or counted.sentences >= FEW_SENTENCES * counted.documents:
             return []
         return [
-            f"each paragraph of {self.paragraphs_taken:,} plain files became a document, of "
+            f"each paragraph of {text_statistics.counted(self.paragraphs_taken, 'plain file')} "
+            "became a document, of "
             f"{counted.sentences / counted.documents:.1f} sentences on average. If each file is a "
             "document, pass --documents file; if not, put two blank lines between documents"
         ]

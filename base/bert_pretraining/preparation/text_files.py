@@ -266,14 +266,15 @@ def _require_text(start: bytes, path: Path) -> None:
     if begins.startswith(b"<mediawiki") or (b"<mediawiki" in begins and begins[:5] == b"<?xml"):
         raise UserError(
             f"{path}: a MediaWiki XML dump, not text",
-            "extract its text first: python -m wikiextractor.WikiExtractor FILE -o RAW",
+            "extract its text first: python -m wikiextractor.WikiExtractor " + f"{path} -o RAW",
         )
     # The size is not known; a beginning that is full has more behind it.
     size = len(start) + (len(start) == HEAD_BYTES)
     head = start[: file_kind.READ_BYTES]
     kind = file_kind.kind_of_bytes(head, b"", size, path) if start else None
     if kind is not None and kind.key not in TEXT_KINDS:
-        fix = kind.fix if kind.fix != file_kind.RIGHT_FILE else NOT_TEXT
+        markup = kind.key in ("html", "xml")
+        fix = NOT_TEXT if markup or kind.fix == file_kind.RIGHT_FILE else kind.fix
         raise UserError(f"{path}: {kind.what}, not text", fix)
 
 

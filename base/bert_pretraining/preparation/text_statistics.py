@@ -72,16 +72,16 @@ class TextStatistics:
         parts = []
         if self.documents:
             parts += [
-                f"{self.documents:,} documents",
+                counted(self.documents, "document"),
                 f"{_ratio(self.sentences, self.documents):.1f} sentences a document",
                 f"{_ratio(self.tokens, self.sentences):.1f} {tokens} a sentence",
                 f"{_ratio(self.of_one_sentence, self.documents):.1%} of the documents have one "
                 "sentence",
             ]
         if self.examples:
+            length = _ratio(self.example_tokens, self.examples)
             parts += [
-                f"{self.examples:,} sequences of {_ratio(self.example_tokens, self.examples):.1f} "
-                "tokens",
+                f"{counted(self.examples, 'sequence')} of {length:.1f} tokens",
                 f"{_ratio(self.random_next, self.examples):.1%} of the next-sentence labels are 1 "
                 "(random next)",
             ]
@@ -187,6 +187,11 @@ def count_lines(lines: Sequence[str]) -> TextStatistics:
     return TextStatistics(
         lines=looked_at, lines_of_several=several, broken_lines=broken if has_capitals else 0
     )
+
+
+def counted(number: int, what: str) -> str:
+    """A number with the thing that it counts: 1 document, 1,234 documents."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def tell(what: str, statistics: TextStatistics, tokens: str = "tokens") -> None:
