@@ -109,8 +109,9 @@ def training_texts(
         return "the vocabulary" if _same_file(path, vocab) else None
 
     found = text_files.folder_texts(text_dir, "--text_dir", not_training)
-    # A part that is held out is there all the same.
-    names = [path.name for path in (*found.files, eval_text)]
+    names = [path.name for path in found.files]
+    if _same_file(eval_text.parent, text_dir):
+        names.append(eval_text.name)  # a part that is held out is there all the same
     warnings = text_files.require_all_parts(names, f"--text_dir {text_dir}", allow_missing_parts)
     evaluation = read_eval_text(eval_text)
     comparisons = _compare_all(found.files, eval_text, evaluation, known, jobs)

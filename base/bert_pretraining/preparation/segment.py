@@ -85,7 +85,8 @@ def segment(
             )
     found = text_files.expanded(inputs)
     paths = sorted(found.files, key=str)
-    if not paths or num_eval_articles < 0 or not 1 <= (num_parts or 1) <= len(paths):
+    wanted = 1 if num_parts is None else num_parts
+    if not paths or num_eval_articles < 0 or not 1 <= wanted <= len(paths):
         raise UserError(
             f"{len(paths)} --input files, --num_eval_articles {num_eval_articles}, --num_parts "
             f"{num_parts} do not fit together",
