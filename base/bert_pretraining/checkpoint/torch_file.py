@@ -17,18 +17,18 @@ ARCHIVE_START = b"PK\x03\x04"
 READ_AT_A_TIME = 1 << 20  # bytes
 
 
-def read_torch_file(path: Path) -> object:
+def read_torch_file(path: Path, verify: bool = True) -> object:
     """What torch.save wrote: tensors in plain containers, memory-mapped if the file allows it.
 
     Only tensors and plain containers are unpickled (`weights_only=True`). Files of PyTorch
-    1.6 and later have checksums, which are verified.
+    1.6 and later have checksums, which are verified unless `verify` is False.
     Raises UserError for a damaged or foreign file, and for one that would run code.
     """
     # A mapped tensor is read from the file when it is used. Files before PyTorch 1.6 cannot be.
     in_place = _is_archive(path)
     _refuse_formats_with_code(path, in_place)
     try:
-        if in_place:
+        if in_place and verify:
             _verify_checksums(path)
         with warnings.catch_warnings():
             # The error that follows says more than this warning.
