@@ -17,7 +17,7 @@ from bert_pretraining.checkpoint.tensor_bundle import TensorBundle
 from bert_pretraining.checkpoint.torch_file import read_torch_file
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.runtime.files import OTHER_CHECKPOINT, checkpoint_kind
+from bert_pretraining.runtime.files import OTHER_CHECKPOINT, checkpoint_kind, weight_file_kind
 
 # Keys that hold the weights, or a dictionary with such a key.
 WEIGHT_KEYS = (
@@ -87,7 +87,10 @@ def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
         "hugging_face": _read_hugging_face,
         "tensorflow": _read_tensorflow,
     }
-    return readers[checkpoint_kind(path, fix)](path, fix)
+    kind = checkpoint_kind(path, fix)
+    if kind in ("torch", "safetensors"):
+        kind = weight_file_kind(path)
+    return readers[kind](path, fix)
 
 
 def load_weights(
