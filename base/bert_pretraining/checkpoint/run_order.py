@@ -41,12 +41,12 @@ class SavedRun:
     step: int
     written: float
 
-    @property
-    def age(self) -> tuple:
-        """A key that sorts the newest last."""
+    def age(self, output_dir: Path) -> tuple:
+        """A key that sorts the newest last. output_dir: where the runs are."""
         # A copy of a run's folder has the run's number, and its file times say when it was copied.
         in_order = self.step if self.number else 0
-        return self.number, in_order, self.written, self.step
+        beside = self.folder == output_dir
+        return self.number, in_order, not beside, self.written, self.step, self.folder.name
 
 
 def runs_in(output_dir: Path) -> list[SavedRun]:
@@ -57,9 +57,7 @@ def runs_in(output_dir: Path) -> list[SavedRun]:
     """
     folders = sorted(path for path in output_dir.glob("run-*") if path.is_dir())
     runs = [_run(folder) for folder in [output_dir, *folders] if saved_in(folder)]
-    return sorted(
-        runs, key=lambda run: (run.age, run.folder != output_dir, run.folder.name), reverse=True
-    )
+    return sorted(runs, key=lambda run: run.age(output_dir), reverse=True)
 
 
 def newest_first(output_dir: Path) -> list[Path]:
