@@ -73,7 +73,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe.pt": (os.mkfifo, "no regular file, so no checkpoint"),
     "object.pt": (
         lambda p: torch.save(torch.nn.Linear(2, 2), p),
-        "more than tensors: it would cal",
+        "a whole model: it would call",
     ),
     "picture.pt": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)), "a PNG picture, not"),
 }

@@ -312,6 +312,21 @@ def test_weights_of_other_precisions_are_taken(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_numbers_are_refused(
+    tmp_path: Path, model: BertForPreTraining, weights: dict, dtype: torch.dtype
+) -> None:
+    torch.save({name: value.to(dtype) for name, value in weights.items()}, tmp_path / "small.pt")
+    with pytest.raises(UserError, match=r"quantized, .* 47 wrong type .*; pass the checkpoint"):
+        load_weights(model, tmp_path / "small.pt")
+
+
+def test_another_protocol_of_pickle_is_named(tmp_path: Path, weights: dict) -> None:
+    torch.save(weights, tmp_path / "start.pt", pickle_protocol=5)
+    with pytest.raises(UserError, match=r"pickled with protocol 5 and not with torch\.save's 2"):
+        read_weights(tmp_path / "start.pt")
+
+
 def test_trained_weights_raise_no_suspicion(weights: dict) -> None:
     assert suspicions(weights) == []
 

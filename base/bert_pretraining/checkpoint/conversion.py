@@ -16,10 +16,10 @@ from bert_pretraining.checkpoint.formats import OTHER_HEADS, Checkpoint
 from bert_pretraining.checkpoint.names import DECODER, OUTPUT_BIAS, WORD_EMBEDDING
 from bert_pretraining.checkpoint.save import save_checkpoint, write_weights
 from bert_pretraining.checkpoint.structure import (
-    HEADS,
     MASKED_TOKEN_HEAD,
     NEXT_SENTENCE_HEAD,
     Sizes,
+    absent_heads,
     expected_shapes,
 )
 from bert_pretraining.errors import UserError
@@ -58,7 +58,7 @@ def convert(
     checkpoint = _without_other_tasks(checkpoint)
     weights = _complete(checkpoint, model.sizes)
     notes = [_vocabulary_note(checkpoint, model.sizes)]
-    absent = absent_heads(checkpoint)
+    absent = absent_heads(checkpoint.weights)
     if target == "hf":
         config = _hugging_face_config(model, weights)
         if absent:
@@ -85,18 +85,13 @@ def convert(
         notes.append("No next-sentence head in the source: a checkpoint for --objective mlm")
     elif absent:
         notes.append(
-            f"Not in the source: {', '.join(absent)}*; to train from it, pass {HEADS_ANEW}"
+            f"Not in the source: {'*, '.join(absent)}*; to train from it, pass {HEADS_ANEW}"
         )
     notes += [
         f"Left out: {what}, {len(names)} entries of the source"
         for what, names in checkpoint.left_out.items()
     ]
     return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *notes]
-
-
-def absent_heads(checkpoint: Checkpoint) -> list[str]:
-    """The beginnings of names in HEADS with which no tensor of the checkpoint begins."""
-    return [head for head in HEADS if not any(name.startswith(head) for name in checkpoint.weights)]
 
 
 def _without_other_tasks(checkpoint: Checkpoint) -> Checkpoint:
@@ -114,7 +109,7 @@ def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
     Heads that the checkpoint lacks as a whole are not among them.
     """
     rows = padded_rows(sizes.vocab_size)
-    absent = tuple(absent_heads(checkpoint))
+    absent = tuple(absent_heads(checkpoint.weights))
     shapes = {
         name: shape
         for name, shape in expected_shapes(replace(sizes, vocab_size=rows)).items()

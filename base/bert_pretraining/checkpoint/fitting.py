@@ -77,7 +77,7 @@ def fit(
         wrong_type=[
             f"{name} is {value.dtype}"
             for name, value in found.items()
-            if name in shapes and not value.dtype.is_floating_point
+            if name in shapes and not (value.dtype.is_floating_point and value.element_size() > 1)
         ],
     )
     if faults.any():
@@ -175,7 +175,12 @@ def _cause(
             f"it has {', '.join(differing)}, ",
             "pass the --bert_config_path of this checkpoint's model, or another checkpoint",
         )
-    if faults.wrong_shape or faults.wrong_type:
+    if faults.wrong_type and not faults.wrong_shape:
+        return (
+            "its numbers are quantized, or are no weights, ",
+            "pass the checkpoint from before it was quantized, in 16 bits or more",
+        )
+    if faults.wrong_shape:
         return "", "pass the checkpoint and bert_config.json of one model"
     if all(line.startswith(HEADS) for line in faults.missing) and not any(
         line.startswith("bert.") for line in faults.unexpected

@@ -22,7 +22,11 @@ def suspicions(weights: Mapping[str, Tensor]) -> list[str]:
     weights: under the apex names, and finite. The right shapes prove nothing about the
     numbers: a model with such weights predicts no better than chance.
     """
-    tensors = untied(weights)
+    tensors = {
+        name: value
+        for name, value in untied(weights).items()
+        if value.dtype.is_floating_point and value.element_size() > 1
+    }
     scales = {name: value for name, value in tensors.items() if name.endswith("LayerNorm.weight")}
     biases = [value for name, value in tensors.items() if name.endswith(".bias")]
     matrices = {name: value for name, value in tensors.items() if value.dim() == 2}

@@ -102,6 +102,11 @@ def _layer_norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
+def absent_heads(weights: Mapping[str, Tensor]) -> list[str]:
+    """The beginnings of names in HEADS with which no tensor begins."""
+    return [head for head in HEADS if not any(name.startswith(head) for name in weights)]
+
+
 def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
     """Keep one of the two names that Hugging Face has for the output bias.
 
@@ -127,6 +132,8 @@ def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal; NaN equals NaN here."""
+    if one.dtype == other.dtype and one.element_size() == 1:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)  # not all are comparable
     if one is other or torch.equal(one, other):
         return True
     if one.shape != other.shape or is_finite(one):
@@ -138,7 +145,5 @@ def is_finite(value: Tensor) -> bool:
     """Whether no number is NaN or infinite; no copy of the tensor is made."""
     if not value.numel() or not value.dtype.is_floating_point:
         return True
-    if value.element_size() == 1:
-        value = value.float()  # PyTorch finds no extremes of 8-bit numbers
     low, high = torch.aminmax(value)
     return bool(torch.isfinite(low) and torch.isfinite(high))

@@ -16,7 +16,9 @@ from bert_pretraining.runtime import compat
 from bert_pretraining.runtime.file_kind import AGAIN, cannot_read, kind_of, not_the_kind
 
 ARCHIVE_START = b"PK\x03\x04"
+SAFE_PROTOCOL = 2  # of pickle; the only one that weights_only=True reads in every version
 READ_AT_A_TIME = 1 << 20  # bytes
+NAMED = 3  # functions in a message
 EXPORT = "load it in the program that wrote it, and save its state_dict() with torch.save"
 
 
@@ -39,12 +41,16 @@ def read_torch_file(path: Path, verify: bool = True) -> object:
     except OSError as error:
         raise cannot_read(path, error) from error
     except pickle.UnpicklingError as error:
-        called = sorted(compat.called_functions(path, error))[:3]
-        what = (
-            f"holds more than tensors: it would call {', '.join(called)}"
-            if called
-            else "not a checkpoint of PyTorch, or one with more than tensors in it"
-        )
+        called = sorted(compat.called_functions(path, error))
+        protocol = _pickle_protocol(path, is_archive)
+        if called:
+            whole = any(name.startswith("torch.nn.modules.") for name in called)
+            what = "holds a whole model" if whole else "holds more than tensors"
+            what += f": it would call {', '.join(called[:NAMED])}"
+        elif protocol is not None and protocol > SAFE_PROTOCOL:
+            what = f"pickled with protocol {protocol} and not with torch.save's {SAFE_PROTOCOL}"
+        else:
+            what = "not a checkpoint of PyTorch, or one with more than tensors in it"
         raise UserError(f"{path}: {what}, which is not safe to read", EXPORT) from error
     except Exception as error:  # a cut file fails in many ways, depending on where it is cut
         kind = kind_of(path)
@@ -65,6 +71,18 @@ def _load(path: Path, is_archive: bool) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
     # A mapped tensor is read from the file when it is used. Files before PyTorch 1.6 cannot be.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def _pickle_protocol(path: Path, is_archive: bool) -> int | None:
+    """The version of the pickle in a file; None where there is none."""
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            start = archive.read(names[0])[:2] if names else b""
+    else:
+        with open(path, "rb") as file:
+            start = file.read(2)
+    return start[1] if len(start) == 2 and start[0] == 0x80 else None
 
 
 def is_utf8(path: Path) -> bool:

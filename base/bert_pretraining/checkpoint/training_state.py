@@ -300,7 +300,7 @@ def _choice(found: Checkpoint, chosen: SavedRun, runs: list[SavedRun], output_di
     number = found.state.get(RUN_NUMBER)
     told = f"Resume: {found.path}, the newest training state in {output_dir} ("
     told += f"run {number}, " if number else ""
-    told += f"step {found.step}; {len(runs)} runs have checkpoints)"
+    told += f"step {found.step}{f'; {len(runs)} runs have checkpoints' if runs[1:] else ''})"
     later = max(run.folder.name for run in runs)
     if chosen.folder != output_dir and later > chosen.folder.name:
         told += f"; {later} has a later name, but an older state"

@@ -50,6 +50,7 @@ class LogSettings:
         "such an --init_checkpoint, which may be any file of any run",
         choices=("auto", "never", "required"),
         changes_numbers=False,
+        fix="pass one of these, or --init_checkpoint FILE to go on from a certain checkpoint",
     )
 
     report: bool = setting(
