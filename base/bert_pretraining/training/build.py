@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.checkpoint import load_weights
+from bert_pretraining.checkpoint.plausibility import suspicions
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
 from bert_pretraining.kernels import DTYPES, fp8_linear
@@ -167,8 +168,10 @@ def _model(setup: Setup, precision: str) -> BertForPreTraining:
     )
     log.built("CONVERT_MODEL", module, kernels=kernels.choice)
     if isinstance(setup.start, Path):
-        summary = load_weights(module, setup.start).summary()
-        log.say(f"Start weights: {setup.start} ({summary})")
+        loaded = load_weights(module, setup.start, config.missing_weights)
+        log.say(f"Start weights: {setup.start} ({loaded.summary()})")
+        for notice in suspicions(loaded.weights):
+            log.say(f"Notice: {setup.start}: {notice}")
         log.weights_loaded(name for name, _ in module.named_parameters())
     elif setup.start is None:
         log.say(f"Start weights: random (seed {setup.seed})")
