@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_pretraining import config
-from bert_pretraining.commands.data_flags import add_number, data_parser, probability
-from bert_pretraining.errors import UserError
+from bert_pretraining.commands.data_flags import (
+    add_number,
+    add_shard_pattern,
+    data_parser,
+    probability,
+)
 
 if TYPE_CHECKING:
     from bert_pretraining.preparation.prepare import TextSettings
+
+EXAMPLE_FILES = "part-*.hdf5"  # what `data shard` chops
 
 
 def segment(arguments: list[str]) -> None:
@@ -139,15 +145,14 @@ def shard(arguments: list[str]) -> None:
         "--output_dir", type=Path, required=True, metavar="DIR", help="for the shards (required)"
     )
     add_number(parser, "--num_shards", 2048, 1, "training files")
+    add_shard_pattern(parser, EXAMPLE_FILES)
     values = parser.parse(arguments)
 
+    from bert_pretraining.data.shard_names import shard_folder
     from bert_pretraining.preparation import prepare as stages
 
-    inputs = sorted(values.input_dir.glob("part-*.hdf5"))
-    if not inputs:
-        raise UserError(
-            f"no part-*.hdf5 in {values.input_dir}", "make them with data create-examples"
-        )
+    pattern = values.shard_pattern or EXAMPLE_FILES
+    inputs = shard_folder(values.input_dir, "make them with data create-examples", pattern).shards
     made, there = stages.shard(inputs, values.output_dir, values.num_shards)
     print(f"{values.output_dir}: {made} shards made, {there} there already")
 

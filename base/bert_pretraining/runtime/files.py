@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import cannot_read
 
 PARTIAL_SUFFIX = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
@@ -90,34 +91,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_directory(path: Path, what: str, fix: str) -> None:
     """Raise UserError, with `what` as the path's name and this `fix`, if it is no directory."""
     status = _status(path, fix)
+    if status is None and path.is_symlink():
+        raise cannot_read(path, FileNotFoundError(errno.ENOENT, ""), fix)
     if status is None:
         raise UserError(f"no such {what}: {path}", f"{fix}")
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{what} {path} is a file", "pass the directory that it is in")
-
-
-def shard_files(directory: Path, fix: str) -> list[Path]:
-    """Every finished file with `part` in its name, sorted by name; UserError if there is none.
-
-    The directory is listed once and no file is opened, which is fast on network storage too.
-    """
-    require_directory(directory, "data directory", fix)
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if "part" in entry.name
-                and not entry.name.endswith(PARTIAL_SUFFIX)
-                and entry.is_file()
-            )
-    except OSError as error:
-        raise UserError(f"cannot read {directory} ({error.strerror})", f"{fix}") from error
-    if not names:
-        raise UserError(
-            f"no shards in {directory}: expected HDF5 files with 'part' in the name", f"{fix}"
-        )
-    return [directory / name for name in names]
 
 
 def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
@@ -174,5 +153,4 @@ def _status(path: Path, fix: str) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason})", f"{fix}") from error
+        raise cannot_read(path, error, fix) from error
