@@ -20,55 +20,29 @@ from bert_pretraining.preparation.prepare import TextSettings, checksum, create_
 from bert_pretraining.preparation.verify import verify
 from bert_pretraining.preparation.verify_report import VerifyReport, md5_of, row_md5s
 from helpers import REFERENCE, needs_reference
-
-TRAIN, EVAL = "2048_shards_uncompressed", "eval_set_uncompressed"
-ROWS, SHARDS = 60, 4
-Arrays = dict[str, np.ndarray]
+from verify_sets import (
+    EVAL,
+    ROWS,
+    SHARDS,
+    TRAIN,
+    Arrays,
+    put,
+    rewrite,
+    shard,
+    small_files,
+    write_set,
+)
 
 
 @pytest.fixture(scope="module")
 def small(mini_data: Path) -> dict[str, Arrays]:
-    """File -> arrays: the first rows of mini shards, as shards of a set of four."""
-    files = {
-        shard(number): read_arrays(mini_data / TRAIN / f"part_{number:05d}_of_00016.hdf5")
-        for number in range(SHARDS)
-    }
-    files[f"{EVAL}/part_eval.hdf5"] = read_arrays(mini_data / EVAL / "part_eval.hdf5")
-    return {
-        name: {key: array[:ROWS] for key, array in arrays.items()} for name, arrays in files.items()
-    }
+    return small_files(mini_data)
 
 
 @pytest.fixture
 def data(tmp_path: Path, small: dict[str, Arrays], mini_data: Path) -> Path:
     """A good small set in the fixed form, to spoil."""
     return write_set(tmp_path / "set", small, mini_data, "fixed")
-
-
-def write_set(directory: Path, files: dict[str, Arrays], mini_data: Path, form: str) -> Path:
-    write = write_shard if form == "fixed" else write_varlength_shard
-    for name, arrays in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        write(directory / name, arrays)
-    config = (mini_data / "bert_config.json").read_text()
-    (directory / "bert_config.json").write_text(config)
-    return directory
-
-
-def shard(number: int) -> str:
-    return f"{TRAIN}/part_{number:05d}_of_{SHARDS:05d}.hdf5"
-
-
-def rewrite(path: Path, key: str, change: Callable[[np.ndarray], object]) -> None:
-    """Change one dataset of a file."""
-    with h5py.File(path, "a") as file:
-        values = file[key][()]
-        change(values)
-        file[key][()] = values
-
-
-def put(place: object, value: object, values: np.ndarray) -> None:
-    values[place] = value
 
 
 def replaced(key: str, values: np.ndarray | None) -> Callable[[Path], None]:

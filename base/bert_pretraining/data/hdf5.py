@@ -25,6 +25,10 @@ from bert_pretraining.runtime.file_kind import (
 from bert_pretraining.runtime.files import write_whole
 
 AGAIN = "make the shard again"
+# HDF5 1.10.7 and 1.12.1 brought the choice; what is older locks, unless the environment forbids it.
+_VERSION = h5py.version.hdf5_version_tuple
+_CAN_CHOOSE = _VERSION >= (1, 12, 1) or (1, 10, 7) <= _VERSION < (1, 11)
+UNLOCKED = {"locking": False} if _CAN_CHOOSE else {}
 # What h5py raises for a damaged file, depending on where it is damaged.
 _H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)
 # The HDF Group's list of registered filters. Files name them too, but not always.
@@ -43,7 +47,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """
     require_regular(path, "pass an HDF5 file")
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(path, "r", **UNLOCKED) as file:
             yield file
     except _H5PY_ERRORS as error:
         raise _fault(path, error) from error
@@ -53,7 +57,7 @@ def write_hdf5(path: Path, fill: Callable[[h5py.File], None]) -> None:
     """Write a file, whole or not at all; UserError where the system refuses."""
 
     def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w", locking=False) as file:
+        with h5py.File(temporary, "w", **UNLOCKED) as file:
             fill(file)
 
     try:
@@ -90,7 +94,10 @@ def dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     if link is None:
         has = ", ".join(sorted(file)) or "nothing"
         raise UserError(f"{shown(path)}: no dataset '{name}' (has: {has})", AGAIN)
-    found = file.get(name)
+    try:
+        found = file.get(name)
+    except _H5PY_ERRORS:
+        found = None  # links that lead back to themselves
     if found is None:
         target = ":".join(
             part for part in (getattr(link, "filename", ""), getattr(link, "path", "")) if part

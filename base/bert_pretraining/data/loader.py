@@ -17,7 +17,7 @@ from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device, pack
-from bert_pretraining.data.shards import read_shard
+from bert_pretraining.data.shards import read_listed
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.runtime import device as devices
@@ -119,9 +119,8 @@ class TrainingLoader:
 
             def load(shard: int) -> Future[FlatShard]:
                 if shard not in loaded:
-                    path = self._shards[shard].path
-                    arguments = (path, config.vocab_size, config.max_seq_length)
-                    loaded[shard] = reader.submit(read_shard, *arguments)
+                    arguments = (self._shards[shard], config.vocab_size, config.max_seq_length)
+                    loaded[shard] = reader.submit(read_listed, *arguments)
                 return loaded[shard]
 
             while True:
@@ -233,7 +232,7 @@ def load_evaluation_set(
     for info in shards:
         if remaining == 0:
             break
-        shard = read_shard(info.path, config.vocab_size, config.max_seq_length)
+        shard = read_listed(info, config.vocab_size, config.max_seq_length)
         rows = np.arange(min(remaining, shard.num_sequences))
         remaining -= len(rows)
         masked += int(shard.masked_counts[: len(rows)].sum())

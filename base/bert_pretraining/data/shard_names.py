@@ -146,26 +146,28 @@ def _scan(directory: Path) -> dict[str, str]:
     Where an entry is no link, the listing says what it is, without a look at the file.
     """
     with os.scandir(directory) as entries:
-        return {
-            entry.name: "file" if entry.is_file() else "folder" if entry.is_dir() else "other"
-            for entry in entries
-        }
+        return {entry.name: _kind(entry) for entry in entries}
+
+
+def _kind(entry: os.DirEntry | Path) -> str:
+    try:
+        return "file" if entry.is_file() else "folder" if entry.is_dir() else "other"
+    except OSError:
+        return "other"  # a link that leads back to itself
 
 
 def _matching(directory: Path, pattern: str) -> dict[str, str]:
     """The same for the names, below the folder, that fit the pattern."""
     try:
+        if ".." in Path(pattern).parts:
+            raise ValueError("'..' leads out of it")
         paths = list(directory.glob(pattern))
     except (ValueError, NotImplementedError) as error:
         raise UserError(
             f"--shard_pattern {quoted(pattern)}: no pattern of names below a folder ({error})",
             "pass a pattern such as '*.hdf5'",
         ) from error
-    kinds = {}
-    for path in paths:
-        kind = "file" if path.is_file() else "folder" if path.is_dir() else "other"
-        kinds[str(path.relative_to(directory))] = kind
-    return kinds
+    return {str(path.relative_to(directory)): _kind(path) for path in paths}
 
 
 def _is_shards_name(name: str, pattern: str | None) -> bool:

@@ -117,6 +117,18 @@ def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -
     return shard
 
 
+def read_listed(info: ShardInfo, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
+    """`read_shard` of a shard that was inspected before; UserError where it has changed since."""
+    shard = read_shard(info.path, vocab_size, max_seq_length)
+    if shard.num_sequences != info.num_sequences:
+        raise UserError(
+            f"{info.path}: it has {shard.num_sequences} sequences now, and had "
+            f"{info.num_sequences} when the run began",
+            "leave the shards as they are while a run reads them, and start it again",
+        )
+    return shard
+
+
 def format_of(path: Path) -> ShardFormat:
     """How this file is read, by the ending of its name."""
     return FORMATS.get(path.suffix, HDF5)
