@@ -37,6 +37,17 @@ def add_number(
     )  # fmt: skip
 
 
+def add_shard_pattern(
+    parser: argparse.ArgumentParser, default: str = "all with 'part' in the name"
+) -> None:
+    """Add the flag that chooses shards by name."""
+    parser.add_argument(
+        "--shard_pattern", metavar="GLOB",
+        help="shell pattern of the names of shards, such as '*training*.hdf5', or '*/*.h5' for "
+        f"files in sub-folders (default: {default})",
+    )  # fmt: skip
+
+
 def probability(text: str) -> float:
     """A type for flags: a number from 0 to 1."""
     value = float(text)

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_pretraining import config
-from bert_pretraining.commands.data_flags import add_number, at_least, data_parser, probability
+from bert_pretraining.commands.data_flags import (
+    add_number,
+    add_shard_pattern,
+    at_least,
+    data_parser,
+    probability,
+)
 from bert_pretraining.errors import UserError
 
 # Those of preparation/documents.py, which is imported only where it is needed.
@@ -16,6 +22,8 @@ FORMS = ("file", "blank_line", "json", "doc_tags")
 
 if TYPE_CHECKING:
     from bert_pretraining.preparation.prepare import TextSettings
+
+EXAMPLE_FILES = "part-*.hdf5"  # what `data shard` chops
 
 
 def segment(arguments: list[str]) -> None:
@@ -189,23 +197,22 @@ def shard(arguments: list[str]) -> None:
     )
     add_number(parser, "--num_shards", 2048, 1, "training files")
     _add_missing_parts(parser)
+    add_shard_pattern(parser, EXAMPLE_FILES)
     values = parser.parse(arguments)
 
+    from bert_pretraining.data.shard_names import shard_folder
     from bert_pretraining.preparation import prepare as stages
     from bert_pretraining.preparation.text_files import listed, require_all_parts
     from bert_pretraining.preparation.text_statistics import warn
 
-    inputs = sorted(values.input_dir.glob("part-*.hdf5"))
-    if not inputs:
-        raise UserError(
-            f"no part-*.hdf5 in {values.input_dir}", "make them with data create-examples"
-        )
-    others = sorted(path.name for path in values.input_dir.glob("*.h*5") if path not in inputs)
-    if others:
-        print(f"Left out of --input_dir, not part-*.hdf5: {listed(others)}", file=sys.stderr)
-    names = [path.name for path in inputs]
-    warn(require_all_parts(names, f"--input_dir {values.input_dir}", values.allow_missing_parts))
-    made, there = stages.shard(inputs, values.output_dir, values.num_shards)
+    pattern = values.shard_pattern or EXAMPLE_FILES
+    folder = shard_folder(values.input_dir, "make them with data create-examples", pattern)
+    if folder.other_shards:
+        others = listed(folder.other_shards)
+        print(f"Left out of --input_dir, not {pattern}: {others}", file=sys.stderr)
+    where = f"--input_dir {values.input_dir}"
+    warn(require_all_parts(folder.names, where, values.allow_missing_parts))
+    made, there = stages.shard(folder.shards, values.output_dir, values.num_shards)
     print(f"{values.output_dir}: {made} shards made, {there} there already")
 
 

@@ -134,6 +134,8 @@ def not_the_kind(path: Path, wanted: str, fix: str = AGAIN, reason: str = "") ->
     if kind is None:
         because = f" ({reason})" if reason else ""
         return UserError(f"{name}: not {wanted}, or a damaged one{because}", fix)
+    if kind.key.endswith("_cut"):  # of the right kind, but not all of it
+        return UserError(f"{name}: {kind.what}", kind.fix)
     return UserError(f"{name}: {kind.what}, not {wanted}", kind.fix)
 
 
