@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bert_pretraining.config import Config, Resolved
+from bert_pretraining.errors import UserError
 from bert_pretraining.logs.console import Console
 from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.mlperf import MlperfLog
@@ -33,8 +34,17 @@ from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime.lock import FolderLock
 
 
+def _raise(error: UserError) -> None:
+    raise error
+
+
 class RunLog:
     """Keeps a run's times, and tells its sinks.
+
+    A sink that cannot write is told nothing more.
+
+    Args:
+        failed: called with the error where a sink cannot write; by default it is raised.
 
     UserError if its folder cannot be made or is in use.
 
@@ -42,7 +52,15 @@ class RunLog:
         folder: of this run; None on ranks other than 0.
     """
 
-    def __init__(self, resolved: Resolved, rank: int, device_name: str, world_size: int) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        rank: int,
+        device_name: str,
+        world_size: int,
+        failed: Callable[[UserError], None] = _raise,
+    ) -> None:
+        self._failed = failed
         self.config, self._sources = resolved.config, resolved.sources
         self._started = float(os.environ.get("BERT_PRETRAINING_STARTED", time.time()))
         self._init_started = self._train_started = self._window_started = self._started
@@ -69,7 +87,7 @@ class RunLog:
             )
             if self.folder is not None:
                 for sink in self.make_sinks(facts, self.folder):
-                    closing.callback(sink.close)
+                    closing.callback(self._call, sink, sink.close)
                     self._sinks.append(sink)
             self._closing = closing.pop_all()
         self._tell(Sink.launched, facts)
@@ -89,8 +107,23 @@ class RunLog:
 
     def _tell(self, event: Callable, *details: object) -> None:
         """Call the method of `Sink` that `event` is on every sink."""
-        for sink in self._sinks:
-            getattr(sink, event.__name__)(*details)
+        for sink in list(self._sinks):
+            self._call(sink, getattr(sink, event.__name__), *details)
+
+    def _call(self, sink: Sink, method: Callable, *details: object) -> None:
+        """Call a method of a sink; where it cannot write, leave the sink out from now on."""
+        try:
+            method(*details)
+        except OSError as error:
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            where = error.filename or f"the output of {type(sink).__name__}"
+            self._failed(
+                UserError(
+                    f"cannot write {where} ({error.strerror or error})",
+                    "free disk space, then go on with --resume auto",
+                )
+            )
 
     def say(self, text: str) -> None:
         """A line for people, on rank 0's terminal."""
