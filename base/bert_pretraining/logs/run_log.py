@@ -21,6 +21,7 @@ from bert_pretraining.logs.perflog import PerfLog
 from bert_pretraining.logs.run_folder import make_run_folder
 from bert_pretraining.logs.sinks import (
     EvaluationFigures,
+    EvaluationSetFacts,
     Hyperparameters,
     Resumption,
     RunFacts,
@@ -30,6 +31,7 @@ from bert_pretraining.logs.sinks import (
 )
 from bert_pretraining.logs.tensorboard import TensorBoard
 from bert_pretraining.logs.terminal import Terminal
+from bert_pretraining.logs.watch import Watch
 from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime.lock import FolderLock
 
@@ -101,6 +103,7 @@ class RunLog:
         yield PerfLog([terminal.line], rank=0, file=LineFile(folder / "perflog.txt"))
         yield MlperfLog([terminal.line], file=LineFile(folder / "mllog.txt"))
         yield Console(terminal, facts)
+        yield Watch(facts, self.notice)
         if config.tensorboard_dir:
             run = Path(config.resolved_output_dir).name
             yield TensorBoard(Path(config.tensorboard_dir) / run / folder.name)
@@ -129,6 +132,10 @@ class RunLog:
         """A line for people, on rank 0's terminal."""
         self._tell(Sink.said, text)
 
+    def notice(self, kind: str, text: str) -> None:
+        """The run goes wrong, or not as its user may expect; see `Sink.noticed`."""
+        self._tell(Sink.noticed, kind, text)
+
     def hyperparameters(self, seed: int, triggers: StepTriggers) -> None:
         """The seed and what the closed division asks for."""
         self._triggers = triggers
@@ -154,6 +161,10 @@ class RunLog:
     def clock_started(self) -> None:
         """MLPerf's clock starts: from here on sequences are read."""
         self._tell(Sink.clock_started)
+
+    def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
+        """The evaluation set is in memory."""
+        self._tell(Sink.evaluation_set_read, facts)
 
     def evaluation_started(self, state: RunState) -> None:
         """An evaluation begins."""
@@ -185,7 +196,11 @@ class RunLog:
         it is only a part.
         """
         self._resumption = Resumption(
-            path, state.global_steps, state.num_trained_samples, differences
+            path,
+            state.global_steps,
+            state.num_trained_samples,
+            differences,
+            state.eval_mlm_accuracy,
         )
         self._tell(Sink.resumed, self._resumption)
         self._begin_training()

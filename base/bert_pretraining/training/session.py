@@ -37,6 +37,7 @@ from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime import process_group, seeds
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
+from bert_pretraining.training.baseline import commonest_token
 from bert_pretraining.training.build import Setup, Training, build
 from bert_pretraining.training.evaluate import Evaluation, evaluate
 from bert_pretraining.training.feed import Feed
@@ -122,13 +123,16 @@ class Session:
         process_group.barrier(self.ranks.device)
         self.log.clock_started()
         process_group.barrier(self.ranks.device)
-        self._evaluation_set = load_evaluation_set(
+        evaluation_set = load_evaluation_set(
             self._paths.eval_dir,
             self.config.num_eval_examples,
             dataclasses.replace(
                 self._loader_config(self.config.eval_batch_size), pin_for=self.ranks.device
             ),
-        ).near(self.ranks.device)
+        )
+        vocab_size = self._bert_config.vocab_size
+        self.log.evaluation_set_read(commonest_token(evaluation_set, vocab_size, self.ranks))
+        self._evaluation_set = evaluation_set.near(self.ranks.device)
 
     def begin(self) -> str | None:
         """Evaluate the start weights, or take over the saved run; then training begins.

@@ -84,7 +84,7 @@ def train(session: Session, stop: StopRequest) -> str:
 
     Raises, on every rank, the error for which a rank asked to stop, once the run is saved.
     """
-    config, ranks, log, run = session.config, session.ranks, session.log, session.run
+    config, log, run = session.config, session.log, session.run
     update, triggers, order = session.training.update, session.triggers, session.order
     outcomes = update.outcomes
     samples_per_step = config.global_batch_size
@@ -148,19 +148,25 @@ def train(session: Session, stop: StopRequest) -> str:
             session.report_saved()
 
         batches.close()
-        if epoch is not None:
-            log.epoch_ended(epoch)
-        process_group.barrier(ranks.device)
-        log.trained(run)
-        # A run that had finished before has nothing new to save.
-        if epoch is not None and (config.save_checkpoint or reason == "signal"):
-            session.save()
-            session.report_saved(wait=True)
-        failure = _failure(session, stop) if reason == "signal" else None
-        log.finished(run, _named(reason, stop, failure))
-        if failure is not None:
-            raise failure
+        _end(session, stop, reason, epoch)
     return reason
+
+
+def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) -> None:
+    """Save, and tell the end. epoch: None for a run that had finished before."""
+    run, log = session.run, session.log
+    if epoch is not None:
+        log.epoch_ended(epoch)
+    process_group.barrier(session.ranks.device)
+    log.trained(run)
+    # A run that had finished before has nothing new to save.
+    if epoch is not None and (session.config.save_checkpoint or reason == "signal"):
+        session.save()
+        session.report_saved(wait=True)
+    failure = _failure(session, stop) if reason == "signal" else None
+    log.finished(run, _named(reason, stop, failure))
+    if failure is not None:
+        raise failure
 
 
 def _failure(session: Session, stop: StopRequest) -> UserError | TrainingError | None:
