@@ -39,11 +39,9 @@ class Feed:
         reserve: int,
         stop: StopRequest,
         rank: int | None = None,
-        seconds_to_retry: float = SECONDS_TO_RETRY,
     ) -> None:
         self._read_from, self._reserve, self._stop = read_from, reserve, stop
         self._whose = "" if rank is None else f"rank {rank}: "
-        self._seconds_to_retry = seconds_to_retry
 
     def __iter__(self) -> Iterator[PackedBatch]:
         ahead: collections.deque[PackedBatch] = collections.deque()
@@ -79,15 +77,15 @@ class Feed:
                 self._wait(error)
 
     def _wait(self, error: UserError | OSError) -> None:
-        what = error.problem if isinstance(error, UserError) else error
+        what, seconds = getattr(error, "problem", error), SECONDS_TO_RETRY
         print(
-            f"Notice: {self._whose}{what}; trying again in {self._seconds_to_retry:g} s",
+            f"Notice: {self._whose}{what}; trying again in {seconds:g} s",
             file=sys.stderr,
             flush=True,
         )
-        until = time.monotonic() + self._seconds_to_retry
+        until = time.monotonic() + seconds
         while time.monotonic() < until and not self._stop.asked:
-            time.sleep(min(0.1, self._seconds_to_retry))
+            time.sleep(min(0.1, seconds))
 
 
 def _failure(error: Exception) -> UserError | TrainingError:
