@@ -103,7 +103,8 @@ class RunLog:
         yield PerfLog([terminal.line], rank=0, file=LineFile(folder / "perflog.txt"))
         yield MlperfLog([terminal.line], file=LineFile(folder / "mllog.txt"))
         yield Console(terminal, facts)
-        yield Watch(facts, self.notice)
+        chose_evaluations = self._sources["eval_steps"] == "flag"
+        yield Watch(facts, self.notice, chose_evaluations)
         if config.tensorboard_dir:
             run = Path(config.resolved_output_dir).name
             yield TensorBoard(Path(config.tensorboard_dir) / run / folder.name)
@@ -124,7 +125,7 @@ class RunLog:
             self._failed(
                 UserError(
                     f"cannot write {where} ({error.strerror or error})",
-                    "free disk space, then go on with --resume auto",
+                    "free disk space or mend that disk, then go on with --resume auto",
                 )
             )
 

@@ -30,7 +30,7 @@ MIN_BATCHES, MIN_SEQUENCES = 5, 256
 # The loss does not move: so many evaluations differ from the start's by less than this.
 STILL_EVALUATIONS, STILL_ACCURACY, STILL_LOSS = 3, 0.001, 0.005
 LOW_LOSS_SCALE, USUAL_LOSS_SCALE = 16, 1024
-LONG_RUN = 100  # steps; a shorter run is a trial, which needs no evaluation before its end
+LONG_RUN = 100  # steps; a shorter run is a trial that needs no evaluation before its end
 
 
 class Watch(Sink):
@@ -38,10 +38,17 @@ class Watch(Sink):
 
     Args:
         notice: called with the kind of the fault, one word for programs, and a line for people.
+        chose_evaluations: whether the user has given --eval_steps.
     """
 
-    def __init__(self, run: RunFacts, notice: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        run: RunFacts,
+        notice: Callable[[str, str], None],
+        chose_evaluations: bool = False,
+    ) -> None:
         self._config, self._notice = run.config, notice
+        self._chose_evaluations = chose_evaluations
         self._told: set[str] = set()
         self._commonest = 0.0  # share of the commonest token among those masked
         self._best = 0.0
@@ -54,7 +61,7 @@ class Watch(Sink):
         self._highest_loss_scale = 0.0
 
     def hyperparameters(self, values: Hyperparameters) -> None:
-        for kind, text in faults_of_plan(self._config):
+        for kind, text in faults_of_plan(self._config, self._chose_evaluations):
             self._tell(kind, text)
 
     def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
@@ -163,8 +170,8 @@ class Watch(Sink):
             self._notice(kind, text)
 
 
-def faults_of_plan(config: Config) -> list[tuple[str, str]]:
-    """What settings alone show: the kind and a line for each."""
+def faults_of_plan(config: Config, chose_evaluations: bool) -> list[tuple[str, str]]:
+    """What settings alone show: the kind and a line for each. Arguments as for `Watch`."""
     batch, rate = config.global_batch_size, config.learning_rate
     steps = min(config.max_steps, math.ceil(config.max_samples_termination / batch))
     found = []
@@ -183,11 +190,13 @@ def faults_of_plan(config: Config) -> list[tuple[str, str]]:
             )
         )
     every = config.eval_interval_samples or evaluation_interval(batch)
-    if config.eval_steps > steps:
+    if config.eval_steps > 0:
+        is_late = config.eval_steps > steps
         when = f"eval_steps {config.eval_steps:,} is more than the run's {steps:,} steps"
-    elif not config.eval_steps and steps >= LONG_RUN and every >= steps * batch:
-        when = f"evaluations are due every {every:,} sequences, and the run has {steps * batch:,}"
     else:
+        is_late = every >= steps * batch
+        when = f"evaluations are due every {every:,} sequences, and the run has {steps * batch:,}"
+    if not is_late or (steps < LONG_RUN and not chose_evaluations):
         return found
     text = f"{when}: the only evaluation is after the last step, so the run cannot end earlier"
     found.append(("no_evaluation", f"{text} at its target; pass a lower --eval_steps"))
