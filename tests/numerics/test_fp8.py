@@ -11,6 +11,7 @@ from torch import Tensor
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import fp8, fp8_linear
 from bert_pretraining.kernels.fp8 import FORMATS, GRADIENT, INPUT, LARGEST, WEIGHT, Fp8State
+from bert_pretraining.kernels.fp8_weights import EachWeight
 
 CPU = torch.device("cpu")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -58,6 +59,18 @@ def test_a_cast_is_within_half_the_distance_of_neighbours(
     assert ((back - x.double()).abs() <= bound).all(), f"seed {seed}"
     # The bound is reached: no cast is much better than the format.
     assert ((back - x.double()).abs() / bound).max() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_the_bound_holds_halfway_between_two_numbers(dtype: torch.dtype) -> None:
+    """There the error is as large as it can be, and the rounding of the scale comes to it."""
+    largest = torch.finfo(dtype).max
+    numbers = torch.linspace(1.0, 2.0, 257).bfloat16()
+    for maximum in torch.linspace(2.0, 4.0, 257).bfloat16().float():
+        scale = fp8.scale_for(maximum, largest, torch.ones(()))
+        cast = fp8.quantise(numbers, scale, dtype)[0].double() * (1.0 / scale).double()
+        away = (cast - numbers.double()).abs()
+        assert (away <= fp8.cast_bound(numbers.double(), scale, dtype)).all(), maximum
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -250,6 +263,63 @@ def test_gradients_that_are_not_finite_reach_the_optimizer(bad: float) -> None:
         assert x.grad[0].isfinite().all(), number
         state.update()
         assert state.table.isfinite().all()
+
+
+class CountedWeights(EachWeight):
+    """Says how often the weights were cast."""
+
+    times = 0
+
+    def __call__(self, table: Tensor) -> None:
+        CountedWeights.times += 1
+        super().__call__(table)
+
+
+def test_weights_are_cast_once_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two micro-batches and an evaluation; the same bits as from a cast in each of them."""
+    engine = fp8.engine_for(CPU)._replace(weights=CountedWeights)
+    monkeypatch.setattr(fp8, "engine_for", lambda device: engine)
+    monkeypatch.setattr(CountedWeights, "times", 0)
+    parts = [random(32, 16, seed=1), random(16, 16, seed=2)]
+    keeps, casts = Fp8State(["a"], CPU, [parts]), Fp8State(["a"], CPU)
+    for update in range(3):
+        for batch in range(3):
+            x, record = random(5, 16, seed=batch), batch < 2
+            found, expected = (
+                fp8_linear.linear_forward(x, torch.cat(parts), None, state["a"], record)[0]
+                for state in (keeps, casts)
+            )
+            assert torch.equal(found, expected)
+        assert torch.equal(keeps.table, casts.table)
+        assert CountedWeights.times == update
+        for part in parts:  # the optimizer's step
+            part.mul_(1.7)
+        keeps.update()
+        casts.update()
+
+
+def test_copies_of_weights_are_made_again_where_scales_are_loaded_or_were_tried() -> None:
+    weight = random(32, 16)
+    state = Fp8State(["a"], CPU, [[weight]])
+    with state.as_calibrated():  # a new run: scale 1
+        kept = state["a"].cast_weight(weight, record=True)
+        assert torch.equal(kept.rows.float(), weight.to(E4M3).float())
+    state["a"].cast_weight(weight, record=True)
+    state.update()
+    kept = state["a"].cast_weight(weight, record=True)
+    before, memory = state.table.clone(), kept.rows.data_ptr()
+    with state.as_calibrated():
+        pass
+    assert torch.equal(state.table, before), "the weights' maxima were lost"
+    saved = state.state_dict()
+    weight.mul_(3.0)
+    state.load_state_dict(saved)
+    kept = state["a"].cast_weight(weight, record=True)
+    expected, largest = fp8.quantise(weight, before[0, 0, WEIGHT], E4M3)
+    assert torch.equal(kept.rows.float(), expected.float())
+    assert torch.equal(kept.columns.float(), expected.float().t())
+    assert state.table[2, 0, WEIGHT] == largest
+    assert kept.rows.data_ptr() == memory, "a captured graph would read old memory"
 
 
 def test_autograd_gives_what_the_plain_functions_give() -> None:

@@ -22,6 +22,8 @@ from triton_helpers import DEVICE, NATIVE, random
 from bert_pretraining.kernels import fp8, triton_fp8
 from bert_pretraining.kernels.fp8 import FORMATS, LARGEST, WEIGHT, Fp8State
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
+from bert_pretraining.kernels.fp8_weights import EachWeight
+from bert_pretraining.kernels.triton_fp8_weights import AllWeights
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -112,16 +114,55 @@ def test_all_scales_in_one_launch() -> None:
     triton_fp8.update(torch.zeros((3, 0, 3), device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+def test_all_weights_in_one_launch(flat: bool, dtype: torch.dtype) -> None:
+    """The same bits and maxima as one cast for each; weights apart in memory or side by side."""
+    shapes = [[(48, 16)] * 3, [(130, 260)], [(1, 1)], [(64, 128), (32, 128)]]
+    if flat:
+        shapes = [[(16, 32)] * 3, [(80, 16)], [(144, 272)]]
+    sizes = [rows * columns for parts in shapes for rows, columns in parts]
+    memory = random(sum(sizes), seed=int.from_bytes(os.urandom(3), "little")).to(dtype)
+    pieces = iter(memory.split(sizes) if flat else [one.clone() for one in memory.split(sizes)])
+    weights = [[next(pieces).view(shape) for shape in parts] for parts in shapes]
+    weights[0][1][0, 0], weights[-1][0][-1, -1] = torch.inf, 1e30
+    tables, kept = [], []
+    for made in (EachWeight(weights), AllWeights(weights)):
+        table = random(3, len(weights), 3, seed=1).abs()
+        table[2] *= 3.0  # some larger than every weight
+        for _ in range(2):
+            made(table)
+        tables.append(table)
+        kept.append(made.kept)
+    assert torch.equal(*tables)
+    for found, expected in zip(*reversed(kept), strict=True):
+        for ours, right in zip(found, expected, strict=True):
+            assert torch.equal(ours.view(torch.uint8), right.view(torch.uint8))
+        assert torch.equal(found.columns.view(torch.uint8), found.rows.view(torch.uint8).t())
+
+
+def test_weights_that_moved_are_found_again() -> None:
+    """An optimizer may move parameters to memory of its own."""
+    weight = torch.nn.Parameter(random(16, 32))
+    made, table = AllWeights([[weight]]), torch.ones((3, 1, 3), device=DEVICE)
+    made(table)
+    weight.data = random(16, 32, seed=1)
+    made(table)
+    expected = fp8.quantise(weight.data, table[0, 0, WEIGHT], E4M3)[0]
+    assert torch.equal(made.kept[0].rows.float(), expected.float())
+
+
 def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for engine in (
-        fp8.Engine("emulated", fp8.emulated_cast, fp8.emulated_product, fp8.update_scales),
-        fp8.Engine("kernels", triton_fp8.cast, fp8.emulated_product, triton_fp8.update),
+        fp8.engine_for(torch.device("cpu")),
+        fp8.Engine("kernels", triton_fp8.cast, fp8.emulated_product, triton_fp8.update, AllWeights),
     ):
         monkeypatch.setattr(fp8, "engine_for", lambda device, engine=engine: engine)
-        state = Fp8State(["layer"], DEVICE)
+        weight = random(48, 32, seed=1)
+        state = Fp8State(["layer"], DEVICE, [[weight]])
         for _ in range(2):  # measured, then delayed
-            x, weight, gradient = random(37, 32), random(48, 32, seed=1), random(37, 48, seed=2)
+            x, gradient = random(37, 32), random(37, 48, seed=2)
             into_weight = torch.zeros_like(weight)
             y, saved = linear_forward(x, weight, None, state["layer"])
             into_x = linear_backward(gradient, saved, state["layer"], into_weight)

@@ -9,7 +9,7 @@ gradients e5m2. Each rank has its own scales. See docs/fp8.md for the bounds of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,9 @@ def cast_bound(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     half = info.eps / 2.0  # of the distance between 1 and the next number
     relative, least = half / (1.0 + half), info.tiny * half
-    return (x.abs() * relative).clamp(min=least / float(scale)) * (1.0 + 2.0**-20)
+    # The scale, its inverse and both products are rounded to float32: up to 2^-22 of the number,
+    # and so 17 times as much of the bound.
+    return (x.abs() * relative).clamp(min=least / float(scale)) * (1.0 + 2.0**-17)
 
 
 def largest_of(x: Tensor) -> Tensor:
@@ -128,12 +130,32 @@ def device_product(
 
 
 class Engine(NamedTuple):
-    """How a device casts and multiplies; the functions have the signatures of the emulated ones."""
+    """How a device casts and multiplies; the functions have the signatures of the emulated ones.
+
+    weights: makes what casts all weights at once; see `fp8_weights.EachWeight`.
+    """
 
     name: str
     cast: Callable[[Tensor, Tensor, torch.dtype, Tensor | None], Quantised]
     product: Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, Tensor | None], Tensor]
     update: Callable[[Tensor], None]
+    weights: Callable[[Sequence[Sequence[Tensor]]], WeightCast]
+
+
+class WeightCast(Protocol):
+    """Casts the weights of all layers into memory that stays where it is.
+
+    Attributes:
+        kept: for each layer its weight, as rows (N, K) and columns (K, N), both contiguous.
+    """
+
+    kept: Sequence[Quantised]
+
+    def __call__(self, table: Tensor) -> None:
+        """Cast by the scales of this table, and add the largest numbers to its maxima.
+
+        table: see `update_scales`.
+        """
 
 
 def engine_for(device: torch.device) -> Engine:
@@ -141,8 +163,10 @@ def engine_for(device: torch.device) -> Engine:
 
     UserError for all others.
     """
+    from bert_pretraining.kernels.fp8_weights import EachWeight
+
     if device.type == "cpu":
-        return Engine("emulated", emulated_cast, emulated_product, update_scales)
+        return Engine("emulated", emulated_cast, emulated_product, update_scales, EachWeight)
     capability = devices.capability(device) if devices.is_cuda(device) else None
     if capability is None or capability < OLDEST_CAPABILITY or torch.version.hip:
         what = f"{devices.name(device)} has"
@@ -157,10 +181,12 @@ def engine_for(device: torch.device) -> Engine:
     from bert_pretraining.kernels.provider import Target
 
     if triton_provider.unavailable(Target(device, torch.bfloat16, 64)) is not None:
-        return Engine("device, cast by PyTorch", padded_cast, device_product, update_scales)
-    from bert_pretraining.kernels import triton_fp8
+        name = "device, cast by PyTorch"
+        return Engine(name, padded_cast, device_product, update_scales, EachWeight)
+    from bert_pretraining.kernels import triton_fp8, triton_fp8_weights
 
-    return Engine("device, cast by Triton", triton_fp8.cast, device_product, triton_fp8.update)
+    name, all_weights = "device, cast by Triton", triton_fp8_weights.AllWeights
+    return Engine(name, triton_fp8.cast, device_product, triton_fp8.update, all_weights)
 
 
 def scale_for(amax: Tensor, largest: Tensor | float, before: Tensor) -> Tensor:
@@ -191,7 +217,7 @@ class Scaling:
     """
 
     def __init__(self, state: Fp8State, number: int) -> None:
-        self._state = state
+        self._state, self._number = state, number
         self.engine = state.engine
         scales, inverses, maxima = state.table[:, number]
         self.scales, self.inverses = scales.unbind(), inverses.unbind()
@@ -207,6 +233,11 @@ class Scaling:
         amax = self.maxima[which] if record else None
         return self.engine.cast(x.detach(), self.scales[which], FORMATS[which], amax)
 
+    def cast_weight(self, weight: Tensor, record: bool) -> Quantised:
+        """The layer's weight, (N, K): the copy that the state keeps, where it keeps one."""
+        kept = self._state.kept_weight(self._number)
+        return self.cast(weight, WEIGHT, record) if kept is None else kept
+
     @torch.no_grad()
     def _measure(self, x: Tensor, which: int) -> None:
         scale = scale_for(largest_of(x), LARGEST[which], self.scales[which])
@@ -220,6 +251,9 @@ class Fp8State:
     Until the first `update` each tensor is measured before it is cast ("just in time"), which
     costs a pass more. Later the scales are those of the update before.
 
+    If it knows the layers' weights, it casts them in `update`, all at once and once for all
+    micro-batches and evaluations until the next one. They must not change in between.
+
     Attributes:
         names: of the layers. engine: see `engine_for`.
         calibrated: whether the first update has been made. Work that is captured for later must be
@@ -227,20 +261,37 @@ class Fp8State:
         table: (3, layers, 3) float32 on the device; see `update_scales`.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        """UserError where the device has no fp8 and does not emulate it either."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        weights: Sequence[Sequence[Tensor]] | None = None,
+    ) -> None:
+        """UserError where the device has no fp8 and does not emulate it either.
+
+        weights: of each layer, the matrices that make up its weight, one below the other.
+        """
         self.names = tuple(names)
         self.engine = engine_for(device)
         self.calibrated = False
         self.table = torch.zeros((3, len(self.names), 3), device=device)
         self.table[:2] = 1.0
         self._scalings = {name: Scaling(self, number) for number, name in enumerate(self.names)}
+        self._weights = [tuple(parts) for parts in weights or ()]
+        self._cast_weights: WeightCast | None = None
+        self._weights_are_cast = False
 
     @classmethod
     def of(cls, module: nn.Module, device: torch.device) -> Fp8State:
-        """The state for a model: every submodule that has an attribute `scaling` gets its own."""
+        """The state for a model: every submodule that has an attribute `scaling` gets its own.
+
+        The weight of such a layer is all matrices among its parameters, one below the other.
+        """
         layers = {name: one for name, one in module.named_modules() if hasattr(one, "scaling")}
-        state = cls(list(layers), device)
+        weights = [
+            [one for one in layer.parameters() if one.ndim == 2] for layer in layers.values()
+        ]
+        state = cls(list(layers), device, weights)
         for name, layer in layers.items():
             layer.scaling = state[name]
         return state
@@ -250,13 +301,36 @@ class Fp8State:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Set the scales from the maxima seen since the last call.
+        """Set the scales from the maxima seen since the last call, and cast the new weights.
 
         Call it after each optimizer step, on every rank, also after one that was skipped. A layer
         whose maximum is 0 or not finite keeps its scale.
         """
         self.engine.update(self.table)
         self.calibrated = True
+        self.cast_weights()
+
+    @torch.no_grad()
+    def cast_weights(self) -> None:
+        """Cast the weights as they are now, where the state knows them."""
+        if self._weights:
+            if self._cast_weights is None:
+                self._cast_weights = self.engine.weights(self._weights)
+            self._cast_weights(self.table)
+            self._weights_are_cast = True
+
+    def kept_weight(self, number: int) -> Quantised | None:
+        """A layer's weight in fp8; None while weights are measured, and where none are known."""
+        if not self._weights or not self.calibrated:
+            return None
+        if not self._weights_are_cast:
+            self.cast_weights()
+        return self._cast_weights.kept[number]
+
+    def forget(self) -> None:
+        """Forget what was seen since the last update: all maxima, and the copies of weights."""
+        self.table[2].zero_()
+        self._weights_are_cast = False
 
     def as_calibrated(self) -> Calibrated:
         """A context for warm-up and capture: scales are used as they are, maxima are forgotten."""
@@ -281,7 +355,7 @@ class Fp8State:
             )
         self.table[0].copy_(state["scales"])
         self.table[1].copy_(1.0 / self.table[0])
-        self.table[2].zero_()
+        self.forget()
         self.calibrated = state["calibrated"]
 
 
@@ -293,7 +367,11 @@ class Calibrated:
 
     def __enter__(self) -> None:
         self._before, self._state.calibrated = self._state.calibrated, True
+        # What is captured must find the copies of the weights in memory, and not cast them.
+        self._state.cast_weights()
 
     def __exit__(self, *_: object) -> None:
         self._state.calibrated = self._before
-        self._state.table[2].zero_()
+        self._state.forget()
+        if self._before:
+            self._state.cast_weights()

@@ -23,8 +23,11 @@ from bert_pretraining.kernels.fp8 import (
     WEIGHT,
     Fp8State,
     Scaling,
+    WeightCast,
     cast_bound,
+    engine_for,
 )
+from bert_pretraining.kernels.fp8_weights import EachWeight
 
 Saved = tuple[Tensor, ...]
 
@@ -38,7 +41,7 @@ def linear_forward(
     record: False in an evaluation, which must not move the scales of training.
     """
     inputs = scaling.cast(x, INPUT, record)
-    weights = scaling.cast(weight, WEIGHT, record)
+    weights = scaling.cast_weight(weight, record)
     saved = inputs.columns, weights.columns
     if x.shape[0] == 0:
         return x.new_empty((0, weight.shape[0])), saved
@@ -132,6 +135,15 @@ def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, i
                 "pass another bert_config.json, or --precision bf16",
             )
     generator = torch.Generator().manual_seed(1)
+    weights = [
+        [torch.randn((outputs, inputs), generator=generator).to(device, dtype)]
+        for inputs, outputs in features
+    ]
+    if not _same_copies(weights, engine_for(device).weights(weights), EachWeight(weights)):
+        raise UserError(
+            f"--precision fp8: the casts of all weights at once are wrong on {device}",
+            "pass --precision bf16",
+        )
     for inputs, outputs in dict.fromkeys(features):
         shapes = {INPUT: (37, inputs), WEIGHT: (outputs, inputs), GRADIENT: (37, outputs)}
         given = {
@@ -145,6 +157,20 @@ def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, i
                 f"{device}: {fault}",
                 "pass --precision bf16",
             )
+
+
+def _same_copies(weights: list[list[Tensor]], one: WeightCast, other: WeightCast) -> bool:
+    """Whether both casts give the same bits and the same maxima."""
+    tables = []
+    for cast in (one, other):
+        tables.append(torch.ones((3, len(weights), 3), device=weights[0][0].device))
+        tables[-1][0] = 60.0  # so that some numbers saturate
+        cast(tables[-1])
+    return torch.equal(*tables) and all(
+        torch.equal(found.view(torch.uint8), right.view(torch.uint8))
+        for pair in zip(one.kept, other.kept, strict=True)
+        for found, right in zip(*pair, strict=True)
+    )
 
 
 def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:

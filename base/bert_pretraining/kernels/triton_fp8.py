@@ -25,6 +25,33 @@ _LARGEST_E5M2 = tl.constexpr(LARGEST[2])
 _MAX_SCALE = tl.constexpr(MAX_SCALE)
 
 
+@triton.jit
+def magnitude(x):
+    """The bits of |x|, x float32, as int32: in the order of the values, infinity and NaN last."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def to_fp8(x, scale, E5M2: tl.constexpr):
+    """cast(scale * x), x float32, as bytes. See `fp8.quantise`."""
+    scaled = x * scale
+    if E5M2:
+        scaled = tl.minimum(tl.maximum(scaled, -_LARGEST_E5M2), _LARGEST_E5M2)
+        cast = scaled.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        scaled = tl.minimum(tl.maximum(scaled, -_LARGEST_E4M3), _LARGEST_E4M3)
+        cast = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    # Infinity and NaN have all bits of the exponent set.
+    return tl.where(magnitude(x) < 0x7F800000, cast, _NOT_A_NUMBER).to(tl.uint8)
+
+
+@triton.jit
+def record_maximum(maximum_ptr, largest):
+    """Raise a maximum to `largest`, the bits of a float that is not negative."""
+    # Most blocks do not raise the maximum, and do without the atomic operation.
+    tl.atomic_max(maximum_ptr, largest, mask=largest > tl.load(maximum_ptr))
+
+
 @launched_directly
 @triton.jit(do_not_specialize=["num_rows", "scale_ptr", "maximum_ptr"])
 def cast_kernel(
@@ -46,25 +73,14 @@ def cast_kernel(
     inside = (rows < num_rows)[:, None] & (columns < COLUMNS)[None, :]
     offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scaled = x * tl.load(scale_ptr)
-    if E5M2:
-        scaled = tl.minimum(tl.maximum(scaled, -_LARGEST_E5M2), _LARGEST_E5M2)
-        cast = scaled.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    else:
-        scaled = tl.minimum(tl.maximum(scaled, -_LARGEST_E4M3), _LARGEST_E4M3)
-        cast = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    # Infinity and NaN have all bits of the exponent set.
-    cast = tl.where(bits < 0x7F800000, cast, _NOT_A_NUMBER).to(tl.uint8)
+    cast = to_fp8(x, tl.load(scale_ptr), E5M2)
     tl.store(rows_ptr + offsets, cast, mask=inside)
     # The transpose's rows are padded, with zeros, since x was read as zero there.
     transposed = columns.to(tl.int64)[:, None] * row_stride + rows[None, :]
     inside = (columns < COLUMNS)[:, None] & (rows < row_stride)[None, :]
     tl.store(columns_ptr + transposed, tl.trans(cast), mask=inside)
     if RECORD:
-        largest = tl.max(tl.max(bits, axis=1), axis=0)
-        # Most blocks do not raise the maximum, and do without the atomic operation.
-        tl.atomic_max(maximum_ptr, largest, mask=largest > tl.load(maximum_ptr))
+        record_maximum(maximum_ptr, tl.max(tl.max(magnitude(x), axis=1), axis=0))
 
 
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Quantised:
