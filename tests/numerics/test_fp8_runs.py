@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels.fp8 import GRADIENT, Fp8State
+from bert_pretraining.kernels.fp8 import Fp8State
+from bert_pretraining.kernels.fp8_casts import GRADIENT
 from bert_pretraining.model.layer_form import PLAIN, FusedForm
 from bert_pretraining.model.parameter_memory import OwnGradients
 from bert_pretraining.runtime import device as devices

@@ -8,19 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 # Imported first: it selects Triton's interpreter before any kernel is defined.
-from triton_helpers import DEVICE, NATIVE, random
+from triton_helpers import DEVICE, NATIVE, fix_casts, interpreted_engine, random
 
 # isort: split
-from bert_pretraining.kernels import fp8, triton_fp8
-from bert_pretraining.kernels.fp8 import FORMATS, LARGEST, WEIGHT, Fp8State
+from bert_pretraining.kernels import fp8, fp8_casts, fp8_engine, triton_fp8
+from bert_pretraining.kernels.fp8 import Fp8State
+from bert_pretraining.kernels.fp8_casts import FORMATS, LARGEST, WEIGHT
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
 from bert_pretraining.kernels.fp8_weights import EachWeight
 from bert_pretraining.kernels.triton_fp8_weights import AllWeights
@@ -30,31 +29,13 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @pytest.fixture(autouse=True)
 def _fix_casts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter round to fp8 as GPUs do, to the nearest number and ties to even.
-
-    Its own conversion loses the carry into the exponent, 31.5 becomes 16, and truncates numbers
-    below the least normal one (to Triton 3.9 at least).
-    """
-    if NATIVE:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-    formats = {"fp8e4nv": E4M3, "fp8e5": E5M2}
-
-    def convert_like_a_gpu(values: np.ndarray, source: Any, target: Any, rounding: Any) -> Any:
-        if str(target) not in formats or str(source) != "fp32":
-            return convert(values, source, target, rounding)
-        numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
-        return numbers.to(formats[str(target)]).view(torch.uint8).numpy().reshape(values.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_like_a_gpu)
+    fix_casts(monkeypatch)
 
 
 def assert_same_cast(x: Tensor, scale: float, dtype: torch.dtype) -> None:
     given = torch.tensor(scale, device=DEVICE)
     maxima = torch.zeros(2, device=DEVICE).unbind()
-    expected = fp8.padded_cast(x, given, dtype, maxima[0])
+    expected = fp8_casts.padded_cast(x, given, dtype, maxima[0])
     found = triton_fp8.cast(x, given, dtype, maxima[1])
     for ours, right in zip(found, expected, strict=True):
         assert ours.dtype == dtype
@@ -108,7 +89,7 @@ def test_all_scales_in_one_launch() -> None:
     table[2, 0, 0], table[2, 1, 2], table[2, 2, 1] = 0.0, torch.nan, torch.inf
     table[2, 3, 2] = 1e-42
     expected = table.clone()
-    fp8.update_scales(expected)
+    fp8_casts.update_scales(expected)
     triton_fp8.update(table)
     torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
     triton_fp8.update(torch.zeros((3, 0, 3), device=DEVICE))
@@ -148,15 +129,15 @@ def test_weights_that_moved_are_found_again() -> None:
     made(table)
     weight.data = random(16, 32, seed=1)
     made(table)
-    expected = fp8.quantise(weight.data, table[0, 0, WEIGHT], E4M3)[0]
+    expected = fp8_casts.quantise(weight.data, table[0, 0, WEIGHT], E4M3)[0]
     assert torch.equal(made.kept[0].rows.float(), expected.float())
 
 
 def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for engine in (
-        fp8.engine_for(torch.device("cpu")),
-        fp8.Engine("kernels", triton_fp8.cast, fp8.emulated_product, triton_fp8.update, AllWeights),
+        fp8_engine.engine_for(torch.device("cpu")),
+        interpreted_engine(),
     ):
         monkeypatch.setattr(fp8, "engine_for", lambda device, engine=engine: engine)
         weight = random(48, 32, seed=1)
@@ -174,7 +155,8 @@ def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not NATIVE, reason="no CUDA device")
 @pytest.mark.skipif(
-    NATIVE and torch.cuda.get_device_capability() < fp8.OLDEST_CAPABILITY, reason="no fp8 here"
+    NATIVE and torch.cuda.get_device_capability() < fp8_engine.OLDEST_CAPABILITY,
+    reason="no fp8 here",
 )
 def test_the_products_of_this_gpu() -> None:
     from bert_pretraining.kernels.fp8_linear import check

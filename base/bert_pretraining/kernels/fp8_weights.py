@@ -7,11 +7,12 @@ the scale that follows from the weights of the update before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bert_pretraining.kernels.fp8 import FORMATS, WEIGHT, Quantised, quantise
+from bert_pretraining.kernels.fp8_casts import FORMATS, WEIGHT, Quantised, quantise
 
 
 def empty_copies(weights: Sequence[Sequence[Tensor]]) -> list[Quantised]:
@@ -28,6 +29,22 @@ def empty_copies(weights: Sequence[Sequence[Tensor]]) -> list[Quantised]:
         Quantised(one.view(shape), other.view(shape[::-1]))
         for one, other, shape in zip(rows, columns, shapes, strict=True)
     ]
+
+
+class WeightCast(Protocol):
+    """Casts the weights of all layers into memory that stays where it is.
+
+    Attributes:
+        kept: for each layer its weight, as rows (N, K) and columns (K, N), both contiguous.
+    """
+
+    kept: Sequence[Quantised]
+
+    def __call__(self, table: Tensor) -> None:
+        """Cast by the scales of this table, and add the largest numbers to its maxima.
+
+        table: see `update_scales`.
+        """
 
 
 class EachWeight:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_pretraining.kernels.fp8 import WEIGHT
+from bert_pretraining.kernels.fp8_casts import WEIGHT
 from bert_pretraining.kernels.fp8_weights import empty_copies
 from bert_pretraining.kernels.triton_common import divide_up
 from bert_pretraining.kernels.triton_fp8 import (
@@ -49,7 +49,7 @@ class _Part(NamedTuple):
 
     @property
     def is_aligned(self) -> bool:
-        return not any(number % _ALIGNED for number in (*self[:4], self.stride))
+        return not any(number % _ALIGNED for number in self[:6])
 
 
 _FIELDS = tl.constexpr(len(_Part._fields))
@@ -71,7 +71,7 @@ def cast_weights_kernel(
     program = tl.program_id(0)
     part_ptr = parts_ptr + tl.load(part_of_block_ptr + program) * _FIELDS
     width = tl.multiple_of(tl.load(part_ptr + 3), ALIGNMENT)
-    height = tl.load(part_ptr + 4)
+    height = tl.multiple_of(tl.load(part_ptr + 4), ALIGNMENT)
     stride = tl.multiple_of(tl.load(part_ptr + 5), ALIGNMENT)
     scale_place = tl.load(part_ptr + 6)
     block = program - tl.load(part_ptr + 7)
@@ -83,7 +83,7 @@ def cast_weights_kernel(
     source_ptr = first_ptr + tl.multiple_of(tl.load(part_ptr), ALIGNMENT)
     x = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     cast = to_fp8(x, tl.load(scale_ptr + scale_place), False)
-    rows_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 1), ALIGNMENT)
+    rows_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 1), min(ALIGNMENT, 8))
     tl.store(rows_ptr + offsets, cast, mask=inside)
     columns_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 2), ALIGNMENT)
     transposed = columns[:, None] * stride + rows[None, :]
