@@ -1,9 +1,8 @@
-"""An encoder layer as one operation with a hand-written backward pass.
+"""An encoder layer as one operation: its forward pass and a hand-written backward pass.
 
-Autograd's record of each small operator takes the host longer than a GPU takes for the work. Here
-a layer is one record. Its backward pass adds the gradients of the parameters where the optimizer
-reads them, so that nothing is copied or added afterwards. What it computes is what the modules of
-`bert.py` compute; the tests compare both.
+The backward pass adds the gradients of the parameters where the optimizer reads them, so that
+nothing is copied or added afterwards. What it computes is what the modules of `bert.py` compute;
+the tests compare both. How autograd comes to call it: `fused_record.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bert_pretraining.kernels.fp8 import Scaling
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
@@ -178,13 +176,6 @@ class FusedLayer:
         self._targets: dict[tuple[nn.Parameter, ...], _Targets] = {}
         self.first, self.second = _Norm.of(layer.attention.output), _Norm.of(layer.output)
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> Tensor:
-        """Run the layer. hidden: (T, hidden size). Returns the same shape.
-
-        seeds: those of this layer, from which the dropout masks follow.
-        """
-        return _FusedLayer.apply(hidden, seeds, batch, self, torch.is_grad_enabled())
-
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """Weight, (3 hidden, hidden), and bias of the projection to queries, keys and values."""
         weight = torch.cat(self.qkv_weights) if self.qkv_weight is None else self.qkv_weight
@@ -321,32 +312,6 @@ class FusedLayer:
             projected_gradient, norm.projection, kept, target(norm.projection)
         )
         return x_gradient, residual_gradient
-
-
-class _FusedLayer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        seeds: Seeds,
-        batch: PackedBatch,
-        layer: FusedLayer,
-        record: bool,
-    ) -> Tensor:
-        output, saved = layer.forward(hidden, batch, seeds, record)
-        tensors, ctx.counts = saved.flat()
-        ctx.save_for_backward(*tensors)
-        ctx.layer, ctx.max_seqlen = layer, batch.max_seqlen
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        layer = ctx.layer
-        saved = Saved.of(ctx.saved_tensors, ctx.counts)
-        hidden_gradient = layer.backward(gradient, saved, ctx.max_seqlen)
-        layer.sink.arrived(layer.parameters)
-        return hidden_gradient, None, None, None, None
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
