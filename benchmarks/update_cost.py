@@ -14,6 +14,7 @@ says "pretended", and it has no time of the device.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import subprocess
@@ -161,6 +162,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     device, config = ranks.device, config_of(way, flags, ranks)
     model = replace(BERT_LARGE, num_hidden_layers=flags.num_layers)
     log = Said(config, ranks.world_size)
+    gc.collect()  # what the way before has left in cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     if record.is_pretended():

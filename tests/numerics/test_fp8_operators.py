@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+import reference_pairs
 
 # Imported first: it selects Triton's interpreter before any kernel is defined.
 from triton_helpers import (
@@ -16,15 +19,20 @@ from triton_helpers import (
     assert_near,
     fix_casts,
     fixed_seed,
+    interpreted_engine,
     norm_inputs,
     random,
 )
 
 # isort: split
-from bert_pretraining.kernels import triton_fp8
+from bert_pretraining.kernels import fp8, triton_fp8
 from bert_pretraining.kernels.fp8_casts import Cast, Quantised, padded_cast
 from bert_pretraining.kernels.triton_pairs import PAIRS
 from bert_pretraining.kernels.triton_sums import add_partial_sums
+from bert_pretraining.model.layer_form import FusedForm
+from bert_pretraining.model.parameter_memory import OwnGradients
+from bert_pretraining.training.micro_step import forward_backward
+from helpers import make_model, packed, padded_arrays, tiny_config
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GELU, NORM = PAIRS.bias_gelu, PAIRS.bias_dropout_residual_layer_norm
@@ -140,3 +148,51 @@ def test_a_maximum_is_raised_and_never_lowered() -> None:
         amax = torch.tensor(before, device=DEVICE)
         GELU.casting.forward(x, bias, Cast(torch.tensor(1.0, device=DEVICE), E4M3, amax))
         assert amax == after
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_whose_operators_cast_are_layers_with_casts_apart(
+    monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    """The same bits of losses, scales and maxima; fewer casts of their own."""
+    layers = 2
+    model = make_model(tiny_config(num_hidden_layers=layers))
+    pairs = dataclasses.replace(PAIRS, attention=reference_pairs.PAIRS.attention)
+    model.bert.encoder.checkpoint_activations = recompute
+    batches = [packed(padded_arrays([9, 3], 16, 101, seed=seed)) for seed in (1, 2)]
+    weights = {name: torch.tensor(0.1) for name in model.losses}
+    results, casts = [], []
+    for fuses in (False, True):
+        number = 0
+
+        def counted(*arguments: object) -> Quantised:
+            nonlocal number
+            number += 1
+            return triton_fp8.cast(*arguments)
+
+        engine = interpreted_engine()._replace(fuses=fuses, cast=counted)
+        monkeypatch.setattr(fp8, "engine_for", lambda device, engine=engine: engine)
+        state = fp8.Fp8State.of(model.bert.encoder, DEVICE)
+        found = []
+        model.zero_grad()
+        with model.layers_as(FusedForm(model.bert.encoder.layer, pairs, OwnGradients())):
+            for _ in range(2):  # measured, then delayed
+                found += [forward_backward(model, batch, weights) for batch in batches]
+                found.append(state.table.clone())
+                state.update()
+            number = 0
+            forward_backward(model, batches[0], weights)
+            casts.append(number)
+            state.update()
+            with torch.no_grad():
+                found.append(model(batches[0]))
+        gradients = {name: one.grad for name, one in model.named_parameters()}
+        results.append((found, {name: one.clone() for name, one in gradients.items()}))
+    (apart, apart_gradients), (fused, fused_gradients) = results
+    torch.testing.assert_close(fused, apart, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(fused_gradients, apart_gradients, rtol=1e-5, atol=1e-7)
+    # Apart: of each layer 4 inputs and 4 gradients. Fused: of each layer the context and the
+    # gradient of qkv, and of the first one the embeddings. A layer that is computed again, and
+    # stands for itself then, casts its input too.
+    expected = [8 * layers, 2 * layers + 1]
+    assert casts == ([12 * layers, 5 * layers] if recompute else expected)
