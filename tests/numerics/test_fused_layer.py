@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.kernels.fp8_operators import Factor
 from bert_pretraining.kernels.pairs import PlainSums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, Saved
@@ -150,10 +151,10 @@ class CountingSink(OwnGradients):
 class WatchedLayer(FusedLayer):
     """Tells the sink what it keeps."""
 
-    def forward(self, *arguments: object) -> tuple[Tensor, Saved]:
-        output, saved = super().forward(*arguments)
+    def forward(self, *arguments: object) -> tuple[Tensor, Factor, Saved]:
+        output, factor, saved = super().forward(*arguments)
         self.sink.kept.append([weakref.ref(saved.inner), weakref.ref(saved.context)])
-        return output, saved
+        return output, factor, saved
 
 
 def test_what_a_layer_keeps_is_freed_when_it_has_gone_back() -> None:
