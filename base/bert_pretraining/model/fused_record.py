@@ -53,6 +53,7 @@ class _Layers(torch.autograd.Function):
             hidden, factor, saved = layer.forward(hidden, batch, own_seeds, record, factor, product)
             if record:
                 ctx.to_do.append((layer, saved))
+            del saved  # an evaluation keeps none of it while the next layer runs
         return hidden
 
     @staticmethod
