@@ -50,7 +50,7 @@ class BertConfig:
         except OSError as error:
             raise cannot_read(path, error, "pass --bert_config_path") from error
         except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON: {error}"
+            reason = f"not valid JSON ({error})"
             raise not_the_kind(path, "a bert_config.json", FIX, reason, own="json") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}", FIX)
