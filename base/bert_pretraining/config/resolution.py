@@ -19,6 +19,7 @@ from bert_pretraining.config.flags import nearest
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,14 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     while True:
         if any(path.resolve() == seen.resolve() for seen, _ in layers):
             raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
+        wrong_name = "correct --config, or the 'extends' that names it"
+        require_regular(path, wrong_name)
         try:
             content = parse_toml(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(
-                f"cannot read configuration {path} ({error.strerror})",
-                "correct --config, or the 'extends' that names it",
-            ) from error
+            raise cannot_read(path, error, wrong_name) from error
+        except UnicodeDecodeError as error:
+            raise not_the_kind(path, "a configuration (TOML)", wrong_name, str(error)) from error
         except ValueError as error:
             raise UserError(
                 f"{_shown(path)}: not valid TOML ({error})", "correct that line"
