@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bert_pretraining import config
 from bert_pretraining.commands import data_text
-from bert_pretraining.commands.data_flags import add_number, data_parser
+from bert_pretraining.commands.data_flags import add_number, add_shard_pattern, data_parser
 from bert_pretraining.errors import EXIT_CONVERGED, UserError
 
 MINI_DATA_DIR = "data/datasets/bert_mini"
@@ -139,12 +139,15 @@ def verify(arguments: list[str]) -> int:
         "--plot", type=Path, metavar="FILE",
         help="draw a histogram of sequence lengths as PNG (default: none)",
     )  # fmt: skip
+    add_shard_pattern(parser)
     values = parser.parse(arguments)
 
     from bert_pretraining.preparation import verify as verifying
-    from bert_pretraining.preparation.verify_plot import plot_lengths
+    from bert_pretraining.preparation.verify_plot import plot_lengths, require_plot
 
-    report = verifying.verify(values.directory, values.jobs)
+    if values.plot:
+        require_plot(values.plot)
+    report = verifying.verify(values.directory, values.jobs, values.shard_pattern)
     print(json.dumps(report.to_json(), indent=2) if values.json else report.describe())
     if values.plot:
         plot_lengths(report, values.plot)

@@ -15,7 +15,7 @@ def data_parser(command: str, text: str) -> config.FlagParser:
     )
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
+def at_least(minimum: int) -> Callable[[str], int]:
     """A type for flags: an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
@@ -32,8 +32,19 @@ def add_number(
 ) -> None:
     """Add a flag for an integer of at least `minimum`; `text` says what it counts."""
     parser.add_argument(
-        flag, type=_at_least(minimum), default=default, metavar="N",
+        flag, type=at_least(minimum), default=default, metavar="N",
         help=f"{text}, at least {minimum} (default: {default})",
+    )  # fmt: skip
+
+
+def add_shard_pattern(
+    parser: argparse.ArgumentParser, default: str = "all with 'part' in the name"
+) -> None:
+    """Add the flag that chooses shards by name."""
+    parser.add_argument(
+        "--shard_pattern", metavar="GLOB",
+        help="shell pattern of the names of shards, such as '*training*.hdf5', or '*/*.h5' for "
+        f"files in sub-folders (default: {default})",
     )  # fmt: skip
 
 

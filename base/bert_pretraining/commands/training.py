@@ -14,7 +14,7 @@ from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
 from bert_pretraining.launch import cpu_instead
-from bert_pretraining.runtime import packages, rank_reports
+from bert_pretraining.runtime import output, packages, rank_reports
 from bert_pretraining.runtime.lock import FolderLock
 
 
@@ -47,6 +47,8 @@ def launch(arguments: list[str]) -> int:
         print(launching.describe(plan), flush=True)
         _print_what_is_missing(resolved.config, lacks_mini_data)
         return 0
+    # The ranks find out themselves, and save. With --log_dir their output is in its files.
+    output.when_lost(lambda _: None)
 
     def check() -> None:
         inputs.data_paths(resolved.config)  # fail here, once, and not on every rank

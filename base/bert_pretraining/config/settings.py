@@ -109,6 +109,13 @@ class Config(LogSettings, UpstreamSwitches):
     eval_dir: str | None = setting(
         None, "data", "folder of evaluation shards, if not in data_dir", changes_numbers=False
     )
+    shard_pattern: str | None = setting(
+        None,
+        "data",
+        "shell pattern of the names of shards, such as '*training*.hdf5', or '*/*.h5' for files in "
+        "sub-folders; by default every file with 'part' in its name",
+        changes_numbers=False,
+    )
     bert_config_path: str | None = setting(
         None, "data", "path of bert_config.json, if not in data_dir", changes_numbers=False
     )

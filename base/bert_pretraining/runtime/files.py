@@ -95,34 +95,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_directory(path: Path, what: str, fix: str) -> None:
     """Raise UserError, with `what` as the path's name and this `fix`, if it is no directory."""
     status = _status(path, fix)
+    if status is None and path.is_symlink():
+        raise cannot_read(path, FileNotFoundError(errno.ENOENT, ""), fix)
     if status is None:
         raise UserError(f"no such {what}: {path}", f"{fix}")
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{what} {path} is a file", "pass the directory that it is in")
-
-
-def shard_files(directory: Path, fix: str) -> list[Path]:
-    """Every finished file with `part` in its name, sorted by name; UserError if there is none.
-
-    The directory is listed once and no file is opened, which is fast on network storage too.
-    """
-    require_directory(directory, "data directory", fix)
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if "part" in entry.name
-                and not entry.name.endswith(PARTIAL_SUFFIX)
-                and entry.is_file()
-            )
-    except OSError as error:
-        raise UserError(f"cannot read {directory} ({error.strerror})", f"{fix}") from error
-    if not names:
-        raise UserError(
-            f"no shards in {directory}: expected HDF5 files with 'part' in the name", f"{fix}"
-        )
-    return [directory / name for name in names]
 
 
 def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:

@@ -30,6 +30,7 @@ from bert_pretraining.optim import (
 from bert_pretraining.runtime import arithmetic, seeds
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
+from bert_pretraining.training.evaluate import Evaluator
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
 from bert_pretraining.training.step_choice import Trained, prepared_step
@@ -60,14 +61,15 @@ class Setup:
 class Training:
     """What `build` makes.
 
-    module: the bare model, which holds the weights. fp8: the scales of its encoder, if it computes
-    in fp8.
+    module: the bare model, which holds the weights. evaluate: of its whole evaluation set. fp8: the
+    scales of its encoder, if it computes in fp8.
     """
 
     module: BertForPreTraining
     optimizer: Optimizer
     loss_scale: LossScale
     update: Update
+    evaluate: Evaluator
     fp8: Fp8State | None
 
 
@@ -116,7 +118,9 @@ def build(setup: Setup) -> Training:
         ranks=ranks,
         fp8=fp8,
     )
-    return Training(module, optimizer, loss_scale, update, fp8)
+    proves = config.proves_kernels_on(ranks.device.type)
+    evaluate = Evaluator(module, ranks, micro_step.pool, proves, fp8, log.say)
+    return Training(module, optimizer, loss_scale, update, evaluate, fp8)
 
 
 def _say_what_has_no_effect(setup: Setup) -> None:
