@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -292,6 +293,11 @@ class RunLog:
     def aborted(self, state: RunState) -> None:
         """The run ends by an error or from outside: the MLPerf log says so, once."""
         self._tell(Sink.aborted, state.num_trained_samples, state.eval_sequences)
+
+    def discard(self) -> None:
+        """Remove the run's folder: the run was refused before it began, and the error says why."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close every output, and let the next run use the folder."""

@@ -47,7 +47,7 @@ def main(resolved: Resolved) -> int:
         resolved = dataclasses.replace(resolved, config=config)
         device_name = devices.name(ranks.device)
         log = RunLog(resolved, ranks.rank, device_name, ranks.world_size, stop.fail)
-        run = RunState()
+        run, session = RunState(), None
         try:
             for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
                 log.say(f"Notice: {notice}")
@@ -56,10 +56,12 @@ def main(resolved: Resolved) -> int:
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
             reason = train(session, stop)
-        except BaseException:
+        except BaseException as error:
             # The process group stays as it is: to leave it now would make the other ranks
             # fail, and report it, before this one has reported the cause.
             log.aborted(run)
+            if session is None and isinstance(error, UserError):
+                log.discard()
             raise
         finally:
             log.close()
