@@ -12,6 +12,7 @@ from bert_pretraining import __version__, config
 from bert_pretraining.commands import checkpoint, data, submission, training
 from bert_pretraining.errors import (
     EXIT_CRASH,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     TrainingError,
     UserError,
@@ -164,4 +165,8 @@ def _version(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == EXIT_INTERRUPTED:
+        # The program ends already: a second Ctrl-C would only print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(exit_code)

@@ -146,6 +146,12 @@ def test_start_weights_that_know_less_than_the_commonest_token() -> None:
     assert "checkpoint inspect" in text
 
 
+def test_heads_that_start_anew_know_nothing_yet() -> None:
+    run = Watched(baseline=0.051, missing_weights="random")
+    run.start(0.0001, 11.2)
+    assert run.found == {}
+
+
 def test_a_target_that_the_start_weights_meet() -> None:
     run = Watched(target_mlm_accuracy=0.33)
     run.start(0.341)

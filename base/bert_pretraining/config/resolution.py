@@ -238,4 +238,6 @@ def _validate(config: Config, sources: dict[str, str]) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             fault = "must be finite"
         if fault:
-            raise UserError(f"{where}: {fault}", f"correct {field.name}")
+            raise UserError(
+                f"{where}: {fault}", f"{field.metadata['fix'] or f'correct {field.name}'}"
+            )

@@ -78,7 +78,7 @@ class Watch(Sink):
                 f"{config.target_mlm_accuracy:g}): stopping after one step; to train on, pass a "
                 "higher --target_mlm_accuracy",
             )
-        elif config.init_checkpoint != "random" and (
+        elif not self._starts_anew() and (
             accuracy < self._commonest or evaluation.loss > IMPOSSIBLE_LOSS
         ):
             self._tell(
@@ -89,6 +89,10 @@ class Watch(Sink):
                 "vocabulary or model; look at it with 'checkpoint inspect', and use the vocab.txt "
                 "and bert_config.json that it was trained with",
             )
+
+    def _starts_anew(self) -> bool:
+        """Whether what gives the accuracy may be random: all of the model, or its heads."""
+        return self._config.init_checkpoint == "random" or self._config.missing_weights == "random"
 
     def resumed(self, resumption: Resumption) -> None:
         self._resumed = True

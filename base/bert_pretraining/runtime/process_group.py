@@ -21,9 +21,10 @@ from bert_pretraining.runtime import device as devices
 Made = TypeVar("Made")
 
 # How long a rank waits for the others: for the connection, when all have just been started, and
-# for a collective, when another rank may still read, evaluate or compile.
+# for a collective, when another rank may still read, evaluate or compile. The latter is longer than
+# the launcher's usual --hang_timeout: the launcher sees all ranks, and knows which one is at fault.
 CONNECT_TIMEOUT = timedelta(seconds=90)
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=12)
 
 
 @dataclass(frozen=True)

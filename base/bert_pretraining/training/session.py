@@ -17,6 +17,7 @@ from bert_pretraining.checkpoint import (
 )
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved, TrainingState
 from bert_pretraining.config import Config
+from bert_pretraining.data import inputs
 from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.inputs import DataPaths
 from bert_pretraining.data.loader import (
@@ -27,7 +28,7 @@ from bert_pretraining.data.loader import (
 )
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
-from bert_pretraining.data.shards import list_shards
+from bert_pretraining.data.shards import inspect_shards
 from bert_pretraining.logs.run_folder import versions
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.batch import PackedBatch
@@ -39,7 +40,7 @@ from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
 from bert_pretraining.training.baseline import commonest_token
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import Evaluation, evaluate
+from bert_pretraining.training.evaluate import Evaluation
 from bert_pretraining.training.feed import Feed
 
 
@@ -82,7 +83,7 @@ class Session:
         # Of the shards, only the headers are read here: how many sequences each one holds. MLPerf's
         # training rules allow that before the clock starts: metadata is not data.
         self._shards: list[ShardInfo] = process_group.from_main(
-            lambda: list_shards(paths.train_dir)
+            lambda: inspect_shards(inputs.training_folder(config, paths), log.say)
         )
         sizes = [shard.num_sequences for shard in self._shards]
         lanes = config.data_lanes or (self._saved.lanes if self._saved else ranks.world_size)
@@ -123,8 +124,11 @@ class Session:
         process_group.barrier(self.ranks.device)
         self.log.clock_started()
         process_group.barrier(self.ranks.device)
+        shards = process_group.from_main(
+            lambda: inspect_shards(inputs.evaluation_folder(self.config, self._paths), self.log.say)
+        )
         evaluation_set = load_evaluation_set(
-            self._paths.eval_dir,
+            shards,
             self.config.num_eval_examples,
             dataclasses.replace(
                 self._loader_config(self.config.eval_batch_size), pin_for=self.ranks.device
@@ -185,7 +189,7 @@ class Session:
         """Evaluate the model on the whole set, and keep the figures in `run`."""
         run, log = self.run, self.log
         log.evaluation_started(run)
-        result = evaluate(self.training.module, self._evaluation_set, self.ranks)
+        result = self.training.evaluate(self._evaluation_set)
         log.evaluation_stopped(run, result.mlm_accuracy)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         run.eval_sequences = result.num_sequences
