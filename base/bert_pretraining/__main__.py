@@ -17,7 +17,13 @@ from bert_pretraining.errors import (
     TrainingError,
     UserError,
 )
-from bert_pretraining.runtime import output, packages, rank_reports
+from bert_pretraining.runtime import (
+    output,
+    packages,
+    rank_reports,
+    rank_variables,
+    torch_variables,
+)
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -81,6 +87,9 @@ def _run() -> int:
         number = signal.Signals[str(interrupt)] if interrupt.args else signal.SIGINT
         return _fail(128 + number, f"ended by {number.name}")
     except Exception as error:
+        refused = torch_variables.refused(error, os.environ)
+        if refused is not None:
+            return _fail(EXIT_USAGE, str(refused))
         message = f"{type(error).__name__}: {error}"
         return _fail(EXIT_CRASH, message, traceback.format_exc())
 
@@ -95,7 +104,7 @@ def _what_is_missing(module: str) -> str:
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Print the error; in a rank, report it to the launcher, which prints it."""
-    if rank_reports.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
+    if rank_reports.record_failure(rank_variables.own_rank(), exit_code, message, detail):
         rank_reports.leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code

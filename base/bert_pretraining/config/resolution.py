@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import nearest
+from bert_pretraining.config.home import expanded
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
@@ -217,7 +218,7 @@ def _checked_key(key: str, value: object, path: Path) -> object:
         raise UserError(
             f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}", "correct it"
         )
-    return value
+    return expanded(value) if isinstance(value, str) else value
 
 
 def _validate(config: Config, sources: dict[str, str]) -> None:

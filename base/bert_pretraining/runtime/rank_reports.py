@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from bert_pretraining.runtime.files import PARTIAL_SUFFIX, write_whole
+from bert_pretraining.runtime.rank_variables import own_rank
 
 FOLDER_VARIABLE = "BERT_PRETRAINING_RANK_REPORTS"
 ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
@@ -62,7 +63,7 @@ def show_stacks_on_request() -> None:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        path = Path(folder) / f"stacks-{_rank()}.txt"
+        path = Path(folder) / f"stacks-{own_rank()}.txt"
         # faulthandler writes to this file, which stays open until the process ends.
         faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
@@ -81,7 +82,7 @@ def heartbeat(updates: int = 0) -> None:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        _heartbeat_file(folder, _rank()).touch(updates)
+        _heartbeat_file(folder, own_rank()).touch(updates)
 
 
 def record_finish(rank: int, exit_code: int) -> bool:
@@ -176,10 +177,6 @@ class _HeartbeatFile:
 @functools.cache
 def _heartbeat_file(folder: str, rank: int) -> _HeartbeatFile:
     return _HeartbeatFile(Path(folder) / f"heartbeat-{rank}")
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def _write(name: str, content: object) -> bool:
