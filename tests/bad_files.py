@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 from bad_kinds import KINDS, good_files, skipped
-from bert_pretraining.preparation import prepare
+from bert_pretraining.preparation import processes
 from bert_pretraining.preparation.mini import MiniSettings, make_mini
 from helpers import in_process
 
@@ -315,7 +315,7 @@ def fault_of(command: Command, kind: str, good: Path, place: Path) -> str | None
         shutil.copy(good / "bert_config.json", bad.parent)
     (place / "work").mkdir()
     with (
-        mock.patch.object(prepare, "ProcessPoolExecutor", InThisProcess),
+        mock.patch.object(processes, "ProcessPoolExecutor", InThisProcess),
         _fed_pipe(path) if kind == "pipe" else contextlib.nullcontext() as opened,
     ):
         done = in_process(*command.words(target, good), cwd=place / "work")
