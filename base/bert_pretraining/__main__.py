@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before a module is imported that a file of the user may hide
+    from bert_pretraining.runtime import import_path
+
+    import_path.leave_out_the_current_folder()
+
 import importlib
 import os
 import signal
@@ -18,6 +23,7 @@ from bert_pretraining.errors import (
     UserError,
 )
 from bert_pretraining.runtime import (
+    import_path,
     output,
     packages,
     rank_reports,
@@ -78,7 +84,12 @@ def _run() -> int:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error), error.detail)
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
+        path = import_path.hiding_file()
+        if path is not None:
+            return _fail(EXIT_USAGE, import_path.hidden(path))
+        if not isinstance(error, ModuleNotFoundError):
+            return _crashed(error)
         module = (error.name or "").split(".")[0]
         if module == "bert_pretraining":
             raise
@@ -90,8 +101,11 @@ def _run() -> int:
         refused = torch_variables.refused(error, os.environ)
         if refused is not None:
             return _fail(EXIT_USAGE, str(refused))
-        message = f"{type(error).__name__}: {error}"
-        return _fail(EXIT_CRASH, message, traceback.format_exc())
+        return _crashed(error)
+
+
+def _crashed(error: Exception) -> int:
+    return _fail(EXIT_CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _what_is_missing(module: str) -> str:
