@@ -59,9 +59,12 @@ def _train(flag: str, good: Path, bad: Path) -> list[object]:
     return [*TRAINING, "--data_dir", good, flag, bad, "--output_dir", good.parent / "output"]
 
 
+PACKED = frozenset({"gzip", "bzip2", "xz"})  # of the right kind: text may be packed
+
+
 def _texts(*kinds: str) -> frozenset[str]:
     """Kinds that are text, which a command that reads any text cannot refuse; a pipe of text."""
-    return frozenset({"plain text", "XML", "JSON list", "pipe", *kinds})
+    return frozenset({"plain text", "XML", "JSON list", "pipe", *PACKED, *kinds})
 
 
 COMMANDS: dict[str, Command] = {
@@ -143,7 +146,7 @@ COMMANDS: dict[str, Command] = {
         ],
         "words.txt",
         "vocab.txt",
-        taken=frozenset({"cut in the middle", "its first 100 bytes", "pipe"}),
+        taken=frozenset({"cut in the middle", "its first 100 bytes", "pipe", *PACKED}),
     ),
     "data create-examples": Command(
         lambda bad, good: [

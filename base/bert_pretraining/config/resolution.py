@@ -21,6 +21,7 @@ from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
+from bert_pretraining.runtime.files import real
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     """The file and everything it extends, the most basic first."""
     layers: list[tuple[Path, dict]] = []
     while True:
-        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+        if any(real(path) == real(seen) for seen, _ in layers):
             raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
         wrong_name = "correct --config, or the 'extends' that names it"
         require_regular(path, wrong_name)
