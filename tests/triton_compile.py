@@ -151,11 +151,12 @@ def fp8_kernels() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     wide = {"num_warps": triton_fp8.NUM_WARPS}
     forward, backward = ({"E5M2": e5m2, "RECORD": True} for e5m2 in (False, True))
     program = {"PROGRAM_ROWS": triton_fp8_gelu.PROGRAM_ROWS}
+    aligned = {"ALIGNMENT": 16, "WRITTEN_AT_ONCE": 8}
     listed = [
         (triton_fp8.cast_kernel, forward | block | {"COLUMNS": 1024}, wide),
         (triton_fp8.cast_kernel, backward | block | {"COLUMNS": 1024}, wide),
         (triton_fp8.update_kernel, {"COUNT": 288, "BLOCK_COUNT": 512}, {}),
-        (triton_fp8_weights.cast_weights_kernel, {"ALIGNMENT": 16, **block}, wide),
+        (triton_fp8_weights.cast_weights_kernel, aligned | block, wide),
         (triton_fp8_gelu.forward_kernel, forward | square | {"COLUMNS": 4096}, wide),
         (triton_fp8_gelu.backward_kernel, backward | square | program | {"COLUMNS": 4096}, wide),
     ]

@@ -65,6 +65,7 @@ def cast_weights_kernel(
     scale_ptr,
     maximum_ptr,
     ALIGNMENT: tl.constexpr,
+    WRITTEN_AT_ONCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -83,7 +84,7 @@ def cast_weights_kernel(
     source_ptr = first_ptr + tl.multiple_of(tl.load(part_ptr), ALIGNMENT)
     x = tl.load(source_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     cast = to_fp8(x, tl.load(scale_ptr + scale_place), False)
-    rows_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 1), min(ALIGNMENT, 8))
+    rows_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 1), WRITTEN_AT_ONCE)
     tl.store(rows_ptr + offsets, cast, mask=inside)
     columns_ptr = copies_ptr + tl.multiple_of(tl.load(part_ptr + 2), ALIGNMENT)
     transposed = columns[:, None] * stride + rows[None, :]
@@ -119,6 +120,7 @@ class AllWeights:
             scales,
             maxima.view(torch.int32),
             self._alignment,
+            min(self._alignment, 8),  # see `triton_fp8.row_pointers`
             *BLOCK,
             num_warps=NUM_WARPS,
         )
