@@ -37,8 +37,8 @@ from helpers import make_model, packed, padded_arrays, tiny_config
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GELU, NORM = PAIRS.bias_gelu, PAIRS.bias_dropout_residual_layer_norm
 SIZES = [(0, 16), (1, 16), (16, 48), (37, 100), (150, 130)]
-# With 1,100 columns a block has one row. Triton 3.0's interpreter does not know masks of one element
-# and would write behind the last row; so there the rows fill all programs.
+# With 1,100 columns a block has one row. Triton 3.0's interpreter does not know masks of one
+# element and would write behind the last row; so there the rows fill all programs.
 NORM_SIZES = [(0, 16), (1, 16), (37, 12), (70, 260), (33, 600), (32, 1100)]
 DTYPES = [torch.float32, torch.bfloat16]
 
