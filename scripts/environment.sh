@@ -31,7 +31,8 @@ look() {
     found=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" \
         $modules_needed ${extra_modules:-} 2>/dev/null) || {
         why_not=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" 2>&1 >/dev/null |
-            tail -n 1) || true
+            grep -i error | tail -n 1) || true
+        [ -z "$why_not" ] || [ -z "${PYTHONHOME:-}" ] || why_not="$why_not, with PYTHONHOME=$PYTHONHOME"
         return 1
     }
     {
@@ -66,7 +67,7 @@ choose_python() {
 refuse_python() {
     local found version
     found=$(command -v -- "$1") || found=$1
-    [ -e "$found" ] || fail "PYTHON=$1 names no file; set it to $pythons, or run 'unset PYTHON'"
+    [ -e "$found" ] || fail "PYTHON=$1 names no file that this user can reach; set it to $pythons, or run 'unset PYTHON'"
     [ ! -d "$found" ] ||
         fail "PYTHON=$1 is a folder; set it to the program in it, such as $1/bin/python"
     [ -x "$found" ] || fail "PYTHON=$1 is not executable; set it to $pythons, or 'chmod +x' it"

@@ -210,7 +210,7 @@ def test_what_is_wrong_with_the_python_that_is_named(checkout: Path, tmp_path: P
     plain = tmp_path / "plain.txt"
     plain.write_text("no program\n")
     for value, said in (
-        (tmp_path / "absent", "names no file; set it to Python 3.10 to 3.14"),
+        (tmp_path / "absent", "names no file that this user can reach; set it to Python 3."),
         ("no-such-command", "names no file"),
         (tmp_path, f"is a folder; set it to the program in it, such as {tmp_path}/bin/python"),
         (plain, "is not executable"),

@@ -180,10 +180,11 @@ def _heartbeat_file(folder: str, rank: int) -> _HeartbeatFile:
 
 
 def _write(name: str, content: object) -> bool:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        _write_in(Path(folder), name, content)
-    return bool(folder)
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or os.devnull)
+    is_there = folder.is_dir()  # not so where the variable is left over from an earlier launch
+    if is_there:
+        _write_in(folder, name, content)
+    return is_there
 
 
 def _write_in(folder: Path, name: str, content: object) -> None:
