@@ -53,6 +53,7 @@ TRAINING = [
 ]  # fmt: skip
 # HDF5 looks for its signature behind 512 bytes too, the size of a tar file's header.
 USER_BLOCK = frozenset({"tar"})
+PIPE = frozenset({"pipe"})  # of a command that reads what another program writes
 
 
 def _train(flag: str, good: Path, bad: Path) -> list[object]:
@@ -190,6 +191,17 @@ COMMANDS: dict[str, Command] = {
         "text.txt",
         taken=_texts("cut in the middle", "its first 100 bytes"),
     ),
+    "data prepare --text_dir": Command(
+        lambda bad, good: [
+            *("data", "prepare", "--text_dir", bad, "--eval_text", good / "text.txt"),
+            *("--vocab", good / "vocab.txt", "--output_dir", "made", "--shards", "2"),
+            *("--num_eval_examples", "2"),
+        ],
+        "part-0",
+        "text.txt",
+        folder=True,
+        taken=_texts("cut in the middle", "its first 100 bytes"),
+    ),
     "data make-mini --text": Command(
         lambda bad, good: ["data", "make-mini", "--text", bad, "--output_dir", "made"],
         "text.txt",
@@ -225,17 +237,26 @@ COMMANDS: dict[str, Command] = {
         lambda bad, good: ["report", bad, "--output_dir", "made"],
         "run.log",
         "run.log",
-        taken=frozenset({"pipe"}),
+        taken=PIPE,
     ),
     "submission check": Command(
         lambda bad, good: ["submission", "check", bad], "run.log", "run.log", codes=(1, 2)
+    ),
+    "submission assemble --logs": Command(
+        lambda bad, good: [
+            *("submission", "assemble", "--logs", bad, "--system", "one"),
+            *("--output_dir", "made", "--", "--name", "mini", "--config", "CPUx1x1"),
+        ],
+        "run.log",
+        "run.log",
+        taken=PIPE,
     ),
     "submission summarize": Command(
         lambda bad, good: ["submission", "summarize", bad],
         "run.log",
         "run.log",
         codes=(1, 2),
-        taken=frozenset({"pipe"}),
+        taken=PIPE,
     ),
     "bench loader": Command(
         lambda bad, good: ["bench", "loader", "--train_dir", bad, "--seconds", "0.01"],
