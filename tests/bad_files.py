@@ -11,16 +11,15 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from bad_kinds import KINDS, good_files, skipped
-from bert_pretraining.preparation import prepare
+from bad_kinds import KINDS, fed_pipe, good_files, skipped
+from bert_pretraining.preparation import processes
 from bert_pretraining.preparation.mini import MiniSettings, make_mini
 from helpers import in_process
 
@@ -60,9 +59,12 @@ def _train(flag: str, good: Path, bad: Path) -> list[object]:
     return [*TRAINING, "--data_dir", good, flag, bad, "--output_dir", good.parent / "output"]
 
 
+PACKED = frozenset({"gzip", "bzip2", "xz"})  # of the right kind: text may be packed
+
+
 def _texts(*kinds: str) -> frozenset[str]:
     """Kinds that are text, which a command that reads any text cannot refuse; a pipe of text."""
-    return frozenset({"plain text", "XML", "JSON list", "pipe", *kinds})
+    return frozenset({"plain text", "XML", "JSON list", "pipe", *PACKED, *kinds})
 
 
 COMMANDS: dict[str, Command] = {
@@ -144,7 +146,7 @@ COMMANDS: dict[str, Command] = {
         ],
         "words.txt",
         "vocab.txt",
-        taken=frozenset({"cut in the middle", "its first 100 bytes", "pipe"}),
+        taken=frozenset({"cut in the middle", "its first 100 bytes", "pipe", *PACKED}),
     ),
     "data create-examples": Command(
         lambda bad, good: [
@@ -294,29 +296,6 @@ class InThisProcess:
         pass
 
 
-@contextlib.contextmanager
-def _fed_pipe(path: Path) -> Iterator[threading.Event]:
-    """Let every reader of the pipe find its end at once; the event tells that there was one.
-
-    Without a writer, a reader would wait for ever.
-    """
-    opened, done = threading.Event(), threading.Event()
-
-    def feed() -> None:
-        while not done.wait(0.001):
-            with contextlib.suppress(OSError):  # ENXIO: nobody has opened it to read
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                opened.set()
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    try:
-        yield opened
-    finally:
-        done.set()
-        feeder.join()
-
-
 def fault_of(command: Command, kind: str, good: Path, place: Path) -> str | None:
     """Run a command on one bad file; what is wrong with its end, or None.
 
@@ -336,8 +315,8 @@ def fault_of(command: Command, kind: str, good: Path, place: Path) -> str | None
         shutil.copy(good / "bert_config.json", bad.parent)
     (place / "work").mkdir()
     with (
-        mock.patch.object(prepare, "ProcessPoolExecutor", InThisProcess),
-        _fed_pipe(path) if kind == "pipe" else contextlib.nullcontext() as opened,
+        mock.patch.object(processes, "ProcessPoolExecutor", InThisProcess),
+        fed_pipe(path) if kind == "pipe" else contextlib.nullcontext() as opened,
     ):
         done = in_process(*command.words(target, good), cwd=place / "work")
     if opened is not None and opened.is_set() and kind not in command.taken:

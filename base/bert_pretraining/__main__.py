@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before a module is imported that a file of the user may hide
+    from bert_pretraining.runtime import import_path
+
+    import_path.leave_out_the_current_folder()
+
 import importlib
 import os
 import signal
@@ -12,11 +17,19 @@ from bert_pretraining import __version__, config
 from bert_pretraining.commands import checkpoint, data, submission, training
 from bert_pretraining.errors import (
     EXIT_CRASH,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     TrainingError,
     UserError,
 )
-from bert_pretraining.runtime import packages, rank_reports
+from bert_pretraining.runtime import (
+    import_path,
+    output,
+    packages,
+    rank_reports,
+    rank_variables,
+    torch_variables,
+)
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -47,20 +60,36 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
 COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 4 stopped by a signal after saving,
-2 bad input, 1 crash.
+2 bad input, 1 crash, 141 the reader of the output is gone.
 """
 GROUPS = ("config", "data", "checkpoint", "bench", "submission")  # commands of two words
 
 
 def main() -> int:
     """Run one command; errors become one line and an exit code."""
+    output.prepare()
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()  # what it raises at the interpreter's end could not be handled
+    except output.OutputLost as lost:
+        return _fail(EXIT_USAGE, str(lost.as_error())) if lost.is_full else output.EXIT_BROKEN_PIPE
+
+
+def _run() -> int:
     try:
         return _dispatch(sys.argv[1:])
     except UserError as error:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error), error.detail)
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
+        path = import_path.hiding_file()
+        if path is not None:
+            return _fail(EXIT_USAGE, import_path.hidden(path))
+        if not isinstance(error, ModuleNotFoundError):
+            return _crashed(error)
         module = (error.name or "").split(".")[0]
         if module == "bert_pretraining":
             raise
@@ -69,8 +98,14 @@ def main() -> int:
         number = signal.Signals[str(interrupt)] if interrupt.args else signal.SIGINT
         return _fail(128 + number, f"ended by {number.name}")
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        return _fail(EXIT_CRASH, message, traceback.format_exc())
+        refused = torch_variables.refused(error, os.environ)
+        if refused is not None:
+            return _fail(EXIT_USAGE, str(refused))
+        return _crashed(error)
+
+
+def _crashed(error: Exception) -> int:
+    return _fail(EXIT_CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _what_is_missing(module: str) -> str:
@@ -83,7 +118,7 @@ def _what_is_missing(module: str) -> str:
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Print the error; in a rank, report it to the launcher, which prints it."""
-    if rank_reports.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
+    if rank_reports.record_failure(rank_variables.own_rank(), exit_code, message, detail):
         rank_reports.leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code
@@ -153,4 +188,8 @@ def _version(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == EXIT_INTERRUPTED:
+        # The program ends already: a second Ctrl-C would only print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(exit_code)

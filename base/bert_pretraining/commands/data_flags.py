@@ -15,7 +15,7 @@ def data_parser(command: str, text: str) -> config.FlagParser:
     )
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
+def at_least(minimum: int) -> Callable[[str], int]:
     """A type for flags: an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
@@ -32,7 +32,7 @@ def add_number(
 ) -> None:
     """Add a flag for an integer of at least `minimum`; `text` says what it counts."""
     parser.add_argument(
-        flag, type=_at_least(minimum), default=default, metavar="N",
+        flag, type=at_least(minimum), default=default, metavar="N",
         help=f"{text}, at least {minimum} (default: {default})",
     )  # fmt: skip
 

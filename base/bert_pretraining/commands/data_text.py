@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,14 @@ from bert_pretraining import config
 from bert_pretraining.commands.data_flags import (
     add_number,
     add_shard_pattern,
+    at_least,
     data_parser,
     probability,
 )
+from bert_pretraining.errors import UserError
+
+# Those of preparation/documents.py, which is imported only where it is needed.
+FORMS = ("file", "blank_line", "json", "doc_tags")
 
 if TYPE_CHECKING:
     from bert_pretraining.preparation.prepare import TextSettings
@@ -25,24 +31,46 @@ def segment(arguments: list[str]) -> None:
     parser = data_parser(
         "segment",
         "Turn raw text, plain or from WikiExtractor, into one sentence a line with a blank line "
-        "after each article, and set evaluation articles apart.",
+        "after each article, and set evaluation articles apart. Files may be compressed (gzip, "
+        "bz2, xz, zstd). Figures of the text, and what looks wrong with it, go to stderr.",
     )
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="FILE",
-        help="raw text (required)")  # fmt: skip
+        help="files of raw text, or folders of them (required)")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR",
         help="for part-* and eval.txt (required)")  # fmt: skip
     add_number(parser, "--num_eval_articles", 10000, 0, "articles for evaluation")
     add("--seed", type=int, default=12345, metavar="N",
         help="any integer; decides which articles (default: %(default)s)")  # fmt: skip
+    add("--documents", choices=FORMS, metavar="{" + ",".join(FORMS) + "}",
+        help="what a document is: a file of plain text; paragraphs of plain text, separated by two "
+        "blank lines, or by one if no two are there; the text of a JSON object, one a line; what "
+        "stands in <doc ...> tags (default: guessed and printed)")  # fmt: skip
+    add("--num_parts", type=at_least(1), metavar="N",
+        help="parts to gather the text in, at least 1 (default: one for each file; of files that "
+        "are a document each, one for every 32 MB)")  # fmt: skip
+    _add_missing_parts(parser)
     values = parser.parse(arguments)
 
     from bert_pretraining.preparation import segment as segmenting
 
     report = segmenting.segment(
-        values.input, values.output_dir, values.num_eval_articles, values.seed
+        values.input,
+        values.output_dir,
+        values.num_eval_articles,
+        values.seed,
+        values.num_parts,
+        values.documents,
+        values.allow_missing_parts,
     )
     print(segmenting.describe(report))
+
+
+def _add_missing_parts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_missing_parts", action="store_true",
+        help="go on without parts that names such as part-00000-of-00500 promise (default: no)",
+    )  # fmt: skip
 
 
 def _add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +116,8 @@ def prepare(arguments: list[str]) -> None:
     )
     add = parser.add_argument
     add("--text_dir", type=Path, required=True, metavar="DIR",
-        help="every file in it but eval.txt is training text (required)")  # fmt: skip
+        help="every file in it is training text but hidden files and the evaluation text, which is "
+        "known by its path and its content (required)")  # fmt: skip
     add("--eval_text", type=Path, required=True, metavar="FILE",
         help="evaluation text (required)")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR",
@@ -96,6 +125,7 @@ def prepare(arguments: list[str]) -> None:
     add_number(parser, "--shards", 2048, 1, "training files")
     add_number(parser, "--num_eval_examples", 10000, 1, "evaluation sequences")
     add_number(parser, "--jobs", 1, 1, "text files at the same time")
+    _add_missing_parts(parser)
     _add_text_flags(parser)
     values = parser.parse(arguments)
 
@@ -109,6 +139,7 @@ def prepare(arguments: list[str]) -> None:
         values.shards,
         values.num_eval_examples,
         values.jobs,
+        values.allow_missing_parts,
     )
     for line in stages.prepare(settings):
         print(line)
@@ -122,13 +153,33 @@ def create_examples(arguments: list[str]) -> None:
         help="text of one sentence a line; all files form one corpus (required)")  # fmt: skip
     add("--output_file", type=Path, required=True, metavar="FILE",
         help="the new HDF5 file (required)")  # fmt: skip
+    add("--documents", choices=FORMS[:2], default="blank_line",
+        help="file: each file is a document; blank_line: a blank line separates documents "
+        "(default: %(default)s)")  # fmt: skip
     _add_text_flags(parser)
     values = parser.parse(arguments)
 
     from bert_pretraining.preparation import prepare as stages
+    from bert_pretraining.preparation import text_statistics
 
-    count = stages.create_file(values.input_file, values.output_file, _text_settings(values))
-    print(f"{values.output_file}: {count} examples")
+    for path in values.input_file:
+        _require_other_output(path, values.output_file)
+    statistics = stages.create_file(
+        values.input_file,
+        values.output_file,
+        _text_settings(values),
+        files_are_documents=values.documents == "file",
+    )
+    text_statistics.tell(", ".join(str(path) for path in values.input_file[:3]), statistics)
+    print(f"{values.output_file}: {statistics.examples} examples")
+
+
+def _require_other_output(source: Path, output: Path) -> None:
+    if source.exists() and output.exists() and source.samefile(output):
+        raise UserError(
+            f"--output_file {output} is the input, which would be lost",
+            "name another --output_file",
+        )
 
 
 def shard(arguments: list[str]) -> None:
@@ -145,15 +196,23 @@ def shard(arguments: list[str]) -> None:
         "--output_dir", type=Path, required=True, metavar="DIR", help="for the shards (required)"
     )
     add_number(parser, "--num_shards", 2048, 1, "training files")
+    _add_missing_parts(parser)
     add_shard_pattern(parser, EXAMPLE_FILES)
     values = parser.parse(arguments)
 
     from bert_pretraining.data.shard_names import shard_folder
     from bert_pretraining.preparation import prepare as stages
+    from bert_pretraining.preparation.text_files import listed, require_all_parts
+    from bert_pretraining.preparation.text_statistics import warn
 
     pattern = values.shard_pattern or EXAMPLE_FILES
-    inputs = shard_folder(values.input_dir, "make them with data create-examples", pattern).shards
-    made, there = stages.shard(inputs, values.output_dir, values.num_shards)
+    folder = shard_folder(values.input_dir, "make them with data create-examples", pattern)
+    if folder.other_shards:
+        others = listed(folder.other_shards)
+        print(f"Left out of --input_dir, not {pattern}: {others}", file=sys.stderr)
+    where = f"--input_dir {values.input_dir}"
+    warn(require_all_parts(folder.names, where, values.allow_missing_parts))
+    made, there = stages.shard(folder.shards, values.output_dir, values.num_shards)
     print(f"{values.output_dir}: {made} shards made, {there} there already")
 
 
@@ -166,6 +225,7 @@ def pick_eval(arguments: list[str]) -> None:
 
     from bert_pretraining.preparation import prepare as stages
 
+    _require_other_output(values.input_file, values.output_file)
     stages.pick_file(values.input_file, values.output_file, values.num_examples)
     print(f"{values.output_file}: {values.num_examples} examples")
 
@@ -178,6 +238,7 @@ def to_varlength(arguments: list[str]) -> None:
 
     from bert_pretraining.preparation import prepare as stages
 
+    _require_other_output(values.input_file, values.output_file)
     stages.to_varlength(values.input_file, values.output_file)
     print(f"{values.output_file}: variable-length form of {values.input_file}")
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.flags import nearest
+from bert_pretraining.config.home import expanded
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
+from bert_pretraining.runtime.files import real
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     """The file and everything it extends, the most basic first."""
     layers: list[tuple[Path, dict]] = []
     while True:
-        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+        if any(real(path) == real(seen) for seen, _ in layers):
             raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
         wrong_name = "correct --config, or the 'extends' that names it"
         require_regular(path, wrong_name)
@@ -217,7 +219,7 @@ def _checked_key(key: str, value: object, path: Path) -> object:
         raise UserError(
             f"{_shown(path)}: key '{key}' must be {kind.__name__}, not {value!r}", "correct it"
         )
-    return value
+    return expanded(value) if isinstance(value, str) else value
 
 
 def _validate(config: Config, sources: dict[str, str]) -> None:
@@ -240,4 +242,6 @@ def _validate(config: Config, sources: dict[str, str]) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             fault = "must be finite"
         if fault:
-            raise UserError(f"{where}: {fault}", f"correct {field.name}")
+            raise UserError(
+                f"{where}: {fault}", f"{field.metadata['fix'] or f'correct {field.name}'}"
+            )

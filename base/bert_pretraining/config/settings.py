@@ -126,6 +126,14 @@ class Config(LogSettings, UpstreamSwitches):
         "random weights",
         changes_numbers=False,
     )
+    missing_weights: str = setting(
+        "refuse",
+        "data",
+        "what to do where init_checkpoint lacks the heads of pretraining, as Hugging Face's "
+        "BertModel does: refuse it, or start them from random weights and ignore other heads",
+        choices=("refuse", "random"),
+        changes_numbers=False,
+    )
     batching: str | None = setting(
         None,
         "data",

@@ -93,6 +93,15 @@ def kind_of(path: Path) -> FileKind | None:
         start = file.read(READ_BYTES)
         file.seek(max(0, size - 8))
         end = file.read(8)
+    return kind_of_bytes(start, end, size, path)
+
+
+def kind_of_bytes(start: bytes, end: bytes, size: int, path: Path) -> FileKind | None:
+    """What content is by its first READ_BYTES, its last 8 bytes and its size, as `kind_of` says.
+
+    For content that is no file itself, such as what a compressed file holds. What to do may name
+    `path`.
+    """
     for magic, key, what, fix in _MAGIC:
         if start.startswith(magic):
             return FileKind(key, what.format(size=size), fix.format(path=shown(path)))

@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 
 from bert_pretraining import progress
-from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, training_state
+from bert_pretraining.checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    read_checkpoint,
+    training_state,
+)
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved, TrainingState
 from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
@@ -32,8 +37,11 @@ from bert_pretraining.optim import Schedule
 from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime import process_group, seeds
 from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime.signals import StopRequest
+from bert_pretraining.training.baseline import commonest_token
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import Evaluation, evaluate
+from bert_pretraining.training.evaluate import Evaluation
+from bert_pretraining.training.feed import Feed
 
 
 class Session:
@@ -119,13 +127,16 @@ class Session:
         shards = process_group.from_main(
             lambda: inspect_shards(inputs.evaluation_folder(self.config, self._paths), self.log.say)
         )
-        self._evaluation_set = load_evaluation_set(
+        evaluation_set = load_evaluation_set(
             shards,
             self.config.num_eval_examples,
             dataclasses.replace(
                 self._loader_config(self.config.eval_batch_size), pin_for=self.ranks.device
             ),
-        ).near(self.ranks.device)
+        )
+        vocab_size = self._bert_config.vocab_size
+        self.log.evaluation_set_read(commonest_token(evaluation_set, vocab_size, self.ranks))
+        self._evaluation_set = evaluation_set.near(self.ranks.device)
 
     def begin(self) -> str | None:
         """Evaluate the start weights, or take over the saved run; then training begins.
@@ -144,16 +155,26 @@ class Session:
         self._saved.restore_generators(self.ranks)
         return self.stop_reason()
 
-    def micro_batches(self) -> Iterator[PackedBatch]:
-        """This rank's batches on its device, without end, from the first sample not yet seen."""
-        loader_config = dataclasses.replace(
-            self._loader_config(self.config.train_batch_size),
-            batching=self.config.resolved_batching,
-            samples_seen=self.run.samples_seen,
-            pin_for=self.ranks.device,
-        )
-        loader = TrainingLoader(self._shards, self.order, loader_config)
-        return on_device(iter(loader), self.ranks.device)
+    def micro_batches(self, stop: StopRequest) -> Iterator[PackedBatch]:
+        """This rank's batches on its device, without end, from the first sample not yet seen.
+
+        stop: is told where a shard cannot be read any more, see `Feed`.
+        """
+        config, ranks, samples_seen = self.config, self.ranks, self.run.samples_seen
+
+        def read_from(batch: int) -> Iterator[PackedBatch]:
+            loader_config = dataclasses.replace(
+                self._loader_config(config.train_batch_size),
+                batching=config.resolved_batching,
+                samples_seen=samples_seen + batch * config.train_batch_size * ranks.world_size,
+                pin_for=ranks.device,
+            )
+            return iter(TrainingLoader(self._shards, self.order, loader_config))
+
+        updates = 1 + self.training.update.outcomes.updates_to_agree
+        reserve = updates * config.gradient_accumulation_steps
+        feed = Feed(read_from, reserve, stop, ranks.rank if ranks.world_size > 1 else None)
+        return on_device(iter(feed), ranks.device)
 
     def _loader_config(self, batch_size: int) -> LoaderConfig:
         return LoaderConfig(
@@ -168,7 +189,7 @@ class Session:
         """Evaluate the model on the whole set, and keep the figures in `run`."""
         run, log = self.run, self.log
         log.evaluation_started(run)
-        result = evaluate(self.training.module, self._evaluation_set, self.ranks)
+        result = self.training.evaluate(self._evaluation_set)
         log.evaluation_stopped(run, result.mlm_accuracy)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         run.eval_sequences = result.num_sequences
@@ -198,6 +219,12 @@ class Session:
     def report_saved(self, wait: bool = False) -> None:
         """Say what became of the checkpoints that were begun; wait for the last if asked to."""
         self._writer.report(self.log.say, wait=wait)
+
+    def is_saved(self) -> bool:
+        """Whether the checkpoint of this moment is complete; the same on every rank."""
+        return process_group.from_main(
+            lambda: checkpoint_path(self.log.folder, self.run.global_steps).is_file()
+        )
 
 
 def _triggers(config: Config) -> StepTriggers:
