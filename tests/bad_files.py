@@ -11,15 +11,14 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from bad_kinds import KINDS, good_files, skipped
+from bad_kinds import KINDS, fed_pipe, good_files, skipped
 from bert_pretraining.preparation import processes
 from bert_pretraining.preparation.mini import MiniSettings, make_mini
 from helpers import in_process
@@ -297,29 +296,6 @@ class InThisProcess:
         pass
 
 
-@contextlib.contextmanager
-def _fed_pipe(path: Path) -> Iterator[threading.Event]:
-    """Let every reader of the pipe find its end at once; the event tells that there was one.
-
-    Without a writer, a reader would wait for ever.
-    """
-    opened, done = threading.Event(), threading.Event()
-
-    def feed() -> None:
-        while not done.wait(0.001):
-            with contextlib.suppress(OSError):  # ENXIO: nobody has opened it to read
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                opened.set()
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    try:
-        yield opened
-    finally:
-        done.set()
-        feeder.join()
-
-
 def fault_of(command: Command, kind: str, good: Path, place: Path) -> str | None:
     """Run a command on one bad file; what is wrong with its end, or None.
 
@@ -340,7 +316,7 @@ def fault_of(command: Command, kind: str, good: Path, place: Path) -> str | None
     (place / "work").mkdir()
     with (
         mock.patch.object(processes, "ProcessPoolExecutor", InThisProcess),
-        _fed_pipe(path) if kind == "pipe" else contextlib.nullcontext() as opened,
+        fed_pipe(path) if kind == "pipe" else contextlib.nullcontext() as opened,
     ):
         done = in_process(*command.words(target, good), cwd=place / "work")
     if opened is not None and opened.is_set() and kind not in command.taken:

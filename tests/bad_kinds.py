@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -11,8 +12,9 @@ import os
 import pickle
 import tarfile
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,26 @@ def good_files(root: Path, data: Path) -> Path:
     record = {"event": "LAUNCH_TRAINING", "value": None, "metadata": {"file": "a", "lineno": 1}}
     (good / "run.log").write_text(f"[PerfLog] {json.dumps(record)}\n" * 40)
     return good
+
+
+@contextlib.contextmanager
+def fed_pipe(path: Path) -> Iterator[threading.Event]:
+    """Let every reader of the pipe find its end at once; the event tells that there was one.
+
+    Without a writer, a reader would wait for ever.
+    """
+    opened, done = threading.Event(), threading.Event()
+
+    def feed() -> None:
+        while not done.wait(0.001):
+            with contextlib.suppress(OSError):  # ENXIO: nobody has opened it to read
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                opened.set()
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    try:
+        yield opened
+    finally:
+        done.set()
+        feeder.join()

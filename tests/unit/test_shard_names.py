@@ -148,6 +148,22 @@ def test_shards_alone_are_named_with_the_flags_that_read_them(folder: Path) -> N
     assert caught.value.fix.startswith(f"pass --train_dir {folder} and --eval_dir DIR")
 
 
+def test_folders_of_other_names_are_proposed_where_they_hold_shards(tmp_path: Path) -> None:
+    for name in ("hdf5_train", "hdf5_test", "pretraining_code"):
+        (tmp_path / name).mkdir()
+    for name in ("hdf5_train/a_0.hdf5", "hdf5_test/a_0.hdf5", "pretraining_code/run.py"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as caught:
+        inputs.data_paths(settings(data_dir=tmp_path))
+    assert caught.value.fix == (
+        f"pass --train_dir {tmp_path / 'hdf5_train'} and --eval_dir {tmp_path / 'hdf5_test'} with it"
+    )
+    (tmp_path / "hdf5_train" / "a_0.hdf5").unlink()
+    with pytest.raises(UserError) as caught:
+        inputs.data_paths(settings(data_dir=tmp_path))
+    assert caught.value.fix.startswith("pass the folder with 2048_shards_uncompressed/")
+
+
 def test_one_pattern_serves_a_data_set_whose_evaluation_keeps_the_usual_names(
     tmp_path: Path, folder: Path
 ) -> None:

@@ -192,15 +192,22 @@ def layout_fault(root: Path, fix: str, flag: str = "--data_dir ") -> UserError:
             f"pass --train_dir {shown(root)} and --eval_dir DIR with evaluation shards, "
             "--bert_config_path and --init_checkpoint, in place of --data_dir",
         )
-    folders = [name for name in names if os.path.isdir(root / name)]
+    folders = [name for name in names if _holds_shards(root / name)]
     evaluation = [name for name in folders if "eval" in name or "test" in name]
-    training = [name for name in folders if "shard" in name or "train" in name]
+    training = [name for name in folders if name not in evaluation]
     if training:
         other = shown(root / evaluation[0]) if evaluation else "DIR"
         return UserError(
             problem, f"pass --train_dir {shown(root / training[0])} and --eval_dir {other} with it"
         )
     return UserError(problem, fix)
+
+
+def _holds_shards(folder: Path) -> bool:
+    try:
+        return looks_like_shards(os.listdir(folder))
+    except OSError:
+        return False  # no folder, or one that cannot be read
 
 
 def has_set(directory: Path) -> bool:

@@ -26,6 +26,7 @@ from bert_pretraining.preparation import text_files, text_statistics
 from bert_pretraining.preparation.documents import read_sentences
 from bert_pretraining.preparation.processes import run_in_processes
 from bert_pretraining.preparation.text_files import FolderTexts
+from bert_pretraining.runtime.file_kind import require_regular
 
 BY_CHANCE = 0.01  # of the evaluation documents
 LONG_SENTENCE = 5  # words; shorter ones are in every text
@@ -124,6 +125,8 @@ def training_texts(
     """
     warnings: list[str] = []
     evaluation = read_eval_text(eval_text)
+    for path in found.files:
+        require_regular(path, "move it out of --text_dir")
     comparisons = _compare_all(found.files, eval_text, evaluation, known, jobs)
     left_out = list(found.left_out)
     kept = []
