@@ -14,8 +14,9 @@
 #
 # On the pretended GPU (see benchmarks/pretended.py) the model has few layers, what needs right
 # numbers is skipped, and the limits are three times as long, since all is work of a CPU.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # where sh is another shell, such as dash
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit
 out=${1:-${OUT:-results/$(date -u +%F)_gpu}}
 part=${2:-all}
 export PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD/base${PYTHONPATH:+:$PYTHONPATH}"

@@ -5,8 +5,9 @@
 #
 # CONFIG: of configs/mini; by default GPUx1x1. FLAGS go to every training run. The data set is made
 # in FOLDER, without a download. With --dry_run, the commands are only checked.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # where sh is another shell, such as dash
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 folder=$1 config=${2:-GPUx1x1}
 shift $(($# < 2 ? $# : 2))
 export PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD/base${PYTHONPATH:+:$PYTHONPATH}"

@@ -4,8 +4,9 @@
 #   bash examples/smoke_test.sh [flags of run_training.sh]
 # It needs a Python with the requirements: PYTHON=..., or the .venv that `bash run_training.sh`
 # creates.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # where sh is another shell, such as dash
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck source=scripts/environment.sh
 source "$root/scripts/environment.sh"
 find_python

@@ -6,12 +6,13 @@
 # under the same paths on all machines. The rendezvous is at this machine's first address and port
 # 29500, or at MASTER_ADDR and MASTER_PORT. The others get the exported GLOO_*, NCCL_*,
 # OMP_NUM_THREADS and PYTHON.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # where sh is another shell, such as dash
 set -euo pipefail
 if [ $# -lt 2 ] || [ -z "${1// /}" ]; then
     echo "Error: usage: bash examples/train_ssh.sh \"HOST ...\" FLAGS of run_training.sh" >&2
     exit 2
 fi
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 read -ra hosts <<<"$1"
 shift
 address=${MASTER_ADDR:-$(hostname -I | cut -d ' ' -f 1)}

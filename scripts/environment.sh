@@ -11,6 +11,11 @@ oldest_minor=${minors% *} newest_minor=$((${minors#* } - 1))
 pythons="Python 3.$oldest_minor to 3.$newest_minor"
 venv=$root/.venv
 users_python=${PYTHON:-}
+# "~" at its start is left as it is by everything but a shell's own assignment.
+case $users_python in "~/"*) users_python=${HOME:-}${users_python#"~"} ;; esac
+# Python 3.11 and later then find no module in the folder where the user stands, such as a queue.py.
+export PYTHONSAFEPATH=1
+why_not="" # what the last Python said that look() could not use
 
 fail() {
     echo "Error: $*" >&2
@@ -24,10 +29,15 @@ look() {
     local found
     # shellcheck disable=SC2086  # a list of words
     found=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" \
-        $modules_needed ${extra_modules:-} 2>/dev/null) || return 1
+        $modules_needed ${extra_modules:-} 2>/dev/null) || {
+        why_not=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" 2>&1 >/dev/null |
+            tail -n 1) || true
+        return 1
+    }
     {
-        read -r prefix && read -r torch && read -r is_old && read -r torch_folder && read -r missing
-    } <<<"$found" || true # the last line may be empty
+        read -r prefix && read -r torch && read -r is_old && read -r torch_folder || return 1
+        read -r missing || true # the last line may be empty
+    } <<<"$found"
 }
 
 # Sets PYTHON and missing: the user's Python, if exported; else that of .venv; else the first
@@ -37,7 +47,7 @@ choose_python() {
     local base_missing=""
     base="" kept="" kept_folder="" old_torch="" venv_state=absent venv_torch="" missing=""
     if [ -n "$users_python" ]; then
-        look "$users_python" || fail "PYTHON=$users_python is not $pythons"
+        look "$users_python" || refuse_python "$users_python"
         take_as_base "$users_python"
     else
         find_base
@@ -48,7 +58,29 @@ choose_python() {
     else
         PYTHON=$base missing=$base_missing
     fi
-    [ -n "$PYTHON" ] || fail "no $pythons found; install one, or set PYTHON"
+    [ -n "$PYTHON" ] ||
+        fail "no $pythons found; install one, or set PYTHON${why_not:+ (the last one: $why_not)}"
+}
+
+# Says why Python $1, which the user has named, cannot be used.
+refuse_python() {
+    local found version
+    found=$(command -v -- "$1") || found=$1
+    [ -e "$found" ] || fail "PYTHON=$1 names no file; set it to $pythons, or run 'unset PYTHON'"
+    [ ! -d "$found" ] ||
+        fail "PYTHON=$1 is a folder; set it to the program in it, such as $1/bin/python"
+    [ -x "$found" ] || fail "PYTHON=$1 is not executable; set it to $pythons, or 'chmod +x' it"
+    version=$("$1" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])' 2>/dev/null) || version=""
+    case $version in
+        "Python 3."*) ;;
+        "Python "*) fail "PYTHON=$1 is $version, and this program needs $pythons" ;;
+        *) fail "PYTHON=$1 does not start as a Python${why_not:+ ($why_not)}; set it to $pythons" ;;
+    esac
+    if [ "${version#Python 3.}" -lt "$oldest_minor" ] || [ "${version#Python 3.}" -gt "$newest_minor" ]; then
+        fail "PYTHON=$1 is $version, and this program needs $pythons; set PYTHON to one of them"
+    fi
+    fail "PYTHON=$1 ($version) does not work here${why_not:+: $why_not}; mend that, or set PYTHON to" \
+        "another $pythons"
 }
 
 find_base() {

@@ -6,8 +6,9 @@
 # Further arguments go to pytest. After the tests it trains on two ranks to the target, and runs the
 # first command of README's "Training". Most builds fetch about 5 GB of CUDA packages.
 # Exit codes: 0 all passed, 77 the packages could not be fetched, else what failed.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # where sh is another shell, such as dash
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 not_possible=77
 
@@ -19,7 +20,7 @@ say() {
 first_python() {
     local version candidate
     for version in "$@"; do
-        for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python3; do
+        for candidate in "python$version" "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/"$version".*/bin/python3; do
             if "$candidate" -c 'import venv' 2>/dev/null; then
                 echo "$candidate"
                 return

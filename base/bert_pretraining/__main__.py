@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before a module is imported that a file of the user may hide
+    from bert_pretraining.runtime import import_path
+
+    import_path.leave_out_the_current_folder()
+
 import importlib
 import os
 import signal
@@ -17,7 +22,14 @@ from bert_pretraining.errors import (
     TrainingError,
     UserError,
 )
-from bert_pretraining.runtime import output, packages, rank_reports
+from bert_pretraining.runtime import (
+    import_path,
+    output,
+    packages,
+    rank_reports,
+    rank_variables,
+    torch_variables,
+)
 
 USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
@@ -72,7 +84,12 @@ def _run() -> int:
         return _fail(EXIT_USAGE, str(error))
     except TrainingError as error:
         return _fail(EXIT_CRASH, str(error), error.detail)
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
+        path = import_path.hiding_file()
+        if path is not None:
+            return _fail(EXIT_USAGE, import_path.hidden(path))
+        if not isinstance(error, ModuleNotFoundError):
+            return _crashed(error)
         module = (error.name or "").split(".")[0]
         if module == "bert_pretraining":
             raise
@@ -81,8 +98,14 @@ def _run() -> int:
         number = signal.Signals[str(interrupt)] if interrupt.args else signal.SIGINT
         return _fail(128 + number, f"ended by {number.name}")
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        return _fail(EXIT_CRASH, message, traceback.format_exc())
+        refused = torch_variables.refused(error, os.environ)
+        if refused is not None:
+            return _fail(EXIT_USAGE, str(refused))
+        return _crashed(error)
+
+
+def _crashed(error: Exception) -> int:
+    return _fail(EXIT_CRASH, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _what_is_missing(module: str) -> str:
@@ -95,7 +118,7 @@ def _what_is_missing(module: str) -> str:
 
 def _fail(exit_code: int, message: str, detail: str = "") -> int:
     """Print the error; in a rank, report it to the launcher, which prints it."""
-    if rank_reports.record_failure(int(os.environ.get("RANK", 0)), exit_code, message, detail):
+    if rank_reports.record_failure(rank_variables.own_rank(), exit_code, message, detail):
         rank_reports.leave(exit_code)
     print(f"{detail}Error: {message}", file=sys.stderr)
     return exit_code

@@ -199,7 +199,39 @@ def test_the_range_of_pythons(checkout: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "Error: no Python 3.98 to 3.98 found; install one, or set PYTHON\n"
     named = run(checkout, program="find_python", PYTHON=sys.executable)
-    assert named.stderr == f"Error: PYTHON={sys.executable} is not Python 3.98 to 3.98\n"
+    version = f"Python 3.{sys.version_info.minor}"
+    assert named.stderr == (
+        f"Error: PYTHON={sys.executable} is {version}, and this program needs Python 3.98 to 3.98; "
+        "set PYTHON to one of them\n"
+    )
+
+
+def test_what_is_wrong_with_the_python_that_is_named(checkout: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("no program\n")
+    for value, said in (
+        (tmp_path / "absent", "names no file; set it to Python 3.10 to 3.14"),
+        ("no-such-command", "names no file"),
+        (tmp_path, f"is a folder; set it to the program in it, such as {tmp_path}/bin/python"),
+        (plain, "is not executable"),
+        ("/bin/false", "does not start as a Python; set it to Python 3.10 to 3.14"),
+        ("/bin/echo", "does not start as a Python"),
+    ):
+        done = run(checkout, program="find_python", PYTHON=str(value))
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"Error: PYTHON={value} {said}")
+        assert done.stderr.count("\n") == 1
+    home = run(checkout, program="find_python", PYTHON="~/absent", HOME=str(tmp_path))
+    assert home.stderr.startswith(f"Error: PYTHON={tmp_path}/absent names no file")
+
+
+def test_a_python_that_does_not_start(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("")
+    done = run(checkout, program="find_python", PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: PYTHON={sys.executable} (Python 3.")
+    assert str(tmp_path / "random.py") in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_docker_image_keeps_the_torch_of_its_base_image(checkout: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.kernels.fp8_operators import Factor
 from bert_pretraining.kernels.pairs import PlainSums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, Saved
@@ -137,7 +138,7 @@ def test_evaluation_keeps_nothing_and_gives_the_same_losses() -> None:
 
 
 class CountingSink(OwnGradients):
-    """Counts the tensors of each layer that are still kept when a layer's gradients are there."""
+    """Counts the tensors of each layer that are still kept when a layer begins or has gone back."""
 
     def __init__(self) -> None:
         self.kept: list[list[weakref.ref]] = []
@@ -150,10 +151,11 @@ class CountingSink(OwnGradients):
 class WatchedLayer(FusedLayer):
     """Tells the sink what it keeps."""
 
-    def forward(self, *arguments: object) -> tuple[Tensor, Saved]:
-        output, saved = super().forward(*arguments)
+    def forward(self, *arguments: object) -> tuple[Tensor, Factor, Saved]:
+        self.sink.arrived(())
+        output, factor, saved = super().forward(*arguments)
         self.sink.kept.append([weakref.ref(saved.inner), weakref.ref(saved.context)])
-        return output, saved
+        return output, factor, saved
 
 
 def test_what_a_layer_keeps_is_freed_when_it_has_gone_back() -> None:
@@ -162,12 +164,23 @@ def test_what_a_layer_keeps_is_freed_when_it_has_gone_back() -> None:
     layers = [WatchedLayer(layer, PAIRS, sink) for layer in model.bert.encoder.layer]
     hidden = torch.randn(37, model.bert.embeddings.word_embeddings.weight.shape[1])
     output = run_layers(layers, [NO_SEEDS] * 3, hidden.requires_grad_(), batch)
+    sink.alive.clear()
     output.sum().backward()
     # The tensors of the layer that has just gone back are freed after it told so.
     assert [counts[-1 - n :] for n, counts in enumerate(sink.alive)] == [
         [2], [2, 0], [2, 0, 0]
     ]  # fmt: skip
     assert all(ref() is None for refs in sink.kept[1:] for ref in refs)
+
+
+def test_an_evaluation_keeps_nothing_of_a_layer_while_the_next_one_runs() -> None:
+    model = make_model(tiny_config(num_hidden_layers=3))
+    batch, sink = batch_of([30, 7]), CountingSink()
+    layers = [WatchedLayer(layer, PAIRS, sink) for layer in model.bert.encoder.layer]
+    hidden = torch.randn(37, model.bert.embeddings.word_embeddings.weight.shape[1])
+    with torch.no_grad():
+        run_layers(layers, [NO_SEEDS] * 3, hidden, batch)
+    assert sink.alive == [[], [0], [0, 0]]
 
 
 def test_a_second_backward_pass_is_refused() -> None:

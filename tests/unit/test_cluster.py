@@ -12,12 +12,14 @@ import pytest
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch.cluster import (
     ExternalRank,
-    SlurmNode,
+    StartedMachine,
     check_size,
     external_rank,
-    slurm_node,
+    notices,
+    started_machine,
     user_set_threads,
 )
+from bert_pretraining.runtime import rank_variables
 from helpers import ROOT
 from launching import in_the_trainers_place
 
@@ -49,13 +51,158 @@ def test_ranks_that_were_started() -> None:
     [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a,b", "a"), ("r[1,3]-ib", "r1-ib")],
 )
 def test_a_task_a_machine(hosts: str, first: str) -> None:
-    assert slurm_node({**A_MACHINE, "SLURM_JOB_NODELIST": hosts}) == SlurmNode(2, first)
-    assert slurm_node({**A_MACHINE, "MASTER_ADDR": "10.1.1.1"}) == SlurmNode(2, "10.1.1.1")
+    found = started_machine({**A_MACHINE, "SLURM_JOB_NODELIST": hosts})
+    assert (found.node_rank, found.num_nodes, found.master_addr) == (2, 3, first)
+    assert started_machine({**A_MACHINE, "MASTER_ADDR": "10.1.1.1"}).master_addr == "10.1.1.1"
 
 
-@pytest.mark.parametrize("environment", [{}, A_RANK, {"SLURM_STEP_NUM_TASKS": "1"}])
+# A PyTorchJob of Kubeflow's training operator with two pods, and one that knows the ranks a pod;
+# a TrainJob of Kubeflow's trainer.
+POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+POD_OF_EIGHT = {**POD, "WORLD_SIZE": "16", "PET_NNODES": "2", "PET_NODE_RANK": "1",
+                "PET_NPROC_PER_NODE": "8"}  # fmt: skip
+TRAINER_POD = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8",
+               "PET_MASTER_ADDR": "job-master-0", "PET_MASTER_PORT": "23456"}  # fmt: skip
+
+
+@pytest.mark.parametrize("pod", [POD, POD_OF_EIGHT, TRAINER_POD])
+def test_a_pod_a_machine(pod: dict[str, str]) -> None:
+    assert external_rank(pod) is None
+    found = started_machine(pod)
+    assert isinstance(found, StartedMachine)
+    assert (found.node_rank, found.num_nodes) == (1, 2)
+    assert (found.master_addr, found.master_port) == ("job-master-0", 23456)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        A_RANK,
+        TORCHRUN,
+        {**POD, **OPEN_MPI},
+        {**TRAINER_POD, **TORCHRUN},
+        {**POD, "RANK": "0", "WORLD_SIZE": "1"},
+        {**POD, "LOCAL_RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
 def test_no_task_a_machine(environment: dict[str, str]) -> None:
-    assert slurm_node(environment) is None
+    assert started_machine(environment) is None
+
+
+def test_empty_variables_count_as_not_set() -> None:
+    names = [*TORCHRUN, *OPEN_MPI, *A_RANK, *TRAINER_POD, "PMI_RANK", "PMI_SIZE", "OMP_NUM_THREADS"]
+    for blank in ("", " "):
+        environment = dict.fromkeys(names, blank)
+        assert external_rank(environment) is None
+        assert started_machine(environment) is None
+        assert notices(environment) == []
+        assert rank_variables.read(environment) == (0, 1, 0)
+    assert external_rank({**OPEN_MPI, "MASTER_ADDR": ""}).master_addr == "127.0.0.1"
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "abc"}, r"RANK='abc' is not a whole number, 0 or more; run 'unset RANK'"),
+        ({**TORCHRUN, "WORLD_SIZE": "-8"}, r"WORLD_SIZE='-8' is not a whole number"),
+        ({**TORCHRUN, "LOCAL_RANK": "1.5"}, r"LOCAL_RANK='1.5' is not a whole number"),
+        ({**TORCHRUN, "RANK": "8"}, r"RANK=8 is not below .*WORLD_SIZE=8.*unset RANK WORLD_SIZE'"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, r"LOCAL_RANK=4 is not below .*LOCAL_WORLD_SIZE=4"),
+        ({**TORCHRUN, "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "7"}, "LOCAL_WORLD_SIZE=7 is more"),
+        ({**POD, "RANK": "2"}, r"RANK=2 is not below .*WORLD_SIZE=2"),
+        ({**POD, "MASTER_PORT": "99999"}, r"MASTER_PORT=99999 is no port, 1 to 65535"),
+        ({**POD, "MASTER_PORT": "tcp://10.0.0.1:80"}, r"MASTER_PORT='tcp://10.0.0.1:80' is not a"),
+        ({**TRAINER_POD, "PET_NNODES": "1:4"}, r"PET_NNODES='1:4' is not a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, r"NUM_TASKS=8 .*SLURM_PROCID is not set; .*srun"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, r"SLURM_STEP_NUM_TASKS='x' is not"),
+        ({"SLURM_STEP_NUM_NODES": "2"}, r"NUM_NODES=2 .*SLURM_STEP_NUM_TASKS is not set"),
+        ({**A_RANK, "SLURM_PROCID": "24"}, r"SLURM_PROCID=24 is not below .*NUM_TASKS=24"),
+        ({**A_RANK, "SLURM_STEP_NUM_NODES": "32"}, "contradict each other; start with srun"),
+        ({**A_RANK, "SLURM_NODEID": "3"}, r"PER_NODE=8\(x3\) names no tasks .*SLURM_NODEID=3"),
+        ({**A_RANK, "SLURM_STEP_TASKS_PER_NODE": "?"}, r"TASKS_PER_NODE=\? names no tasks"),
+        ({**A_MACHINE, "SLURM_NODEID": "3"}, r"SLURM_NODEID=3 is not below"),
+        *[
+            (without(A_RANK, name), f"{name} is not set; start with srun")
+            for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
+                         "SLURM_STEP_TASKS_PER_NODE")
+        ],
+        (without(A_RANK, "SLURM_JOB_NODELIST"), "SLURM_STEP_NODELIST is not set"),
+        (without(A_MACHINE, "SLURM_JOB_NODELIST"), "SLURM_STEP_NODELIST is not set"),
+        (without(A_MACHINE, "SLURM_NODEID"), "SLURM_NODEID is not set"),
+        (
+            without(OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK"),
+            r"WORLD_SIZE=4 of Open MPI, but OMPI_COMM_WORLD_LOCAL_RANK is not set; .*unset",
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID and MPI_LOCALNRANKS are not set"),
+    ],
+)  # fmt: skip
+def test_variables_that_contradict_each_other_are_refused(
+    environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        external_rank(environment)
+        started_machine(environment)
+
+
+def test_slurm_may_set_variables_of_mpi() -> None:
+    assert external_rank({**A_RANK, "PMI_RANK": "19", "PMI_SIZE": "24"}).launcher == "Slurm"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (
+            without(TORCHRUN, "LOCAL_WORLD_SIZE"),
+            "ignoring RANK=5, WORLD_SIZE=8, LOCAL_RANK=1 of the environment, since "
+            "LOCAL_WORLD_SIZE is not set: this launch starts all ranks itself",
+        ),
+        (
+            {"RANK": "3"},
+            "ignoring RANK=3 of the environment, since WORLD_SIZE and LOCAL_RANK and "
+            "LOCAL_WORLD_SIZE are not set: this launch starts all ranks itself",
+        ),
+        (
+            {"OMP_NUM_THREADS": "abc"},
+            "ignoring OMP_NUM_THREADS=abc of the environment, which is no number of threads, 1 or "
+            "more: each rank gets as many as its CPUs",
+        ),
+    ],
+)
+def test_what_is_ignored_is_said(environment: dict[str, str], said: str) -> None:
+    assert notices(environment) == [said]
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, TORCHRUN, POD, A_RANK, {"RANK": "0", "WORLD_SIZE": "1"},
+                    {"OMP_NUM_THREADS": "4,2"}],
+)  # fmt: skip
+def test_variables_that_are_right_need_no_word(environment: dict[str, str]) -> None:
+    assert notices(environment) == []
+
+
+def test_the_debug_mode_of_pytorch_is_said() -> None:
+    for value, count in (("DETAIL", 1), ("detail", 1), ("INFO", 0), ("OFF", 0), ("", 0)):
+        found = notices({"TORCH_DISTRIBUTED_DEBUG": value})
+        assert len(found) == count
+        assert all("DistributedDataParallel" in notice for notice in found)
+
+
+def test_a_rank_of_its_own_launcher_reads_its_variables() -> None:
+    assert rank_variables.read({}) == (0, 1, 0)
+    assert rank_variables.read(TORCHRUN) == (5, 8, 1)
+    for environment, message in (
+        ({"RANK": "3"}, "RANK=3 is not below the number of them .WORLD_SIZE is not set"),
+        (without(TORCHRUN, "MASTER_ADDR"), "WORLD_SIZE=8 is set, but MASTER_ADDR is not"),
+        (without(TORCHRUN, "MASTER_PORT"), "WORLD_SIZE=8 is set, but MASTER_PORT is not"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rank_variables.read(environment)
 
 
 def test_a_job_of_another_size_is_refused() -> None:
@@ -78,6 +225,8 @@ def test_one_thread_under_torchrun_is_not_the_users() -> None:
     assert user_set_threads({**by_torchrun, "OMP_NUM_THREADS": "2"})
     assert user_set_threads({**by_torchrun, "LOCAL_WORLD_SIZE": "1"}), "torchrun leaves it alone"
     assert user_set_threads({"OMP_NUM_THREADS": "1"})
+    for wrong in ("", "abc", "0", "-3", "1.5"):
+        assert not user_set_threads({"OMP_NUM_THREADS": wrong})
     assert user_set_threads({**OPEN_MPI, "OMP_NUM_THREADS": "1"})
 
 

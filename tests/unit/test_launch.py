@@ -12,8 +12,9 @@ import pytest
 
 from bert_pretraining import config, launch
 from bert_pretraining.commands import submission
+from bert_pretraining.doctor import run
 from bert_pretraining.errors import UserError
-from bert_pretraining.launch import LaunchFlags
+from bert_pretraining.launch import LaunchFlags, checks, network
 from bert_pretraining.launch.port import port_holder
 from bert_pretraining.launch.result import explain
 from bert_pretraining.runtime import rank_reports
@@ -39,7 +40,7 @@ def test_numactl_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", fake_numactl(tmp_path, refusal))
     refused = plan("mini", "CPUx1x2")
     assert refused.binder == "affinity"
-    assert "Operation not permitted; binding by CPU affinity" in refused.notice
+    assert "Operation not permitted; binding by CPU affinity" in refused.notices[0]
     assert plan("mini", "CPUx1x2", bind="none").binder == "none"
     with pytest.raises(UserError, match=r"--bind required: .*Operation not permitted"):
         plan("mini", "CPUx1x2", bind="required")
@@ -121,6 +122,53 @@ def test_many_machines_need_an_address_and_a_rank() -> None:
         UserError, match="--node_rank 2 is no machine of --nnodes 2; pass --node_rank 0 to 1"
     ):
         plan("iluvatar", "V100x2x8", master_addr="10.0.0.1", node_rank=2)
+
+
+def in_a_pod(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_pods_are_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_pod(monkeypatch, RANK="1", WORLD_SIZE="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="23456")
+    flags, _ = launch.split_flags(dict.fromkeys(LaunchFlags.__dataclass_fields__))
+    assert (flags.node_rank, flags.master_addr, flags.master_port) == (1, "10.0.0.1", 23456)
+    resolved = config.resolve({"name": "iluvatar", "config": "V100x2x8"})
+    assert launch.make_plan(resolved, flags, []).first_rank == 8
+    one = config.resolve({"name": "mini", "config": "CPUx1x2"})
+    message = (
+        r"WORLD_SIZE=2, RANK=1, .* this is machine 1 of 2, but --config CPUx1x2 wants 1; pass "
+        r"--nnodes 2; or --nnodes 1 .*'unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'"
+    )
+    with pytest.raises(UserError, match=message):
+        launch.make_plan(one, flags, [])
+    alone = config.resolve({"name": "mini", "config": "CPUx1x2", "nnodes": 1})
+    made = launch.make_plan(alone, flags, [])
+    assert (made.first_rank, made.flags.master_addr) == (0, "127.0.0.1")
+    # Who gives the machine's number and address does not mean the variables.
+    by_hand = LaunchFlags(node_rank=0, master_addr="10.0.0.9")
+    three = config.resolve({"name": "mini", "config": "CPUx1x2", "nnodes": 3})
+    assert launch.make_plan(three, by_hand, []).flags.master_addr == "10.0.0.9"
+
+
+def test_an_interface_that_is_not_there_is_refused() -> None:
+    checks.check_interface({})
+    checks.check_interface({"GLOO_SOCKET_IFNAME": "lo"})
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=lo,eth99 names eth99, .*\(lo"):
+        checks.check_interface({"GLOO_SOCKET_IFNAME": "lo,eth99"})
+
+
+def test_a_machine_without_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.check_loopback("127.0.0.1")
+    monkeypatch.setattr(network, "loopback_fault", lambda: "Network is unreachable")
+    checks.check_loopback("10.0.0.1")
+    refusal = r"meet at 127.0.0.1, .*\(Network is unreachable\); run 'ip link set lo up'"
+    with pytest.raises(UserError, match=refusal):
+        launch.run(plan("mini", "CPUx1x2"))
+    problem = run.loopback()
+    assert (problem.status, problem.fix[:22]) == ("problem", "run 'ip link set lo up")
 
 
 def test_a_busy_port_is_a_user_error_that_names_the_holder() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -207,6 +208,12 @@ def test_shards_are_the_examples_in_order_and_a_rerun_keeps_them(tmp_path: Path)
     assert stages.shard(inputs, tmp_path / "out", 4) == (1, 3)
     assert paths[0].stat().st_mtime_ns == before
     assert read_arrays(paths[2])["input_ids"][:, 0].tolist() == list(range(10, 15))
+    arrays["input_ids"][:, 0] += 30
+    write_shard(inputs[0], {key: array[:9] for key, array in arrays.items()})
+    later = paths[0].stat().st_mtime_ns + 10**9
+    os.utime(inputs[0], ns=(later, later))
+    assert stages.shard(inputs, tmp_path / "out", 4) == (4, 0)
+    assert read_arrays(paths[0])["input_ids"][:, 0].tolist() == list(range(30, 35))
 
 
 def test_a_variable_length_shard_loads_like_its_fixed_form(tmp_path: Path) -> None:

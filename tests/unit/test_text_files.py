@@ -17,6 +17,7 @@ import pytest
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import text_files
+from bert_pretraining.preparation.examples import Vocabulary
 from bert_pretraining.preparation.text_files import (
     expanded,
     folder_texts,
@@ -112,6 +113,49 @@ def test_every_command_refuses_it(tmp_path: Path, kind: str, command: str) -> No
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "text: empty; give"), (" \n\r\n", "text: empty; give"),
+     ('{"text": "One."}', "text: JSON, not text of one sentence a line; turn it into"),
+     ("<doc id=1>\nT\n", "text: WikiExtractor's output, not text of one sentence")],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_prepare_refuses_it_before_it_writes(
+    tmp_path: Path, content: str, message: str, where: str
+) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    for folder in ("train", "eval"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text").write_text("a\na\n" if folder == "train" else "a a\na\n")
+    (tmp_path / where / "text").write_text(content)
+    done = in_process(
+        *"data prepare --text_dir train --eval_text eval/text --output_dir out".split(),
+        "--vocab", "vocab.txt", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "vocab.txt: does not exist"), (b"caf\xe9", "not UTF-8"), (b"a\n", "lacks .CLS."),
+     (b"PK\x03\x04" + bytes(40), "a zip archive, not text")],
+)  # fmt: skip
+def test_a_vocabulary_that_is_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Vocabulary.load(tmp_path / "vocab.txt")
+
+
+def test_a_vocabulary_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"\xef\xbb\xbf[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\n[MASK]\r\n")
+    assert Vocabulary.load(path).ids["[PAD]"] == 0
 
 
 def test_hidden_and_other_files_are_never_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bert_pretraining.logs.sinks import (
     Resumption,
     StepFigures,
 )
-from bert_pretraining.logs.watch import Watch, faults_of_plan
+from bert_pretraining.logs.watch import Watch, faults_of_schedule, no_evaluation
 from log_files import accuracy_at
 from mlperf_logs import facts
 
@@ -146,6 +146,12 @@ def test_start_weights_that_know_less_than_the_commonest_token() -> None:
     assert "checkpoint inspect" in text
 
 
+def test_heads_that_start_anew_know_nothing_yet() -> None:
+    run = Watched(baseline=0.051, missing_weights="random")
+    run.start(0.0001, 11.2)
+    assert run.found == {}
+
+
 def test_a_target_that_the_start_weights_meet() -> None:
     run = Watched(target_mlm_accuracy=0.33)
     run.start(0.341)
@@ -181,8 +187,6 @@ def test_a_loss_scale_that_collapses() -> None:
 @pytest.mark.parametrize(
     ("flags", "kinds"),
     [
-        ({"max_steps": 50, "eval_steps": 200}, []),
-        ({"max_steps": 100, "eval_steps": 200}, ["no_evaluation"]),
         ({"max_steps": 3, "warmup_steps": 100}, ["warmup_too_long"]),
         ({"max_steps": 100, "warmup_steps": 100}, ["warmup_too_long"]),
         ({"max_steps": 101, "warmup_steps": 100}, []),
@@ -191,26 +195,48 @@ def test_a_loss_scale_that_collapses() -> None:
          ["warmup_too_long"]),
         ({"max_steps": 100, "warmup_steps": 150, "start_warmup_step": -100}, []),
         ({"max_steps": 50, "learning_rate": 0}, ["learning_rate_zero"]),
-        ({"max_steps": 200, "eval_steps": 200}, []),
-        ({"max_steps": 500, "eval_interval_samples": 150_000}, ["no_evaluation"]),
-        ({"max_steps": 20, "eval_interval_samples": 150_000}, []),
     ],
 )  # fmt: skip
-def test_what_the_settings_alone_show(flags: dict[str, object], kinds: list[str]) -> None:
+def test_what_a_schedule_alone_shows(flags: dict[str, object], kinds: list[str]) -> None:
+    assert list(Watched(**{"max_steps": 1000, **flags}).found) == kinds
     config = facts(**{**SHAPE, **flags}).config
-    assert [kind for kind, _ in faults_of_plan(config, chose_evaluations=False)] == kinds
+    assert [kind for kind, _ in faults_of_schedule(config)] == kinds
+
+
+def test_a_warm_up_that_is_too_long_says_where_the_rate_ends() -> None:
+    values = {**SHAPE, "max_steps": 3, "warmup_steps": 100, "learning_rate": 0.014}
+    ((_, text),) = faults_of_schedule(facts(**values).config)
+    assert text.startswith("the warm-up of 100 steps is longer than the run of 3: the learning")
+    assert "ends at 0.00028" in text
+    assert text.endswith("pass fewer --warmup_steps, or more --max_steps")
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_late"),
+    [
+        ({"max_steps": 50, "eval_steps": 200}, False),
+        ({"max_steps": 100, "eval_steps": 200}, True),
+        ({"max_steps": 200, "eval_steps": 200}, False),
+        ({"max_steps": 500, "eval_interval_samples": 150_000}, True),
+        ({"max_steps": 20, "eval_interval_samples": 150_000}, False),
+    ],
+)
+def test_evaluations_that_never_come(flags: dict[str, object], is_late: bool) -> None:
+    """A short run is a trial; a long one cannot end at its target."""
+    run = Watched(**flags)
+    run.start(0.34)
+    run.watch.training_began()
+    assert list(run.found) == ["no_evaluation"] * is_late
+
+
+def test_where_the_target_is_met_at_the_start_no_evaluation_is_missing() -> None:
+    run = Watched(max_steps=500, eval_steps=1000, target_mlm_accuracy=0.33)
+    run.start(0.34)
+    run.watch.training_began()
+    assert list(run.found) == ["target_met_at_start"]
 
 
 @pytest.mark.parametrize(("eval_steps", "is_late"), [(50, False), (51, True)])
 def test_evaluations_that_the_user_wants_but_does_not_get(eval_steps: int, is_late: bool) -> None:
     config = facts(**{**SHAPE, "max_steps": 50, "eval_steps": eval_steps}).config
-    found = faults_of_plan(config, chose_evaluations=True)
-    assert [kind for kind, _ in found] == ["no_evaluation"] * is_late
-
-
-def test_a_warm_up_that_is_too_long_says_where_the_rate_ends() -> None:
-    values = {**SHAPE, "max_steps": 3, "warmup_steps": 100, "learning_rate": 0.014}
-    ((_, text),) = faults_of_plan(facts(**values).config, chose_evaluations=False)
-    assert text.startswith("the warm-up of 100 steps is longer than the run of 3: the learning")
-    assert "ends at 0.00028" in text
-    assert text.endswith("pass fewer --warmup_steps, or more --max_steps")
+    assert bool(no_evaluation(config, chose_evaluations=True)) == is_late

@@ -10,11 +10,10 @@ from pathlib import Path
 from bert_pretraining import config
 from bert_pretraining import launch as launching
 from bert_pretraining.commands.data import MINI_DATA_DIR, make_mini
-from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
-from bert_pretraining.launch import cpu_instead
-from bert_pretraining.runtime import output, packages, rank_reports
+from bert_pretraining.launch import checks, cpu_instead
+from bert_pretraining.runtime import output, packages, rank_reports, rank_variables
 from bert_pretraining.runtime.lock import FolderLock
 
 
@@ -42,10 +41,11 @@ def launch(arguments: list[str]) -> int:
     if lacks_mini_data and not flags.dry_run:
         make_mini_once()
     plan = launching.make_plan(resolved, flags, _trainer_flags(values))
-    _print_notice(plan.notice, external)
+    for notice in plan.notices:
+        _print_notice(notice, external)
     if flags.dry_run:
         print(launching.describe(plan), flush=True)
-        _print_what_is_missing(resolved.config, lacks_mini_data)
+        _print_what_is_missing(plan, lacks_mini_data)
         return 0
     # The ranks find out themselves, and save. With --log_dir their output is in its files.
     output.when_lost(lambda _: None)
@@ -91,16 +91,21 @@ def _exit_code(earned: int, zero_without_target: bool) -> int:
     return 0 if zero_without_target and earned == EXIT_NOT_CONVERGED else earned
 
 
-def _print_what_is_missing(settings: Config, lacks_mini_data: bool) -> None:
+def _print_what_is_missing(plan: launching.Plan, lacks_mini_data: bool) -> None:
     """For --dry_run: what a launch on this machine would refuse, on stderr, below the plan.
 
     It is no error, because the plan may be for another machine.
     """
+    settings = plan.resolved.config
     if lacks_mini_data:
         notes = [f"{MINI_DATA_DIR} not found here; the launch would make it first"]
     else:
         found = inputs.faults(settings)
         notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
+    try:
+        checks.check_loopback(plan.flags.master_addr)
+    except UserError as refusal:
+        notes.append(f"a launch on this machine would be refused: {refusal}")
     if packages.folder_of("torch") is not None:  # the plan needs no PyTorch
         try:
             notes += filter(None, [cpu_instead.notice(settings)])
@@ -147,7 +152,7 @@ def train(arguments: list[str]) -> int:
     rank_reports.show_stacks_on_request()
     earned = train.main(resolved)
     # The launcher reads the exit code from the report: for torchrun, a rank's code 3 is a failure.
-    if rank_reports.record_finish(int(os.environ.get("RANK", 0)), earned):
+    if rank_reports.record_finish(rank_variables.own_rank(), earned):
         process_group.wait_for_all_to_finish()
         rank_reports.leave(0)
     process_group.stop()

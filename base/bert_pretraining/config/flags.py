@@ -9,6 +9,7 @@ from dataclasses import Field
 from typing import NoReturn
 
 from bert_pretraining.config.fields import GROUPS
+from bert_pretraining.config.home import expanded_argument
 from bert_pretraining.config.settings import FIELDS, base_type
 from bert_pretraining.errors import UserError
 
@@ -29,7 +30,7 @@ class FlagParser(argparse.ArgumentParser):
         """Parse all of `arguments`; the error for an unknown flag names the most similar one."""
         normal = [
             re.sub(r"^--[^=]+", lambda match: "--" + re.sub("[-.]", "_", match[0][2:]), argument)
-            for argument in arguments
+            for argument in map(expanded_argument, arguments)
         ]
         values, unknown = self.parse_known_args(normal)
         if unknown:

@@ -17,7 +17,6 @@ from bert_pretraining.runtime.file_kind import (
     cannot_read,
     cannot_write,
     errno_of,
-    kind_of,
     not_the_kind,
     require_regular,
     shown,
@@ -71,16 +70,7 @@ def _fault(path: Path, error: Exception) -> UserError:
     if number and not (isinstance(error, FileNotFoundError) and path.exists()):
         return cannot_read(path, error)
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    try:
-        kind = kind_of(path)
-    except OSError as refused:
-        return cannot_read(path, refused)
-    if kind is not None and kind.key == "hdf5":
-        return UserError(
-            f"{shown(path)}: not a readable HDF5 file, it is damaged ({reason})",
-            "download, copy or make it again",
-        )
-    return not_the_kind(path, "an HDF5 file", "make or copy it again", reason)
+    return not_the_kind(path, "an HDF5 file", "make or copy it again", reason, own="hdf5")
 
 
 def dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

@@ -12,6 +12,8 @@ from bert_pretraining.config import Config
 from bert_pretraining.data import inputs
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.errors import UserError
+from bert_pretraining.launch.checks import check_loopback
+from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags
 from bert_pretraining.launch.port import free_port
 
@@ -36,6 +38,8 @@ def results(settings: Config, flags: LaunchFlags, looks_at_data: bool) -> Iterat
         yield from data(settings)
     else:
         yield CheckResult("data", OK, "not checked: pass --data_dir DIR, or --name and --config")
+    if settings.nnodes == 1:
+        yield loopback()
     yield from port(settings, flags)
 
 
@@ -99,10 +103,19 @@ def data(settings: Config) -> Iterator[CheckResult]:
         yield CheckResult("checkpoint", OK, str(paths.init_checkpoint or "random weights"))
 
 
+def loopback() -> CheckResult:
+    """Whether the ranks of this machine can meet at 127.0.0.1."""
+    try:
+        check_loopback(LOCAL_ADDRESS)
+    except UserError as error:
+        return CheckResult("loopback", PROBLEM, error.problem, error.fix)
+    return CheckResult("loopback", OK, f"{LOCAL_ADDRESS} answers")
+
+
 def port(settings: Config, flags: LaunchFlags) -> Iterator[CheckResult]:
     """Whether the rendezvous port is free; only machine 0 opens it."""
     if flags.node_rank > 0:
-        yield CheckResult("port", OK, f"opened on {flags.master_addr}, not here")
+        yield CheckResult("port", OK, f"opened on {flags.master_addr or 'machine 0'}, not here")
         return
     wanted = flags.master_port or (DEFAULT_PORT if settings.nnodes > 1 else 0)
     try:

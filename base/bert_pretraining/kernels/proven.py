@@ -7,7 +7,6 @@ the choice must not depend on a measurement.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from bert_pretraining.errors import UserError
@@ -109,7 +108,7 @@ def _on_all_ranks(prove: Callable[[], tuple[Verdicts, list[str]]]) -> tuple[Verd
     """Prove on the first rank of each machine; the verdicts of all machines, on every rank."""
     mine: tuple | None = None
     error: Exception | None = None
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if process_group.is_first_of_its_machine():
         try:
             mine = prove()
         except Exception as raised:  # the other ranks must learn of it, or they would wait

@@ -7,9 +7,11 @@ import os
 from typing import NoReturn
 
 from bert_pretraining.config import Resolved
+from bert_pretraining.launch.checks import check_loopback
 from bert_pretraining.launch.cluster import ExternalRank, check_size
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags, Plan
 from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, become_trainer
+from bert_pretraining.runtime import rank_variables
 
 
 def join(flags: LaunchFlags, resolved: Resolved, started: ExternalRank) -> LaunchFlags:
@@ -24,7 +26,7 @@ def join(flags: LaunchFlags, resolved: Resolved, started: ExternalRank) -> Launc
 
 def run_external_rank(plan: Plan, started: ExternalRank) -> NoReturn:
     """Replace this process with its trainer, whose exit code goes to the other launcher."""
-    port = os.environ.get("MASTER_PORT") or plan.flags.master_port or DEFAULT_PORT
+    port = rank_variables.port(os.environ) or plan.flags.master_port or DEFAULT_PORT
     os.environ.update(
         {
             **plan.environment,
@@ -36,6 +38,7 @@ def run_external_rank(plan: Plan, started: ExternalRank) -> NoReturn:
             "MASTER_PORT": str(port),
         }
     )
+    check_loopback(plan.flags.master_addr)
     if started.local_rank == 0:
         print(f"Started by {started.launcher}: no launcher of its own\n{plan.table()}", flush=True)
     flag = [EXIT_ZERO_FLAG] if plan.flags.exit_zero_without_target else []

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+LOCAL_ADDRESS = "127.0.0.1"
 TEST_NET_ADDRESS = "192.0.2.1"  # RFC 5737: in no network, so the default route leads there
 
 
@@ -44,6 +45,17 @@ def connection_fault(host: str, port: int) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def loopback_fault() -> str:
+    """Why a process of this machine cannot reach another one at 127.0.0.1; empty if it can."""
+    with socket.socket() as server:
+        try:
+            server.bind((LOCAL_ADDRESS, 0))
+            server.listen()
+        except OSError as error:
+            return error.strerror or str(error)
+        return connection_fault(LOCAL_ADDRESS, server.getsockname()[1])
 
 
 def is_here(host: str) -> bool:

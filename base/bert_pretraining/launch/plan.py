@@ -16,10 +16,12 @@ from bert_pretraining import topology
 from bert_pretraining.config import Resolved
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import cluster, network
-from bert_pretraining.launch.cluster import LOCAL_ADDRESS
+from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, RankSetup, trainer_command
+from bert_pretraining.runtime import rank_variables
 
 DEFAULT_PORT = 29500
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 HANG_TIMEOUT = 600.0
 RENDEZVOUS_TIMEOUT = 300.0
 STARTED_VARIABLE = "BERT_PRETRAINING_STARTED"  # of the ranks: when the launcher began, in seconds
@@ -35,7 +37,7 @@ class LaunchFlags:
     """The flags that concern only the launcher. Timeouts in seconds; `hang_timeout` 0: no limit."""
 
     node_rank: int = 0
-    master_addr: str = LOCAL_ADDRESS
+    master_addr: str | None = None  # None: this machine is the only one
     master_port: int | None = None
     bind: str = "auto"
     hyper_threads: bool = False
@@ -58,7 +60,7 @@ class Plan:
     binder: str  # numactl, affinity or none
     trainer_flags: list[str]
     environment: dict[str, str]
-    notice: str | None = None  # what the user should know before the launch
+    notices: tuple[str, ...] = ()  # what the user should know before the launch
 
     @property
     def first_rank(self) -> int:
@@ -94,10 +96,11 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
     group = parser.add_argument_group("launch")
     add = group.add_argument
     add("--node_rank", type=int, metavar="N",
-        help="this machine's number, 0 to NNODES - 1 (default: Slurm's, else 0)")  # fmt: skip
+        help="this machine's number, 0 to NNODES - 1 (default: that of Slurm or the pod, else "
+        "0)")  # fmt: skip
     add("--master_addr", metavar="ADDRESS",
-        help="name or address of machine 0 (default: Slurm's first machine, else "
-        f"{LOCAL_ADDRESS})")  # fmt: skip
+        help="name or address of machine 0 (default: Slurm's first machine or the pod's "
+        f"MASTER_ADDR, else {LOCAL_ADDRESS})")  # fmt: skip
     add("--master_port", type=int, metavar="PORT",
         help="TCP port on machine 0, 1 to 65535 (default: a free one; with several machines "
         f"{DEFAULT_PORT})")  # fmt: skip
@@ -149,10 +152,16 @@ def split_flags(values: dict[str, object]) -> tuple[LaunchFlags, dict[str, objec
     """Split the parsed flags into the launcher's and the configuration's."""
     names = [field.name for field in dataclasses.fields(LaunchFlags)]
     given = {name: values[name] for name in names if values[name] is not None}
-    node = cluster.slurm_node(os.environ)
-    slurm = dataclasses.asdict(node) if node else {}
-    flags = LaunchFlags(**{**slurm, **given})
+    machine = cluster.started_machine(os.environ)
+    started = {} if machine is None else _flags_of(machine)
+    flags = LaunchFlags(**{**started, **given})
     return flags, {name: value for name, value in values.items() if name not in names}
+
+
+def _flags_of(machine: cluster.StartedMachine) -> dict[str, object]:
+    """The flags that the started machine stands for."""
+    flags = {name: getattr(machine, name) for name in ("node_rank", "master_addr", "master_port")}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> Plan:
@@ -161,7 +170,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
     arguments: the trainer's flags, as they will stand in its command line.
     """
     settings = resolved.config
-    _check_machines(resolved, flags)
+    flags = _check_machines(resolved, flags)
     use_gpus = settings.device != "cpu"
     machine = topology.read_machine(
         Path("/"),
@@ -175,6 +184,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         if flags.bind == "required":
             raise UserError(f"--bind required: {fault}", "install numactl, or pass --bind auto")
         binder = "affinity"
+    numactl = f"{fault}; binding by CPU affinity instead" if fault else None
     return Plan(
         resolved=resolved,
         flags=flags,
@@ -182,7 +192,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         binder=binder,
         trainer_flags=arguments,
         environment=rank_environment(settings.nnodes, flags.master_addr),
-        notice=f"{fault}; binding by CPU affinity instead" if fault else None,
+        notices=tuple(filter(None, [numactl, *cluster.notices(os.environ)])),
     )
 
 
@@ -213,11 +223,23 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, "", configuration.show(plan.resolved)])
 
 
-def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
+def _check_machines(resolved: Resolved, flags: LaunchFlags) -> LaunchFlags:
+    """The flags, with an address; UserError if they name no machine of the configuration's."""
     settings = resolved.config
-    if settings.nnodes > 1 and flags.master_addr in (LOCAL_ADDRESS, "localhost"):
-        asked = resolved.sources["nnodes"] == "flag"
-        what = f"--nnodes {settings.nnodes}" if asked else f"--config {settings.config}"
+    asked = resolved.sources["nnodes"] == "flag"
+    what = f"--nnodes {settings.nnodes}" if asked else f"--config {settings.config}"
+    machine = cluster.started_machine(os.environ)
+    if machine is not None and _flags_of(machine).items() <= dataclasses.asdict(flags).items():
+        if settings.nnodes == 1 and asked:
+            flags = dataclasses.replace(flags, node_rank=0, master_addr=None, master_port=None)
+        elif settings.nnodes != machine.num_nodes:
+            raise UserError(
+                f"{machine.launcher} says that this is machine {machine.node_rank} of "
+                f"{machine.num_nodes}, but {what} wants {settings.nnodes}",
+                f"pass --nnodes {machine.num_nodes}; or --nnodes 1 to train on this machine alone; "
+                f"or, if the variables are left over, run 'unset {machine.variables}'",
+            )
+    if settings.nnodes > 1 and flags.master_addr is None:
         raise UserError(
             f"{what} wants {settings.nnodes} machines, but --master_addr is not given",
             "run this command on each machine with --master_addr ADDRESS (of machine 0, the same "
@@ -228,17 +250,18 @@ def _check_machines(resolved: Resolved, flags: LaunchFlags) -> None:
             f"--node_rank {flags.node_rank} is no machine of --nnodes {settings.nnodes}",
             f"pass --node_rank 0 to {settings.nnodes - 1}",
         )
+    return dataclasses.replace(flags, master_addr=flags.master_addr or LOCAL_ADDRESS)
 
 
 def rank_environment(nnodes: int, master_addr: str) -> dict[str, str]:
     """The variables that the ranks get beside torchrun's own."""
     environment = {STARTED_VARIABLE: f"{time.time():.3f}"}
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
+    if rank_variables.text(os.environ, INTERFACE_VARIABLE) is None:
         # Without it, gloo looks up the host's own name. In many containers that fails, or gives
         # an address that other machines cannot reach.
         interface = "lo" if nnodes == 1 else network.interface_to(master_addr)
         if interface:
-            environment["GLOO_SOCKET_IFNAME"] = interface
+            environment[INTERFACE_VARIABLE] = interface
     if nnodes > 1 and "TORCH_CPP_LOG_LEVEL" not in os.environ:
         # Without it, PyTorch warns of every address without a name and of every attempt to
         # connect.

@@ -12,7 +12,6 @@ from pathlib import Path
 from bert_pretraining.runtime import rank_reports
 
 _ENDED = ("", "Z")  # no such process, or ended and not yet waited for by torchrun
-_STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a device"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,14 @@ class RankProcesses:
             if session in sessions:
                 _kill(int(directory.name), signal.SIGKILL)
 
+    def states(self) -> dict[int, str]:
+        """Rank -> its state letter, of the ranks that have registered."""
+        return {rank: self.state(rank) for rank in rank_reports.read_processes(self.folder)}
+
     def state(self, rank: int) -> str:
-        """Such as "stopped by a signal"; empty for a rank that runs or waits as usual."""
+        """The state letter of /proc/PID/stat; empty for a rank that is gone."""
         pid = rank_reports.read_processes(self.folder).get(rank)
-        return _STATES.get(_state(pid), "") if pid else ""
+        return _state(pid) if pid else ""
 
 
 def _kill(pid: int, signum: int) -> None:

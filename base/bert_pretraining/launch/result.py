@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ class AttemptResult:
         rank: the rank that failed.
         by_signal: whether a signal to the launcher ended the attempt.
         node: the machine that reported the error; None if it happened here.
+        is_certain: whether the cause is known to be on this machine.
     """
 
     exit_code: int
@@ -28,6 +31,7 @@ class AttemptResult:
     rank: int | None = None
     by_signal: bool = False
     node: int | None = None
+    is_certain: bool = False
 
     @property
     def may_restart(self) -> bool:
@@ -42,7 +46,10 @@ class AttemptResult:
 
 
 def explain(
-    folder: Path, exit_codes: dict[int, int], ended: frozenset[int] = frozenset()
+    folder: Path,
+    exit_codes: dict[int, int],
+    ended: frozenset[int] = frozenset(),
+    waited_for: Mapping[int, str] | None = None,
 ) -> AttemptResult:
     """Which rank failed first, why, and the exit code for it.
 
@@ -53,6 +60,8 @@ def explain(
         folder: of the rank reports.
         exit_codes: of the ranks that failed; negative for those that a signal ended.
         ended: ranks that the launcher itself killed; they are not the cause.
+        waited_for: ranks for which another rank may have waited in vain, until it failed, with
+            the evidence, such as "is stopped (state T)".
     """
     failures = rank_reports.read_failures(folder)
     explained = {failure.rank for failure in failures} | ended
@@ -76,4 +85,15 @@ def explain(
         raise RuntimeError(f"ranks failed, but none is the cause: exit codes {exit_codes}")
     first = failures[0]
     message = f"rank {first.rank}: {first.message}" if first.detail else first.message
+    others = {rank: why for rank, why in (waited_for or {}).items() if rank != first.rank}
+    if others and timed_out(first):
+        guilty = ", ".join(f"rank {rank} {why}" for rank, why in others.items())
+        detail = f"{first.detail}Rank {first.rank} ended: {first.message}\n"
+        message = f"{guilty}; rank {first.rank} waited in vain, and all ranks were ended"
+        return AttemptResult(first.exit_code, message, detail, min(others))
     return AttemptResult(first.exit_code, message, first.detail, first.rank)
+
+
+def timed_out(failure: rank_reports.Failure) -> bool:
+    """Whether the rank failed since it had waited too long for another one."""
+    return re.search(r"timed[- ]?out|timeout", failure.message, re.IGNORECASE) is not None

@@ -27,12 +27,12 @@ from bert_pretraining.errors import (
     EXIT_USAGE,
     UserError,
 )
-from bert_pretraining.launch import hang, network
+from bert_pretraining.launch import checks, hang
 from bert_pretraining.launch.plan import DEFAULT_PORT, Plan
 from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import RankProcesses
 from bert_pretraining.launch.rank import SETUP_VARIABLE
-from bert_pretraining.launch.result import AttemptResult, explain
+from bert_pretraining.launch.result import AttemptResult, explain, timed_out
 from bert_pretraining.runtime import consistency, rank_reports
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
     """
     several = plan.resolved.config.nnodes > 1
     if several:
-        _check_address(plan)
+        checks.check_address(plan)
         os.environ.update(plan.environment)  # torch reads its log level when it is imported
-    fault = _fault(plan, check)
+    fault = checks.fault(plan, check)
     if fault is not None and not several:
         raise fault
     with _collected_signals() as received:
@@ -99,10 +99,10 @@ class _Attempt:
         self._log_paths = log_paths
         self._received = received
         self._ranks = RankProcesses(folder)
-        self._hang_detector = hang.HangDetector(self._ranks, plan.flags.hang_timeout)
         self._stopped_by: int | None = None  # the signal that was forwarded
         self._signalled_at = 0.0
         self._failed_at: float | None = None
+        self._waited_for: dict[int, str] = {}  # ranks for which one that failed has waited in vain
         self._killed: frozenset[int] = frozenset()
         self._decided: AttemptResult | None = None  # why this launcher ended the ranks
         self._rendezvous: Rendezvous | None = None
@@ -112,6 +112,12 @@ class _Attempt:
     def run(self, port: int) -> AttemptResult:
         """Start the ranks and wait until all have ended. port: of the rendezvous, on machine 0."""
         self._start_rendezvous(port)
+        self._hang_detector = hang.HangDetector(
+            self._ranks,
+            self._plan.flags.hang_timeout,
+            checks.computes_on_cpu(self._plan),
+            several_machines=self._rendezvous is not None,
+        )
         while not self._rendezvous_is_over():
             time.sleep(CHECK_INTERVAL)
             self._forward_signals()
@@ -212,6 +218,8 @@ class _Attempt:
         now = time.monotonic()
         if self._failed_at is None and self._ranks.one_has_failed():
             self._failed_at = now
+            if any(map(timed_out, rank_reports.read_failures(self._folder))):
+                self._waited_for = self._hang_detector.waited_for()
         if self._failed_at is not None and now - self._failed_at > SECONDS_TO_END:
             self._kill()
 
@@ -243,7 +251,9 @@ class _Attempt:
                 else AttemptResult(result.exit_code, _ended_by(result.exit_code - 128))
             )
             # A traceback may come from a connection that was lost when another machine ended.
-            first = self._rendezvous.conclude(bool(result.detail), reported)
+            first = self._rendezvous.conclude(
+                bool(result.detail) and not result.is_certain, reported
+            )
             if first is not None and result is not self._decided:
                 here = f"Error here: {result.message}\n" if result.message else ""
                 result = dataclasses.replace(first, detail=f"{result.detail}{here}")
@@ -266,7 +276,7 @@ class _Attempt:
                 print(_ended_by(self._stopped_by), file=sys.stderr, flush=True)
                 return AttemptResult(128 + self._stopped_by, by_signal=True)
         if exit_codes:
-            return explain(self._folder, exit_codes, self._killed)
+            return explain(self._folder, exit_codes, self._killed, self._waited_for)
         earned = rank_reports.read_finish(self._folder)
         if earned is None:
             raise RuntimeError("the ranks ended without a report")
@@ -306,52 +316,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name in (rank_reports.FOLDER_VARIABLE, rank_reports.ATTEMPT_VARIABLE, SETUP_VARIABLE):
             del os.environ[name]
-
-
-def _check_address(plan: Plan) -> None:
-    """Raise UserError if this machine cannot look up the name of machine 0."""
-    address = plan.flags.master_addr
-    if not network.is_known(address):
-        raise UserError(
-            f"--master_addr {address}: this machine ({os.uname().nodename}) does not know that "
-            "name",
-            "pass machine 0's address ('ip addr' or 'hostname -I' there shows it)",
-        )
-    if plan.flags.node_rank == 0 and not network.is_here(address):
-        print(
-            f"Notice: --master_addr {address} is no address of this machine "
-            f"({os.uname().nodename}), which is --node_rank 0",
-            file=sys.stderr,
-        )
-
-
-def _fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
-    """The error that would stop every rank of this machine, if there is one."""
-    try:
-        check()
-        _check_gpus(plan)
-    except UserError as error:
-        return error
-    return None
-
-
-def _check_gpus(plan: Plan) -> None:
-    """Raise UserError if there are GPUs to train on, but fewer than ranks.
-
-    Also if --device names a type of device that PyTorch does not see.
-    """
-    from bert_pretraining.runtime import device as devices
-
-    settings = plan.resolved.config
-    wanted = settings.nproc_per_node
-    found = devices.count(devices.resolve(settings.device))
-    if 0 < found < wanted:
-        raise UserError(
-            f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}",
-            f"pass --nproc_per_node {found}, with --gradient_accumulation_steps "
-            f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the global "
-            "batch size, or --device cpu",
-        )
 
 
 def _log_paths(plan: Plan) -> dict[int, Path]:

@@ -61,7 +61,7 @@ class Watch(Sink):
         self._highest_loss_scale = 0.0
 
     def hyperparameters(self, values: Hyperparameters) -> None:
-        for kind, text in faults_of_plan(self._config, self._chose_evaluations):
+        for kind, text in faults_of_schedule(self._config):
             self._tell(kind, text)
 
     def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
@@ -78,7 +78,7 @@ class Watch(Sink):
                 f"{config.target_mlm_accuracy:g}): stopping after one step; to train on, pass a "
                 "higher --target_mlm_accuracy",
             )
-        elif config.init_checkpoint != "random" and (
+        elif not self._starts_anew() and (
             accuracy < self._commonest or evaluation.loss > IMPOSSIBLE_LOSS
         ):
             self._tell(
@@ -90,9 +90,18 @@ class Watch(Sink):
                 "and bert_config.json that it was trained with",
             )
 
+    def _starts_anew(self) -> bool:
+        """Whether what gives the accuracy may be random: all of the model, or its heads."""
+        return self._config.init_checkpoint == "random" or self._config.missing_weights == "random"
+
     def resumed(self, resumption: Resumption) -> None:
         self._resumed = True
         self._better(resumption.mlm_accuracy, "before the run was resumed")
+
+    def training_began(self) -> None:
+        late = no_evaluation(self._config, self._chose_evaluations)
+        if late and "target_met_at_start" not in self._told:  # which ends the run at once
+            self._tell("no_evaluation", late)
 
     def skipped(self, step: int, count: int, skipped_in_all: int, loss_scale: float) -> None:
         before = loss_scale * 2.0**count
@@ -170,15 +179,13 @@ class Watch(Sink):
             self._notice(kind, text)
 
 
-def faults_of_plan(config: Config, chose_evaluations: bool) -> list[tuple[str, str]]:
-    """What settings alone show: the kind and a line for each. Arguments as for `Watch`."""
-    batch, rate = config.global_batch_size, config.learning_rate
-    steps = min(config.max_steps, math.ceil(config.max_samples_termination / batch))
+def faults_of_schedule(config: Config) -> list[tuple[str, str]]:
+    """What the settings alone show of the learning rate: the kind and a line for each fault."""
+    rate, steps, warmup = config.learning_rate, _steps(config), config.resolved_warmup_steps
     found = []
     if rate == 0:
         text = "learning_rate 0: no weight will change; pass a --learning_rate above 0"
         found.append(("learning_rate_zero", text))
-    warmup = config.resolved_warmup_steps
     last = steps - 1 - config.start_warmup_step  # updates of the warm-up before the last update
     if warmup and last < warmup:
         found.append(
@@ -189,6 +196,15 @@ def faults_of_plan(config: Config, chose_evaluations: bool) -> list[tuple[str, s
                 f"{rate:g}; pass fewer --warmup_steps, or more --max_steps",
             )
         )
+    return found
+
+
+def no_evaluation(config: Config, chose_evaluations: bool) -> str | None:
+    """A line where only the last step is evaluated, or None.
+
+    chose_evaluations: whether the user has given --eval_steps; else a short run may be without.
+    """
+    batch, steps = config.global_batch_size, _steps(config)
     every = config.eval_interval_samples or evaluation_interval(batch)
     if config.eval_steps > 0:
         is_late = config.eval_steps > steps
@@ -197,7 +213,15 @@ def faults_of_plan(config: Config, chose_evaluations: bool) -> list[tuple[str, s
         is_late = every >= steps * batch
         when = f"evaluations are due every {every:,} sequences, and the run has {steps * batch:,}"
     if not is_late or (steps < LONG_RUN and not chose_evaluations):
-        return found
-    text = f"{when}: the only evaluation is after the last step, so the run cannot end earlier"
-    found.append(("no_evaluation", f"{text} at its target; pass a lower --eval_steps"))
-    return found
+        return None
+    return (
+        f"{when}: the only evaluation is after the last step, so the run cannot end earlier at its "
+        "target; pass a lower --eval_steps"
+    )
+
+
+def _steps(config: Config) -> int:
+    """Of the run, if it does not meet its target."""
+    return min(
+        config.max_steps, math.ceil(config.max_samples_termination / config.global_batch_size)
+    )

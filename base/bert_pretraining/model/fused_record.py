@@ -48,10 +48,12 @@ class _Layers(torch.autograd.Function):
         record: bool,
     ) -> Tensor:
         ctx.max_seqlen, ctx.to_do = batch.max_seqlen, []
-        for layer, own_seeds in zip(layers, seeds, strict=True):
-            hidden, saved = layer.forward(hidden, batch, own_seeds, record)
+        factor, following = None, [*(layer.to_qkv for layer in layers[1:]), None]
+        for layer, own_seeds, product in zip(layers, seeds, following, strict=True):
+            hidden, factor, saved = layer.forward(hidden, batch, own_seeds, record, factor, product)
             if record:
                 ctx.to_do.append((layer, saved))
+            del saved  # an evaluation keeps none of it while the next layer runs
         return hidden
 
     @staticmethod
@@ -78,7 +80,7 @@ class _Layer(torch.autograd.Function):
         layer: FusedLayer,
         record: bool,
     ) -> Tensor:
-        output, saved = layer.forward(hidden, batch, seeds, record)
+        output, _, saved = layer.forward(hidden, batch, seeds, record)
         tensors, ctx.counts = saved.flat()
         ctx.save_for_backward(*tensors)
         ctx.layer, ctx.max_seqlen = layer, batch.max_seqlen

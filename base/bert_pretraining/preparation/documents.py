@@ -28,12 +28,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.preparation.text_files import read_start
+from bert_pretraining.preparation.text_files import read_start, read_text
 
 FORM_WORDS = {"json": "JSON", "doc_tags": "WikiExtractor's output"}
 FORMS = ("file", "blank_line", "json", "doc_tags")
 MANY_FILES = 8
 SMALL_FILE = 200_000  # bytes on average
+ONE_A_LINE = "give text with one sentence a line"
 EXTRACT_AGAIN = "extract the text again"
 _LINE_BREAK_TAG = re.compile(r"</?(?:br|p|div|li)\s*/?>", re.IGNORECASE)
 # A name, then attributes with "=": "a <b and c> d" is no tag.
@@ -84,6 +85,23 @@ def documents_of(text: str, form: str, where: str) -> Iterator[list[str]]:
     if form == "file":
         return iter([re.split("\n\n+", _stripped(lines))])
     return _plain_articles(lines)
+
+
+def read_sentences(path: Path) -> str:
+    """Text of one sentence a line, as the stages behind `data segment` take it.
+
+    Raises UserError for text that cannot be read, is empty or has another form.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise UserError(f"{path}: empty", ONE_A_LINE)
+    form = form_of_line(first_line(text))
+    if form is not None:
+        raise UserError(
+            f"{path}: {FORM_WORDS[form]}, not text of one sentence a line",
+            f"turn it into sentences first: python -m bert_pretraining data segment --input {path}",
+        )
+    return text
 
 
 def are_paragraphs(text: str) -> bool:

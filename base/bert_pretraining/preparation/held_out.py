@@ -22,8 +22,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.preparation import text_files
+from bert_pretraining.preparation import text_files, text_statistics
+from bert_pretraining.preparation.documents import read_sentences
 from bert_pretraining.preparation.processes import run_in_processes
+from bert_pretraining.preparation.text_files import FolderTexts
 
 BY_CHANCE = 0.01  # of the evaluation documents
 LONG_SENTENCE = 5  # words; shorter ones are in every text
@@ -84,21 +86,13 @@ class TrainingTexts:
     warnings: list[str] = field(default_factory=list)
 
 
-def training_texts(
-    text_dir: Path,
-    eval_text: Path,
-    vocab: Path,
-    known: Mapping[str, dict],
-    jobs: int,
-    allow_missing_parts: bool,
-) -> TrainingTexts:
-    """The text files in `text_dir` that may be trained on.
+def candidates(
+    text_dir: Path, eval_text: Path, vocab: Path, allow_missing_parts: bool
+) -> FolderTexts:
+    """The text files in `text_dir` but the evaluation text and the vocabulary; none is opened.
 
-    known: the notes of an earlier run by file name; files of the same size and times are not read
-    again.
-
-    Raises UserError for a folder without text, missing parts that are not allowed, a file that is
-    no text, and where only evaluation text is found.
+    Prints a warning of missing parts that are allowed. Raises UserError for a folder without text
+    and for missing parts that are not.
     """
 
     def not_training(path: Path) -> str | None:
@@ -112,7 +106,23 @@ def training_texts(
     names = [path.name for path in found.files]
     if _same_file(eval_text.parent, text_dir):
         names.append(eval_text.name)  # a part that is held out is there all the same
-    warnings = text_files.require_all_parts(names, f"--text_dir {text_dir}", allow_missing_parts)
+    where = f"--text_dir {text_dir}"
+    text_statistics.warn(text_files.require_all_parts(names, where, allow_missing_parts))
+    return found
+
+
+def training_texts(
+    found: FolderTexts, eval_text: Path, known: Mapping[str, dict], jobs: int
+) -> TrainingTexts:
+    """What may be trained on of the candidates.
+
+    known: the notes of an earlier run by file name; files of the same size and times are not read
+    again.
+
+    Raises UserError for a file that is no text of one sentence a line, and where only evaluation
+    text is found.
+    """
+    warnings: list[str] = []
     evaluation = read_eval_text(eval_text)
     comparisons = _compare_all(found.files, eval_text, evaluation, known, jobs)
     left_out = list(found.left_out)
@@ -124,7 +134,7 @@ def training_texts(
             kept.append(path)
     if not kept:
         raise UserError(
-            f"--text_dir {text_dir} holds evaluation text alone: {text_files.listed(left_out)}",
+            f"--text_dir holds evaluation text alone: {text_files.listed(left_out)}",
             "put other text there, or pass another --eval_text",
         )
     shared = frozenset(digest for path in kept for digest in comparisons[path].shared)
@@ -149,7 +159,7 @@ def training_texts(
 
 def read_eval_text(path: Path) -> EvalText:
     """Read the evaluation text; UserError where it cannot be read or is no text."""
-    text = text_files.read_text(path)
+    text = read_sentences(path)
     sentences = frozenset(
         line.strip() for line in text.split("\n") if len(line.split()) >= LONG_SENTENCE
     )
@@ -159,7 +169,7 @@ def read_eval_text(path: Path) -> EvalText:
 
 def compare(path: Path, evaluation: EvalText) -> Comparison:
     """Look for the evaluation text in a training text."""
-    text = text_files.read_text(path)
+    text = read_sentences(path)
     digests = [document_digest(document) for document in documents_of(text)]
     shared = evaluation.documents.intersection(digests)
     sentences = evaluation.sentences.intersection(map(str.strip, text.split("\n")))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.files import write_whole
+from bert_pretraining.runtime.files import real, write_whole
 
 FLAGS = {
     "texts": "--text_dir",
@@ -65,15 +65,15 @@ class OutputFiles:
 
     def require_apart(self, text_dir: Path, *files: Path) -> None:
         """Raise UserError where an input lies where files are written or removed."""
-        text_dir, root = text_dir.resolve(), self.root.resolve()
+        text_dir, root = real(text_dir), real(self.root)
         if text_dir == root:
             raise UserError(
                 f"--output_dir {self.root} is the --text_dir too, so that the files made in it "
                 "would be taken for text",
                 "choose another --output_dir",
             )
-        made = [path.resolve() for path in (self.work, self.shards, self.evaluation)]
-        for path in (text_dir, *(file.resolve() for file in files)):
+        made = [real(path) for path in (self.work, self.shards, self.evaluation)]
+        for path in (text_dir, *map(real, files)):
             if any(folder == path or folder in path.parents for folder in made):
                 raise UserError(
                     f"{path} is in a folder that --output_dir {self.root} makes and removes",

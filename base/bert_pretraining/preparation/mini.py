@@ -25,6 +25,7 @@ from bert_pretraining.preparation.examples import (
 )
 from bert_pretraining.preparation.grammar import Grammar, vocabulary
 from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.runtime.file_kind import shown
 from bert_pretraining.runtime.files import whole_folder
 from bert_pretraining.runtime.seeds import derive
 
@@ -138,7 +139,8 @@ def _content(settings: MiniSettings) -> _Content:
     num_train, num_eval = (len(part["input_mask"]) for part in (train, evaluation))
     if num_eval < MIN_EVAL_SEQUENCES:
         raise UserError(
-            f"the text gives {num_eval} evaluation sequences, fewer than {MIN_EVAL_SEQUENCES}",
+            f"{_name(settings)} gives {num_eval} evaluation sequences, fewer than "
+            f"{MIN_EVAL_SEQUENCES}",
             "give more --text",
         )
     if settings.num_shards > num_train:
@@ -238,6 +240,13 @@ def bert_config(vocab_size: int, max_seq_length: int) -> dict:
     }
 
 
+def _name(settings: MiniSettings) -> str:
+    """Of the text, for messages."""
+    if not settings.text:
+        return f"--source {settings.source}"
+    return f"--text {' '.join(shown(path) for path in settings.text)}"
+
+
 def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
     """Training text, evaluation text and vocabulary."""
     if settings.source == "grammar" and not settings.text:
@@ -251,7 +260,7 @@ def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
         documents = text_sources.standard_library_documents()
     if len(documents) < 2 * EVAL_SHARE:
         raise UserError(
-            f"the text has {len(documents)} documents (separated by blank lines)",
+            f"{_name(settings)} has {len(documents)} documents (separated by blank lines)",
             f"give at least {2 * EVAL_SHARE}",
         )
     held_out = [_held_out(document) for document in documents]

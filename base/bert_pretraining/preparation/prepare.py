@@ -36,7 +36,7 @@ from bert_pretraining.data.shards import (
 )
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import held_out, text_statistics
-from bert_pretraining.preparation.documents import FORM_WORDS, first_line, form_of_line
+from bert_pretraining.preparation.documents import ONE_A_LINE, read_sentences
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
     Vocabulary,
@@ -51,13 +51,12 @@ from bert_pretraining.preparation.manifest import (
     write_manifest,
 )
 from bert_pretraining.preparation.processes import run_in_processes
-from bert_pretraining.preparation.text_files import listed, read_bytes, read_text
+from bert_pretraining.preparation.text_files import listed, read_bytes
 from bert_pretraining.preparation.text_statistics import TextStatistics
 from bert_pretraining.preparation.verify_report import md5_of
 from bert_pretraining.runtime.files import write_whole
 
 REFERENCE_SEED = 12345
-ONE_A_LINE = "give text with one sentence a line"
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,9 @@ def shard(
     """Chop the examples of `inputs`, in this order, into equal shards.
 
     Writes `part_<number>_of_<count>.hdf5`, and keeps a shard that exists already with the
-    right number of rows. Holds one input file and one shard in memory.
+    right number of rows and is not older than the inputs. Holds one input file and one shard in
+    memory.
+
     Returns how many shards were written, and how many existed already.
     """
     sizes = shard_sizes(sum(shard_rows(path) for path in inputs), num_shards, flag)
@@ -174,8 +175,10 @@ def shard(
     paths = [
         output_dir / f"part_{number:05d}_of_{num_shards:05d}.hdf5" for number in range(num_shards)
     ]
+    newest = max(path.stat().st_mtime_ns for path in inputs)
     there = [
-        path.is_file() and shard_rows(path) == size for path, size in zip(paths, sizes, strict=True)
+        path.is_file() and path.stat().st_mtime_ns >= newest and shard_rows(path) == size
+        for path, size in zip(paths, sizes, strict=True)
     ]
     if not all(there):
         pieces = _chop(inputs, sizes)
@@ -218,14 +221,12 @@ def prepare(settings: PrepareSettings) -> list[str]:
     """
     files = OutputFiles(settings.output_dir)
     files.require_apart(settings.text_dir, settings.eval_text, settings.text.vocab)
-    training = held_out.training_texts(
-        settings.text_dir,
-        settings.eval_text,
-        settings.text.vocab,
-        read_notes(files),
-        settings.jobs,
-        settings.allow_missing_parts,
+    vocab = settings.text.vocab
+    found = held_out.candidates(
+        settings.text_dir, settings.eval_text, vocab, settings.allow_missing_parts
     )
+    Vocabulary.load(vocab, settings.text.lower_case)  # before any work, as it may be wrong
+    training = held_out.training_texts(found, settings.eval_text, read_notes(files), settings.jobs)
     if training.left_out:
         print(f"Left out of the training text: {listed(training.left_out, 10)}", file=sys.stderr)
     text_statistics.warn(training.warnings)
@@ -287,15 +288,7 @@ def _manifest(settings: PrepareSettings, training: held_out.TrainingTexts) -> di
 
 def _lines(path: Path, without: frozenset[str], is_document: bool) -> list[str]:
     """The lines of one text file, without the line ends and without some documents."""
-    text = read_text(path)
-    if not text.strip():
-        raise UserError(f"{path}: empty", ONE_A_LINE)
-    form = form_of_line(first_line(text))
-    if form is not None:
-        raise UserError(
-            f"{path}: {FORM_WORDS[form]}, not text of one sentence a line",
-            f"turn it into sentences first: {text_statistics.SEGMENT} --input {path}",
-        )
+    text = read_sentences(path)
     if without:
         documents = held_out.documents_of(text)
         kept = [text for text in documents if held_out.document_digest(text) not in without]

@@ -22,7 +22,7 @@ from bert_pretraining.preparation import documents, text_files, text_statistics
 from bert_pretraining.preparation.held_out import document_digest, repeated
 from bert_pretraining.preparation.sentences import sentences
 from bert_pretraining.preparation.text_statistics import TextStatistics
-from bert_pretraining.runtime.files import whole_folder
+from bert_pretraining.runtime.files import real, whole_folder
 
 PART_BYTES = 32 << 20  # of the parts that files of one document each are gathered into
 FEW_SENTENCES = 6  # of a document, where each paragraph is taken for one
@@ -74,10 +74,7 @@ def segment(
     """
     output_dir = Path(os.path.abspath(output_dir))
     for path in inputs:
-        if path.is_dir() and path.resolve() in (
-            output_dir.resolve(),
-            *output_dir.resolve().parents,
-        ):
+        if path.is_dir() and real(path) in (real(output_dir), *real(output_dir).parents):
             raise UserError(
                 f"--output_dir {output_dir} is in the --input folder {path}, so that the next run "
                 "would take it for raw text",

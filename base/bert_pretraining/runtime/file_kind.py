@@ -119,21 +119,25 @@ def shown(path: Path | str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def not_the_kind(path: Path, wanted: str, fix: str = AGAIN, reason: str = "") -> UserError:
+def not_the_kind(
+    path: Path, wanted: str, fix: str = AGAIN, reason: str = "", own: str = ""
+) -> UserError:
     """The error for a file that its reader refused: what it is instead, and what to do.
 
     wanted: what the reader needs, such as "an HDF5 shard". fix: what to do where the bytes tell
     nothing. reason: what the reader's library said; it stands in the message only then, as the
-    first bytes say more.
+    first bytes say more. own: the key of the wanted kind, as a file of it may still be damaged.
     """
     try:
         kind = kind_of(path)
     except OSError as error:
         return cannot_read(path, error)
     name = shown(path)
+    because = f" ({reason})" if reason else ""
     if kind is None:
-        because = f" ({reason})" if reason else ""
         return UserError(f"{name}: not {wanted}, or a damaged one{because}", fix)
+    if kind.key == own:
+        return UserError(f"{name}: not {wanted} that can be read{because}", fix)
     if kind.key.endswith("_cut"):  # of the right kind, but not all of it
         return UserError(f"{name}: {kind.what}", kind.fix)
     return UserError(f"{name}: {kind.what}, not {wanted}", kind.fix)

@@ -224,6 +224,13 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
+def real(path: Path) -> Path:
+    """The path without links, as `Path.resolve`, which raises RuntimeError before Python 3.13 where
+    links form a loop.
+    """
+    return Path(os.path.realpath(path))
+
+
 def _sync(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -15,15 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bert_pretraining.errors import TrainingError, UserError
-from bert_pretraining.runtime import compat, consistency
+from bert_pretraining.runtime import compat, consistency, rank_reports, rank_variables
 from bert_pretraining.runtime import device as devices
 
 Made = TypeVar("Made")
 
 # How long a rank waits for the others: for the connection, when all have just been started, and
-# for a collective, when another rank may still read, evaluate or compile.
+# for a collective, when another rank may still read, evaluate or compile. The latter is longer than
+# the launcher's usual --hang_timeout: the launcher sees all ranks, and knows which one is at fault.
 CONNECT_TIMEOUT = timedelta(seconds=90)
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=12)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,10 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
 
     Raises:
         TrainingError: the ranks cannot reach each other.
-        UserError: there is no such device or backend, or the ranks were started with different
-            `settings` or different code.
+        UserError: there is no such device or backend, the variables contradict each other, or the
+            ranks were started with different `settings` or different code.
     """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = rank_variables.read(os.environ)
     chosen, notices = devices.choose(device, local_rank)
     if world_size > 1 and not dist.is_initialized():
         backend, notice = choose_backend(chosen.type, dist_backend)
@@ -92,6 +92,8 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
                 raise
+            if not rank_reports.is_launched() and re.search("clients|connect to", str(error)):
+                raise TrainingError(absent(rank, world_size, error), f"{error}\n") from error
             raise TrainingError(unreachable(backend, error), f"{error}\n") from error
         if settings is not None:
             name = f"rank {rank} ({socket.gethostname()})"
@@ -104,14 +106,31 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
 def _connect(backend: str, device: torch.device) -> None:
     """Connect all ranks, and test the connection by an all-reduce."""
     device_id = device if backend == "nccl" else None
-    # PyTorch may not be able to change the timeout of other backends later.
-    timeout = CONNECT_TIMEOUT if backend in ("nccl", "gloo") else COLLECTIVE_TIMEOUT
+    # PyTorch may not be able to change the timeout of other backends later, nor in debug mode.
+    changes = backend in ("nccl", "gloo") and dist.get_debug_level() != dist.DebugLevel.DETAIL
+    timeout = CONNECT_TIMEOUT if changes else COLLECTIVE_TIMEOUT
     dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     total = sum_over_ranks(torch.ones((), device=device)).item()
     if total != dist.get_world_size():
         raise RuntimeError(f"{dist.get_world_size()} ranks summed 1 to {total}")
-    # Without it, CONNECT_TIMEOUT would stay in force.
-    compat.set_collective_timeout(COLLECTIVE_TIMEOUT)
+    if changes:
+        compat.set_collective_timeout(COLLECTIVE_TIMEOUT)
+
+
+def absent(rank: int, world_size: int, error: Exception) -> str:
+    """One line: the variables make this process one of several ranks, and the others are absent."""
+    return (
+        f"RANK={rank} and WORLD_SIZE={world_size} of the environment make this process one of "
+        f"{world_size} ranks, and the others did not come to {os.environ.get('MASTER_ADDR')} port "
+        f"{os.environ.get('MASTER_PORT')} within {CONNECT_TIMEOUT.seconds} s ({_reason(error)}); "
+        "start them all, and check that they reach that address; or, if the variables are left "
+        "over, run 'unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE'"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """PyTorch's reason, without the place in its source."""
+    return str(error).strip().splitlines()[0].rpartition("] ")[2].removesuffix("$1")
 
 
 def unreachable(backend: str, error: Exception) -> str:
@@ -119,12 +138,12 @@ def unreachable(backend: str, error: Exception) -> str:
     variable = f"{backend.upper()}_SOCKET_IFNAME"  # so it is for nccl, gloo, hccl and mccl
     interface = os.environ.get(variable)
     by = f"{variable}={interface}" if interface else f"an interface that {backend} chose"
-    reason = str(error).strip().splitlines()[0].rpartition("] ")[2].removesuffix("$1")
+    address = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
     return (
-        f"on {socket.gethostname()} the ranks do not reach each other ({reason}) by {by}, though "
-        f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')} (--master_addr, "
-        f"--master_port) answers; set {variable}, on each machine, to its interface that the "
-        "others can reach ('ip addr' lists them), and open the ports between them in the firewall"
+        f"on {socket.gethostname()} the ranks do not reach each other ({_reason(error)}) by {by}, "
+        f"though {address} (--master_addr, --master_port) answers; set {variable}, on each "
+        "machine, to its interface that the others can reach ('ip addr' lists them), and open the "
+        "ports between them in the firewall"
     )
 
 
@@ -147,13 +166,13 @@ def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     may end as soon as it has read it.
     """
     devices.synchronize_used()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = rank_variables.read(os.environ).world_size
     if world_size == 1:
         return
     deadline = time.monotonic() + timeout.total_seconds()
     try:
         store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+            os.environ["MASTER_ADDR"], rank_variables.port(os.environ),
             timeout=CONNECT_TIMEOUT, wait_for_workers=False,
         )  # fmt: skip
         finished = dist.PrefixStore("finished_ranks", store)
@@ -163,6 +182,11 @@ def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     except dist.DistError:
         # The launcher that keeps the count has ended: its job is over, on every machine.
         return
+
+
+def is_first_of_its_machine() -> bool:
+    """Whether this process is the first rank of its machine; true outside of a process group."""
+    return not dist.is_initialized() or rank_variables.read(os.environ).local_rank == 0
 
 
 def barrier(device: torch.device) -> None:

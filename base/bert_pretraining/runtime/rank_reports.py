@@ -16,9 +16,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from bert_pretraining.runtime.files import PARTIAL_SUFFIX, write_whole
+from bert_pretraining.runtime.rank_variables import own_rank
 
 FOLDER_VARIABLE = "BERT_PRETRAINING_RANK_REPORTS"
 ATTEMPT_VARIABLE = "BERT_PRETRAINING_ATTEMPT"  # 0, or which restart of the ranks this is
@@ -35,6 +36,13 @@ class Failure:
     exit_code: int
     message: str
     detail: str
+
+
+class Heartbeat(NamedTuple):
+    """time: of a rank's last progress, in ns since the epoch; None before. updates: how many."""
+
+    time: int | None
+    updates: int
 
 
 # ---- called by a rank
@@ -55,7 +63,7 @@ def show_stacks_on_request() -> None:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        path = Path(folder) / f"stacks-{_rank()}.txt"
+        path = Path(folder) / f"stacks-{own_rank()}.txt"
         # faulthandler writes to this file, which stays open until the process ends.
         faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
@@ -65,14 +73,16 @@ def is_launched() -> bool:
     return FOLDER_VARIABLE in os.environ
 
 
-def heartbeat() -> None:
+def heartbeat(updates: int = 0) -> None:
     """Report progress: to be called after every step and every evaluation batch.
 
     From the first call on, the launcher checks this rank for hangs. Takes a few microseconds.
+
+    updates: how many updates have been made since the last call.
     """
-    path = _heartbeat_path()
-    if path is not None:
-        os.utime(path)
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        _heartbeat_file(folder, own_rank()).touch(updates)
 
 
 def record_finish(rank: int, exit_code: int) -> bool:
@@ -113,9 +123,10 @@ def read_processes(folder: Path) -> dict[int, int]:
     return {rank: json.loads(path.read_text())["pid"] for rank, path in _by_rank(folder, "process")}
 
 
-def read_heartbeats(folder: Path) -> dict[int, int]:
-    """Rank -> time of its last progress (ns since the epoch), of the ranks that made any."""
-    return {rank: path.stat().st_mtime_ns for rank, path in _by_rank(folder, "heartbeat")}
+def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
+    """Rank -> its last heartbeat, of the ranks that made any progress."""
+    found = ((rank, path.stat()) for rank, path in _by_rank(folder, "heartbeat"))
+    return {rank: Heartbeat(stat.st_mtime_ns, stat.st_atime_ns // 10**9) for rank, stat in found}
 
 
 def read_stacks(folder: Path) -> dict[int, str]:
@@ -145,18 +156,27 @@ def _by_rank(folder: Path, kind: str) -> list[tuple[int, Path]]:
     return sorted((int(path.stem.split("-")[1]), path) for path in paths)
 
 
+class _HeartbeatFile:
+    """An empty file: it is written to without space on the disk, in one call of the system.
+
+    The time of its modification is that of the last progress, and the time of its access, in
+    seconds since the epoch, is the number of updates.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._updates = path.with_name(path.name + PARTIAL_SUFFIX), 0
+        self._path.touch()
+        self.touch(0)  # before the launcher can read it
+        self._path = self._path.rename(path)
+
+    def touch(self, updates: int) -> None:
+        self._updates += updates
+        os.utime(self._path, ns=(self._updates * 10**9, time.time_ns()))
+
+
 @functools.cache
-def _heartbeat_path() -> Path | None:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
-        return None
-    path = Path(folder) / f"heartbeat-{_rank()}"
-    path.touch()
-    return path
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+def _heartbeat_file(folder: str, rank: int) -> _HeartbeatFile:
+    return _HeartbeatFile(Path(folder) / f"heartbeat-{rank}")
 
 
 def _write(name: str, content: object) -> bool:

@@ -171,7 +171,7 @@ def _model(setup: Setup, precision: str) -> BertForPreTraining:
         loaded = load_weights(module, setup.start, config.missing_weights)
         log.say(f"Start weights: {setup.start} ({loaded.summary()})")
         for notice in suspicions(loaded.weights):
-            log.say(f"Notice: {setup.start}: {notice}")
+            log.notice("start_weights_odd", f"{setup.start}: {notice}")
         log.weights_loaded(name for name, _ in module.named_parameters())
     elif setup.start is None:
         log.say(f"Start weights: random (seed {setup.seed})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Protocol
 
 import torch
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import smallest_batch
 from bert_pretraining.optim import Optimizer, ShardedLamb, scale_down
+from bert_pretraining.runtime import compat, torch_variables
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks, all_reduce, sends_from_device
 
@@ -72,6 +75,12 @@ class DdpReduction:
     can_follow = False
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
+        if torch_variables.is_detailed(os.environ) and compat.detail_breaks_ddp():
+            raise UserError(
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL is set, under which DistributedDataParallel of "
+                f"PyTorch {torch.__version__} ends by a segmentation fault",
+                "run 'unset TORCH_DISTRIBUTED_DEBUG', or set it to INFO",
+            )
         device_ids = None if device.type == "cpu" else [device.index]
         self.model = DistributedDataParallel(
             module, device_ids=device_ids, gradient_as_bucket_view=True

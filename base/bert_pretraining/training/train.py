@@ -104,7 +104,7 @@ def train(session: Session, stop: StopRequest) -> str:
 
             # ---- forward, backward, reduction and the optimizer's step
             totals = update([next(batches) for _ in range(config.gradient_accumulation_steps)])
-            rank_reports.heartbeat()
+            rank_reports.heartbeat(updates=1)
             run.samples_seen += samples_per_step
 
             # ---- the host does not wait for the device until something may be due

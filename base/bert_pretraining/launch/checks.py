@@ -1,0 +1,96 @@
+"""What a launch refuses before it starts anything: faults of this machine and its environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+
+from bert_pretraining.errors import UserError
+from bert_pretraining.launch import network
+from bert_pretraining.launch.plan import INTERFACE_VARIABLE, Plan
+from bert_pretraining.runtime.rank_variables import text
+
+
+def check_address(plan: Plan) -> None:
+    """Raise UserError if this machine cannot look up the name of machine 0."""
+    address = plan.flags.master_addr
+    if not network.is_known(address):
+        raise UserError(
+            f"--master_addr {address}: this machine ({os.uname().nodename}) does not know that "
+            "name",
+            "pass machine 0's address ('ip addr' or 'hostname -I' there shows it)",
+        )
+    if plan.flags.node_rank == 0 and not network.is_here(address):
+        print(
+            f"Notice: --master_addr {address} is no address of this machine "
+            f"({os.uname().nodename}), which is --node_rank 0",
+            file=sys.stderr,
+        )
+
+
+def fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
+    """The error that would stop every rank of this machine, if there is one."""
+    try:
+        check()
+        check_loopback(plan.flags.master_addr)
+        check_interface(os.environ)
+        check_gpus(plan)
+    except UserError as error:
+        return error
+    return None
+
+
+def check_loopback(master_addr: str | None) -> None:
+    """Raise UserError if the ranks meet at 127.0.0.1, and this machine has no such address.
+
+    PyTorch would try to connect for 15 minutes.
+    """
+    reason = network.loopback_fault() if master_addr == network.LOCAL_ADDRESS else ""
+    if reason:
+        raise UserError(
+            f"the ranks of this machine meet at {network.LOCAL_ADDRESS}, which it does not reach "
+            f"({reason})",
+            "run 'ip link set lo up' as root: the loopback interface lo is down, as in a new "
+            "network namespace",
+        )
+
+
+def check_interface(environment: Mapping[str, str]) -> None:
+    """Raise UserError if GLOO_SOCKET_IFNAME names an interface that this machine does not have."""
+    asked = text(environment, INTERFACE_VARIABLE) or ""
+    there = [name for _, name in socket.if_nameindex()]
+    absent = [name for name in asked.split(",") if name and name not in there]
+    if absent:
+        raise UserError(
+            f"the environment variable {INTERFACE_VARIABLE}={asked} names {absent[0]}, which is no "
+            f"network interface of {os.uname().nodename} ({', '.join(there)})",
+            f"set it to one of these, or run 'unset {INTERFACE_VARIABLE}'",
+        )
+
+
+def check_gpus(plan: Plan) -> None:
+    """Raise UserError if there are GPUs to train on, but fewer than ranks.
+
+    Also if --device names a type of device that PyTorch does not see.
+    """
+    from bert_pretraining.runtime import device as devices
+
+    settings = plan.resolved.config
+    wanted = settings.nproc_per_node
+    found = devices.count(devices.resolve(settings.device))
+    if 0 < found < wanted:
+        raise UserError(
+            f"--config {settings.config} wants {wanted} GPUs, and this machine has {found}",
+            f"pass --nproc_per_node {found}, with --gradient_accumulation_steps "
+            f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the global "
+            "batch size, or --device cpu",
+        )
+
+
+def computes_on_cpu(plan: Plan) -> bool:
+    """Whether the ranks compute on the CPU. UserError for a device that PyTorch does not see."""
+    from bert_pretraining.runtime import device as devices
+
+    return devices.resolve(plan.resolved.config.device) == "cpu"
