@@ -65,7 +65,7 @@ def _only(value: Tensor, number: float) -> bool:
 
 
 def _constant(value: Tensor) -> bool:
-    """Whether all numbers of a matrix are the same; its first row mostly tells that they are not."""
+    """Whether all numbers of a matrix are the same; its first row mostly tells."""
     first = value[0, 0].item()
     return _only(value[0], first) and _only(value, first)
 
