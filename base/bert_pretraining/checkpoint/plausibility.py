@@ -65,7 +65,9 @@ def _only(value: Tensor, number: float) -> bool:
 
 
 def _constant(value: Tensor) -> bool:
-    return _only(value, value.reshape(-1)[0].item())
+    """Whether all numbers of a matrix are the same; its first row mostly tells."""
+    first = value[0, 0].item()
+    return _only(value[0], first) and _only(value, first)
 
 
 def _spread(value: Tensor) -> float:
