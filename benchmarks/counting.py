@@ -5,22 +5,37 @@ On a GPU the profiler counts, on the pretended GPU (see `pretended.py`) the stub
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pretended
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bert_pretraining.bench import record
+from bert_pretraining.runtime import compat
 from bert_pretraining.runtime import device as devices
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what earlier candidates have left, and begin to look for the peak anew.
+
+    Without it the working memory of matrix products on their streams, 32 MiB each on Hopper, counts
+    for the next candidate too.
+    """
+    gc.collect()
+    compat.free_product_workspaces()
+    devices.free_unused_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 @dataclass(frozen=True)
@@ -145,3 +160,16 @@ def device_seconds(call: Callable[[], object], repeats: int) -> list[float] | No
         event.record()
     events[-1].synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+def trace(update: Callable[[], object], device: torch.device, name: Path) -> None:
+    """Write NAME.trace.json.gz, for Chrome or Perfetto, and NAME.profile.txt."""
+    with profile(activities=ACTIVITIES) as profiled:
+        for _ in range(2):
+            update()
+        devices.synchronize(device)
+    profiled.export_chrome_trace(f"{name}.trace.json.gz")
+    rows = profiled.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80
+    )
+    Path(f"{name}.profile.txt").write_text(rows)

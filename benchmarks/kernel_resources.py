@@ -129,6 +129,7 @@ def main() -> None:
         for dropout in (False, True)
         for kernel in triton_compile.kernels(dropout, capability)
     ]
+    found += [resources(*kernel, 90) for kernel in triton_compile.fp8_kernels()]
     output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     output.with_suffix(".json").write_text(

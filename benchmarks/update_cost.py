@@ -14,6 +14,7 @@ says "pretended", and it has no time of the device.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import socket
 import subprocess
@@ -28,8 +29,14 @@ import numpy as np
 import pretended
 import torch
 import torch.distributed as dist
-from counting import ACTIVITIES, count, device_seconds, host_seconds, host_waits
-from torch.profiler import profile
+from counting import (
+    count,
+    device_seconds,
+    free_memory,
+    host_seconds,
+    host_waits,
+    trace,
+)
 
 from bert_pretraining.bench import record
 from bert_pretraining.bench.timing import announce
@@ -46,7 +53,6 @@ from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import evaluate
 
 WAYS = {  # name -> the settings that stand for it
     "eager": {"compile": "off", "use_cuda_graph": False},
@@ -54,6 +60,7 @@ WAYS = {  # name -> the settings that stand for it
     "graph": {"compile": "off", "use_cuda_graph": True},
     "compiled_graph": {"compile": "on", "use_cuda_graph": True},
 }
+EVALUATED = 8  # batches, besides the first one
 INTERVAL = 50  # updates between two lines of the log, as in configs/nvidia
 SCHEDULE = Schedule(4e-4, 6700, 0, 0)
 GIB = 2**30
@@ -150,10 +157,16 @@ class Run:
         """LAMB alone, on the gradients that are there."""
         self.training.optimizer.scheduled_step(SCHEDULE, self.training.loss_scale)
 
-    def evaluation(self, batches: list[PackedBatch]) -> None:
-        """Of these batches, which are in main memory."""
-        found = EvaluationSet(len(batches), list(enumerate(batches)))
-        evaluate(self.training.module, found, self._ranks)
+    def evaluation(self, num_batches: int, batch_size: int) -> Callable[[], object]:
+        """Evaluates so many batches, which stay on the device, as later evaluations of a run do."""
+        given = [batch_of(wikipedia_lengths(batch_size), BERT_LARGE) for _ in range(num_batches)]
+        ranks, total = self._ranks, num_batches * self._ranks.world_size
+        numbers = range(ranks.rank, total, ranks.world_size)
+        found = EvaluationSet(total, list(zip(numbers, given, strict=True))).near(ranks.device)
+        # Each copy captures for the first set that it is given.
+        evaluate = partial(copy.copy(self.training.evaluate), found)
+        evaluate()
+        return evaluate
 
 
 def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
@@ -161,8 +174,7 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
     device, config = ranks.device, config_of(way, flags, ranks)
     model = replace(BERT_LARGE, num_hidden_layers=flags.num_layers)
     log = Said(config, ranks.world_size)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    free_memory(device)
     if record.is_pretended():
         pretended.counters().reset()
     started = time.perf_counter()
@@ -202,48 +214,50 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
         rate = flags.batch_size * flags.accumulation / figures["device_seconds"]["median"]
         figures["sequences_per_second_a_gpu"] = rate
     if flags.trace and ranks.is_main:
-        _trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
+        trace(run.update_and_look, device, flags.trace / f"{way}_{flags.batch_size}")
     figures["kernels"] = counted.kernels
+    figures["evaluation"] = _evaluation_figures(run, flags.batch_size, device)
     if ranks.world_size == 1:
         figures |= _other_figures(run, flags, ranks)
     return figures
 
 
-def _trace(update: Callable[[], object], device: torch.device, name: Path) -> None:
-    """Write NAME.trace.json.gz, for Chrome or Perfetto, and NAME.profile.txt."""
-    with profile(activities=ACTIVITIES) as profiled:
-        for _ in range(2):
-            update()
-        devices.synchronize(device)
-    profiled.export_chrome_trace(f"{name}.trace.json.gz")
-    rows = profiled.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80
-    )
-    Path(f"{name}.profile.txt").write_text(rows)
-
-
 def _other_figures(run: Run, flags: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
-    """LAMB alone, an evaluation batch, an interval of the log."""
+    """LAMB alone, an interval of the log."""
     device = ranks.device
-    announce("counting LAMB, evaluation and an interval of the log")
+    announce("counting LAMB and an interval of the log")
     figures: dict[str, object] = {}
     run.update()
     counted = count(run.optimizer_step, device, 1)
     figures["optimizer"] = counted.figures() | host_seconds(run.optimizer_step, device, 5)
     run.read()
-    given = [batch_of(wikipedia_lengths(flags.batch_size), BERT_LARGE) for _ in range(4)]
-    run.evaluation(given[:1])
-    few, many = (count(partial(run.evaluation, given[:n]), device, 1) for n in (1, 4))
-    figures["evaluation_batch"] = {
-        "launches": (many.launches - few.launches) / 3,
-        "host_waits": (sum(many.waits.values()) - sum(few.waits.values())) / 3,
-        "of_4_batches_and_a_wait": host_seconds(partial(run.evaluation, given), device, 3),
-    }
     waits = host_waits(run.interval, device)
     figures["log_interval"] = {
         "updates": INTERVAL, "host_waits": sum(waits.values()), "waits": waits
     }  # fmt: skip
     return figures
+
+
+def _evaluation_figures(
+    run: Run, batch_size: int, device: torch.device
+) -> dict[str, dict[str, object]]:
+    """Of one batch more, and of what an evaluation costs besides its batches."""
+    torch.cuda.reset_peak_memory_stats(device)
+    one, many = (run.evaluation(n, batch_size) for n in (1, 1 + EVALUATED))
+    prepared_peak = torch.cuda.max_memory_allocated(device) / GIB
+    few, more = (count(call, device, 1).figures() for call in (one, many))
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = host_seconds(many, device, 5)
+    keys = ("launches", "graph_launches", "host_waits")
+    batch = {key: (more[key] - few[key]) / EVALUATED for key in keys}
+    return {
+        "batch": batch,
+        "besides": {key: few[key] - batch[key] for key in keys},
+        f"of_{1 + EVALUATED}_batches_with_the_last_wait": seconds,
+        "first_peak_gib": prepared_peak,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+    }
 
 
 # ---- the program
@@ -282,6 +296,20 @@ def line(name: str, found: dict) -> str:
         f"device {f'''{1e3 * device['median']:.2f} ms''' if device else 'not known'}  "
         f"peak {found['peak_gib']:.2f} GiB, reserved {found['reserved_gib']:.2f}  "
         f"built in {found['build_seconds']:.1f} s"
+    )
+
+
+def evaluation_line(found: dict) -> str:
+    """The same of an evaluation."""
+    batch, besides = found["batch"], found["besides"]
+    cpu = next(one for key, one in found.items() if key.startswith("of_"))["host_cpu_seconds"]
+    return (
+        f"  an evaluation batch: {batch['launches']:.1f} launches {batch['graph_launches']:.1f} "
+        f"graphs {batch['host_waits']:.1f} waits; besides: {besides['launches']:.0f} launches "
+        f"{besides['host_waits']:.0f} waits; {1 + EVALUATED} batches: "
+        f"{1e3 * cpu['median']:.2f} ms computing (n {cpu['n']}, {1e3 * cpu['min']:.2f} to "
+        f"{1e3 * cpu['max']:.2f})  peak {found['peak_gib']:.2f} GiB (first "
+        f"{found['first_peak_gib']:.2f}), reserved {found['reserved_gib']:.2f}"
     )
 
 
@@ -341,6 +369,7 @@ def main() -> int:
             try:
                 found = cost_of(way, flags, ranks)
                 text = line(name, found)
+                text += "\n" + evaluation_line(found["evaluation"])
             except (RuntimeError, UserError) as error:
                 failed += 1
                 found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}

@@ -23,6 +23,11 @@ from bert_pretraining.kernels import (
     triton_cross_entropy,
     triton_embedding,
     triton_embedding_kernels,
+    triton_fp8,
+    triton_fp8_gelu,
+    triton_fp8_layer_norm,
+    triton_fp8_layer_norm_kernels,
+    triton_fp8_weights,
     triton_layer_norm,
     triton_layer_norm_kernels,
     triton_layer_sums,
@@ -41,10 +46,12 @@ TYPES = {
             "position_ids_ptr",
             "segment_ids_ptr",
             "keys_ptr",
+            "maximum_ptr",
+            "part_of_block_ptr",
         ),
         "*i32",
     ),
-    **dict.fromkeys(("labels_ptr", "correct_sum_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(("labels_ptr", "correct_sum_ptr", "order_ptr", "parts_ptr"), "*i64"),
     **dict.fromkeys(
         (
             "statistics_ptr",
@@ -55,9 +62,12 @@ TYPES = {
             "loss_gradient_ptr",
             "log_sum_exp_ptr",
             "delta_ptr",
+            "scale_ptr",
+            "table_ptr",
         ),
         "*fp32",
     ),
+    **dict.fromkeys(("rows_ptr", "columns_ptr", "copies_ptr"), "*u8"),
     **dict.fromkeys(("epsilon", "softmax_scale"), "fp32"),
 }
 
@@ -134,6 +144,38 @@ def _without_masks() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     return listed
 
 
+def fp8_kernels() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Those with fp8, for compute capability 9.0; see `kernels`."""
+    block = dict(zip(("BLOCK_ROWS", "BLOCK_COLUMNS"), triton_fp8.BLOCK, strict=True))
+    square = dict(zip(block, triton_fp8_gelu.BLOCK, strict=True))
+    wide = {"num_warps": triton_fp8.NUM_WARPS}
+    forward, backward = ({"E5M2": e5m2, "RECORD": True} for e5m2 in (False, True))
+    program = {"PROGRAM_ROWS": triton_fp8_gelu.PROGRAM_ROWS}
+    aligned = {"ALIGNMENT": 16, "WRITTEN_AT_ONCE": 8}
+    listed = [
+        (triton_fp8.cast_kernel, forward | block | {"COLUMNS": 1024}, wide),
+        (triton_fp8.cast_kernel, backward | block | {"COLUMNS": 1024}, wide),
+        (triton_fp8.update_kernel, {"COUNT": 288, "BLOCK_COUNT": 512}, {}),
+        (triton_fp8_weights.cast_weights_kernel, aligned | block, wide),
+        (triton_fp8_gelu.forward_kernel, forward | square | {"COLUMNS": 4096}, wide),
+        (triton_fp8_gelu.backward_kernel, backward | square | program | {"COLUMNS": 4096}, wide),
+    ]
+    kernels = triton_fp8_layer_norm_kernels
+    rows, columns, warps = triton_layer_norm.row_blocks(1024)
+    norm = {"COLUMNS": 1024, "TILE_COLUMNS": triton_fp8_layer_norm.tile_columns(1024)}
+    norm |= dict(zip(block, (rows, columns), strict=True))
+    for dropped in (429496730, 0):
+        norm |= {"THRESHOLD": dropped, "KEEP_SCALE": 1.0 / 0.9 if dropped else 1.0}
+        norm |= {} if dropped else {"seed_ptr": None}
+        for kernel, form, rows in (
+            (kernels.forward_kernel, forward, triton_fp8_layer_norm.FORWARD_ROWS),
+            (kernels.backward_kernel, backward, triton_fp8_layer_norm.BACKWARD_ROWS),
+        ):
+            sizes = {"PROGRAM_ROWS": rows, "TILE_ROWS": rows}
+            listed.append((kernel, form | norm | sizes, {"num_warps": warps}))
+    return listed
+
+
 def ast_source(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: Sequence[str] = ()
 ) -> ASTSource:
@@ -161,7 +203,8 @@ def compiled(
         if name in constants:
             continue
         signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-        if name.endswith(("_ptr", "_stride")):
+        free = kernel.params[kernel.arg_names.index(name)].do_not_specialize
+        if name.endswith(("_ptr", "_stride")) and not free:
             aligned.append(name)
     source = ast_source(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -28,6 +28,10 @@ if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
+# isort: split
+from bert_pretraining.kernels import triton_fp8, triton_fp8_weights  # noqa: E402
+from bert_pretraining.kernels.fp8_engine import Engine, emulated_product  # noqa: E402
+
 
 def _fix_interpreter() -> None:
     """Work around three faults of Triton's interpreter.
@@ -126,3 +130,37 @@ def compare(
 def norm_inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     row, vector = (rows, columns), (columns,)
     return randoms([row, vector, row, vector, vector], dtype)
+
+
+def fix_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round to fp8 as GPUs do, to the nearest number and ties to even.
+
+    Its own conversion loses the carry into the exponent, 31.5 becomes 16, and truncates numbers
+    below the least normal one (to Triton 3.9 at least).
+    """
+    if NATIVE:
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    formats = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+
+    def convert_like_a_gpu(values: np.ndarray, source: Any, target: Any, rounding: Any) -> Any:
+        if str(target) not in formats or str(source) != "fp32":
+            return convert(values, source, target, rounding)
+        numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        return numbers.to(formats[str(target)]).view(torch.uint8).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_like_a_gpu)
+
+
+def interpreted_engine() -> Engine:
+    """The engine of a GPU, with products that run anywhere."""
+    return Engine(
+        "kernels",
+        triton_fp8.cast,
+        emulated_product,
+        triton_fp8.update,
+        triton_fp8_weights.AllWeights,
+        fuses=True,
+    )

@@ -17,12 +17,14 @@ from bert_pretraining import __version__, config
 from bert_pretraining.commands import checkpoint, data, submission, training
 from bert_pretraining.errors import (
     EXIT_CRASH,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     TrainingError,
     UserError,
 )
 from bert_pretraining.runtime import (
     import_path,
+    output,
     packages,
     rank_reports,
     rank_variables,
@@ -58,13 +60,24 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
 
 COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 4 stopped by a signal after saving,
-2 bad input, 1 crash.
+2 bad input, 1 crash, 141 the reader of the output is gone.
 """
 GROUPS = ("config", "data", "checkpoint", "bench", "submission")  # commands of two words
 
 
 def main() -> int:
     """Run one command; errors become one line and an exit code."""
+    output.prepare()
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()  # what it raises at the interpreter's end could not be handled
+    except output.OutputLost as lost:
+        return _fail(EXIT_USAGE, str(lost.as_error())) if lost.is_full else output.EXIT_BROKEN_PIPE
+
+
+def _run() -> int:
     try:
         return _dispatch(sys.argv[1:])
     except UserError as error:
@@ -175,4 +188,8 @@ def _version(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == EXIT_INTERRUPTED:
+        # The program ends already: a second Ctrl-C would only print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(exit_code)

@@ -78,6 +78,7 @@ TO_MINI_DATA = (
 FEW_SHARDS = (
     ("--shards 2048 --jobs 8", "--shards 4 --max_seq_length 64 --num_eval_examples 20"),
     ("--num_shards 2048", "--num_shards 4"),
+    ("--max_seq_length 128", "--max_seq_length 64"),  # what the mini model takes
 )
 TO_MINI_MODEL = (
     ("--name nvidia --config H200x1x8", "--name mini --config CPUx1x1 --max_steps 1"),
@@ -98,6 +99,8 @@ CHANGED = [
            code=NOT_REACHED),
     Change("bash run_training.sh --name mini --config CPUx1x2 --optimizer flat", DRY),
     Change("bash run_training.sh --name mini --config CPUx1x1 --kernels", DRY),
+    Change("bash run_training.sh --name mini --config CPUx1x1 --data_dir data/datasets/articles",
+           "--num_eval_examples 64", code=NOT_REACHED),
     Change("bash run_training.sh", DRY),
     Change(f"{PYTHON} doctor --name default", replace=TO_MINI_DATA),
     Change("python3 -m bert_pretraining", replace=TO_MINI_DATA),
@@ -187,6 +190,10 @@ def add_files_of(page: Path, workplace: Path) -> None:
     if page.name == "checkpoints.md":
         add_checkpoints(workplace)
     if page.name == "data.md":
+        (workplace / "articles").mkdir()
+        for number in range(120):
+            paragraphs = article(number).split("\n")[2:-1]
+            (workplace / f"articles/{number:03d}.txt").write_text("\n\n".join(paragraphs))
         shutil.rmtree(workplace / MINI_DATA)  # the page's first command makes it
     if page.name == "reports.md":
         run_folder = workplace / "output/mini_CPUx1x2/run-20261123-080526"

@@ -66,8 +66,9 @@ def test_first_command_meets_its_target_at_once(workplace: Path, ranks: int, fla
     names = [event["event"] for event in events]
     assert names == [
         "LAUNCH_TRAINING", "SUBMITTED_INFO", "INIT_START", "CONVERT_MODEL", "CREATE_OPTIMIZER",
-        "MODEL_TO_FP16", "MODEL_TO_DDP", "INIT_EVALUATION", "INIT_END", "TRAIN_BEGIN",
-        "EPOCH_BEGIN", "STEP_END", "EVALUATION", "EPOCH_END", "TRAIN_END", "FINISHED",
+        "MODEL_TO_FP16", "MODEL_TO_DDP", "EVALUATION_SET", "INIT_EVALUATION", "NOTICE", "INIT_END",
+        "TRAIN_BEGIN", "EPOCH_BEGIN", "STEP_END", "EVALUATION", "EPOCH_END", "TRAIN_END",
+        "FINISHED",
     ]  # fmt: skip
     values = {event["event"]: event["value"] for event in events}
     assert 0.33 <= values["INIT_EVALUATION"]["eval_mlm_accuracy"] <= 0.36

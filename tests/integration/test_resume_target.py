@@ -80,3 +80,11 @@ def test_mlm_alone_trains_and_says_what_it_left_out(mini_data: Path, tmp_path: P
     assert both.returncode == 2, "a run with the head does not go on from one without"
     assert "bert.pooler.dense.bias' is missing" in both.stderr
     assert "--objective" in both.stderr
+
+
+def test_a_refused_start_leaves_no_run_behind(mini_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = train(mini_data, out, "--resume", "required", "--max_steps", 1)
+    assert done.returncode == 2
+    assert "--resume required: no whole training checkpoint in" in done.stderr
+    assert list(out.glob("run-*")) == []

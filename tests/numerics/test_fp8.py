@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import fp8, fp8_linear
-from bert_pretraining.kernels.fp8 import FORMATS, GRADIENT, INPUT, LARGEST, WEIGHT, Fp8State
+from bert_pretraining.kernels import fp8, fp8_casts, fp8_engine, fp8_linear
+from bert_pretraining.kernels.fp8 import Fp8State
+from bert_pretraining.kernels.fp8_casts import FORMATS, GRADIENT, INPUT, LARGEST, WEIGHT
+from bert_pretraining.kernels.fp8_weights import EachWeight
 
 CPU = torch.device("cpu")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -33,7 +35,7 @@ def one_layer() -> tuple[Fp8State, fp8.Scaling]:
 
 def exact_of(x: Tensor, scaling: fp8.Scaling, which: int) -> Tensor:
     """The numbers, in float64, that the fp8 copy of x stands for."""
-    rows, _ = fp8.quantise(x, scaling.scales[which], FORMATS[which])
+    rows, _ = fp8_casts.quantise(x, scaling.scales[which], FORMATS[which])
     return rows.double() * scaling.inverses[which].double()
 
 
@@ -50,14 +52,26 @@ def test_a_cast_is_within_half_the_distance_of_neighbours(
     x = x.to(source)
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().max().float()
-    found, amax = fp8.quantise(x, scale, dtype)
+    found, amax = fp8_casts.quantise(x, scale, dtype)
     assert found.dtype == dtype
     assert amax == x.abs().max()
     back = found.double() / scale.double()
-    bound = fp8.cast_bound(x.double(), scale, dtype)
+    bound = fp8_casts.cast_bound(x.double(), scale, dtype)
     assert ((back - x.double()).abs() <= bound).all(), f"seed {seed}"
     # The bound is reached: no cast is much better than the format.
     assert ((back - x.double()).abs() / bound).max() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_the_bound_holds_halfway_between_two_numbers(dtype: torch.dtype) -> None:
+    """There the error is as large as it can be, and the rounding of the scale comes to it."""
+    largest = torch.finfo(dtype).max
+    numbers = torch.linspace(1.0, 2.0, 257).bfloat16()
+    for maximum in torch.linspace(2.0, 4.0, 257).bfloat16().float():
+        scale = fp8_casts.scale_for(maximum, largest, torch.ones(()))
+        cast = fp8_casts.quantise(numbers, scale, dtype)[0].double() * (1.0 / scale).double()
+        away = (cast - numbers.double()).abs()
+        assert (away <= fp8_casts.cast_bound(numbers.double(), scale, dtype)).all(), maximum
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -65,7 +79,7 @@ def test_a_cast_rounds_to_the_nearest_number_of_the_format(dtype: torch.dtype) -
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     numbers = numbers[numbers.isfinite()].unique()
     x = random(500, seed=3) * 50.0
-    found, _ = fp8.quantise(x, torch.tensor(1.0), dtype)
+    found, _ = fp8_casts.quantise(x, torch.tensor(1.0), dtype)
     away = (x.double()[:, None] - numbers[None, :]).abs()
     assert torch.equal((found.double() - x.double()).abs(), away.min(1).values)
 
@@ -75,7 +89,7 @@ def test_too_large_numbers_saturate_and_those_not_finite_become_nan(dtype: torch
     """PyTorch's own casts differ between versions: NaN, infinity or the largest number."""
     largest = torch.finfo(dtype).max
     x = torch.tensor([1e30, -3e38, largest, torch.inf, -torch.inf, torch.nan])
-    found, amax = fp8.quantise(x, torch.tensor(1e5), dtype)
+    found, amax = fp8_casts.quantise(x, torch.tensor(1e5), dtype)
     assert found.float()[:3].tolist() == [largest, -largest, largest]
     assert found.float()[3:].isnan().all()
     assert not amax.isfinite()
@@ -83,7 +97,7 @@ def test_too_large_numbers_saturate_and_those_not_finite_become_nan(dtype: torch
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (3, 5)])
 def test_zeros_and_empty_tensors(shape: tuple[int, int]) -> None:
-    found, amax = fp8.quantise(torch.zeros(shape), torch.tensor(1.0), E4M3)
+    found, amax = fp8_casts.quantise(torch.zeros(shape), torch.tensor(1.0), E4M3)
     assert found.shape == shape
     assert amax == 0.0
     assert not found.float().any()
@@ -94,7 +108,7 @@ def test_columns_are_the_padded_transpose(rows: int) -> None:
     x = random(rows, 6)
     amax = torch.zeros(())
     for dtype in (E4M3, E5M2):
-        found = fp8.padded_cast(x, torch.tensor(10.0), dtype, amax)
+        found = fp8_casts.padded_cast(x, torch.tensor(10.0), dtype, amax)
         assert found.columns.shape == (6, -(-rows // 16) * 16)
         assert found.columns.is_contiguous()
         assert torch.equal(found.columns.float()[:, :rows], found.rows.float().t())
@@ -230,8 +244,8 @@ def test_one_outlier_costs_the_small_numbers_their_digits_and_no_more() -> None:
     _, scaling = one_layer()
     y, _ = fp8_linear.linear_forward(x, weight, None, scaling)
     assert y.isfinite().all()
-    bound = fp8.cast_bound(x, scaling.scales[INPUT], E4M3) @ weight.abs().t()
-    bound += x.abs() @ fp8.cast_bound(weight, scaling.scales[WEIGHT], E4M3).t()
+    bound = fp8_casts.cast_bound(x, scaling.scales[INPUT], E4M3) @ weight.abs().t()
+    bound += x.abs() @ fp8_casts.cast_bound(weight, scaling.scales[WEIGHT], E4M3).t()
     assert ((y - x @ weight.t()).abs() <= 1.1 * bound).all()
 
 
@@ -250,6 +264,63 @@ def test_gradients_that_are_not_finite_reach_the_optimizer(bad: float) -> None:
         assert x.grad[0].isfinite().all(), number
         state.update()
         assert state.table.isfinite().all()
+
+
+class CountedWeights(EachWeight):
+    """Says how often the weights were cast."""
+
+    times = 0
+
+    def __call__(self, table: Tensor) -> None:
+        CountedWeights.times += 1
+        super().__call__(table)
+
+
+def test_weights_are_cast_once_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two micro-batches and an evaluation; the same bits as from a cast in each of them."""
+    engine = fp8_engine.engine_for(CPU)._replace(weights=CountedWeights)
+    monkeypatch.setattr(fp8, "engine_for", lambda device: engine)
+    monkeypatch.setattr(CountedWeights, "times", 0)
+    parts = [random(32, 16, seed=1), random(16, 16, seed=2)]
+    keeps, casts = Fp8State(["a"], CPU, [parts]), Fp8State(["a"], CPU)
+    for update in range(3):
+        for batch in range(3):
+            x, record = random(5, 16, seed=batch), batch < 2
+            found, expected = (
+                fp8_linear.linear_forward(x, torch.cat(parts), None, state["a"], record)[0]
+                for state in (keeps, casts)
+            )
+            assert torch.equal(found, expected)
+        assert torch.equal(keeps.table, casts.table)
+        assert CountedWeights.times == update
+        for part in parts:  # the optimizer's step
+            part.mul_(1.7)
+        keeps.update()
+        casts.update()
+
+
+def test_copies_of_weights_are_made_again_where_scales_are_loaded_or_were_tried() -> None:
+    weight = random(32, 16)
+    state = Fp8State(["a"], CPU, [[weight]])
+    with state.as_calibrated():  # a new run: scale 1
+        kept = state["a"].cast_weight(weight, record=True)
+        assert torch.equal(kept.rows.float(), weight.to(E4M3).float())
+    state["a"].cast_weight(weight, record=True)
+    state.update()
+    kept = state["a"].cast_weight(weight, record=True)
+    before, memory = state.table.clone(), kept.rows.data_ptr()
+    with state.as_calibrated():
+        pass
+    assert torch.equal(state.table, before), "the weights' maxima were lost"
+    saved = state.state_dict()
+    weight.mul_(3.0)
+    state.load_state_dict(saved)
+    kept = state["a"].cast_weight(weight, record=True)
+    expected, largest = fp8_casts.quantise(weight, before[0, 0, WEIGHT], E4M3)
+    assert torch.equal(kept.rows.float(), expected.float())
+    assert torch.equal(kept.columns.float(), expected.float().t())
+    assert state.table[2, 0, WEIGHT] == largest
+    assert kept.rows.data_ptr() == memory, "a captured graph would read old memory"
 
 
 def test_autograd_gives_what_the_plain_functions_give() -> None:
@@ -302,9 +373,9 @@ def test_the_check_passes_here_and_refuses_odd_sizes() -> None:
 def test_the_check_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_scale(left: Tensor, right: Tensor, *others: object) -> Tensor:
         one = torch.ones(())
-        return fp8.emulated_product(left, right, one, one, torch.bfloat16, None)
+        return fp8_engine.emulated_product(left, right, one, one, torch.bfloat16, None)
 
-    wrong = fp8.engine_for(CPU)._replace(product=without_scale)
+    wrong = fp8_engine.engine_for(CPU)._replace(product=without_scale)
     monkeypatch.setattr(fp8, "engine_for", lambda device: wrong)
     with pytest.raises(UserError, match="the output differs by"):
         fp8_linear.check(CPU, torch.bfloat16, ((64, 64),))

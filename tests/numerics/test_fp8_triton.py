@@ -8,51 +8,34 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 # Imported first: it selects Triton's interpreter before any kernel is defined.
-from triton_helpers import DEVICE, NATIVE, random
+from triton_helpers import DEVICE, NATIVE, fix_casts, interpreted_engine, random
 
 # isort: split
-from bert_pretraining.kernels import fp8, triton_fp8
-from bert_pretraining.kernels.fp8 import FORMATS, LARGEST, WEIGHT, Fp8State
+from bert_pretraining.kernels import fp8, fp8_casts, fp8_engine, triton_fp8
+from bert_pretraining.kernels.fp8 import Fp8State
+from bert_pretraining.kernels.fp8_casts import LARGEST, WEIGHT
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
+from bert_pretraining.kernels.fp8_weights import EachWeight
+from bert_pretraining.kernels.triton_fp8_weights import AllWeights
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @pytest.fixture(autouse=True)
 def _fix_casts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter round to fp8 as GPUs do, to the nearest number and ties to even.
-
-    Its own conversion loses the carry into the exponent, 31.5 becomes 16, and truncates numbers
-    below the least normal one (to Triton 3.9 at least).
-    """
-    if NATIVE:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-    formats = {"fp8e4nv": E4M3, "fp8e5": E5M2}
-
-    def convert_like_a_gpu(values: np.ndarray, source: Any, target: Any, rounding: Any) -> Any:
-        if str(target) not in formats or str(source) != "fp32":
-            return convert(values, source, target, rounding)
-        numbers = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
-        return numbers.to(formats[str(target)]).view(torch.uint8).numpy().reshape(values.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_like_a_gpu)
+    fix_casts(monkeypatch)
 
 
 def assert_same_cast(x: Tensor, scale: float, dtype: torch.dtype) -> None:
     given = torch.tensor(scale, device=DEVICE)
     maxima = torch.zeros(2, device=DEVICE).unbind()
-    expected = fp8.padded_cast(x, given, dtype, maxima[0])
+    expected = fp8_casts.padded_cast(x, given, dtype, maxima[0])
     found = triton_fp8.cast(x, given, dtype, maxima[1])
     for ours, right in zip(found, expected, strict=True):
         assert ours.dtype == dtype
@@ -106,22 +89,61 @@ def test_all_scales_in_one_launch() -> None:
     table[2, 0, 0], table[2, 1, 2], table[2, 2, 1] = 0.0, torch.nan, torch.inf
     table[2, 3, 2] = 1e-42
     expected = table.clone()
-    fp8.update_scales(expected)
+    fp8_casts.update_scales(expected)
     triton_fp8.update(table)
     torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
     triton_fp8.update(torch.zeros((3, 0, 3), device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+def test_all_weights_in_one_launch(flat: bool, dtype: torch.dtype) -> None:
+    """The same bits and maxima as one cast for each; weights apart in memory or side by side."""
+    shapes = [[(48, 16)] * 3, [(130, 260)], [(1, 1)], [(64, 128), (32, 128)]]
+    if flat:
+        shapes = [[(16, 32)] * 3, [(80, 16)], [(144, 272)]]
+    sizes = [rows * columns for parts in shapes for rows, columns in parts]
+    memory = random(sum(sizes), seed=int.from_bytes(os.urandom(3), "little")).to(dtype)
+    pieces = iter(memory.split(sizes) if flat else [one.clone() for one in memory.split(sizes)])
+    weights = [[next(pieces).view(shape) for shape in parts] for parts in shapes]
+    weights[0][1][0, 0], weights[-1][0][-1, -1] = torch.inf, 1e30
+    tables, kept = [], []
+    for made in (EachWeight(weights), AllWeights(weights)):
+        table = random(3, len(weights), 3, seed=1).abs()
+        table[2] *= 3.0  # some larger than every weight
+        for _ in range(2):
+            made(table)
+        tables.append(table)
+        kept.append(made.kept)
+    assert torch.equal(*tables)
+    for found, expected in zip(*reversed(kept), strict=True):
+        for ours, right in zip(found, expected, strict=True):
+            assert torch.equal(ours.view(torch.uint8), right.view(torch.uint8))
+        assert torch.equal(found.columns.view(torch.uint8), found.rows.view(torch.uint8).t())
+
+
+def test_weights_that_moved_are_found_again() -> None:
+    """An optimizer may move parameters to memory of its own."""
+    weight = torch.nn.Parameter(random(16, 32))
+    made, table = AllWeights([[weight]]), torch.ones((3, 1, 3), device=DEVICE)
+    made(table)
+    weight.data = random(16, 32, seed=1)
+    made(table)
+    expected = fp8_casts.quantise(weight.data, table[0, 0, WEIGHT], E4M3)[0]
+    assert torch.equal(made.kept[0].rows.float(), expected.float())
+
+
 def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for engine in (
-        fp8.Engine("emulated", fp8.emulated_cast, fp8.emulated_product, fp8.update_scales),
-        fp8.Engine("kernels", triton_fp8.cast, fp8.emulated_product, triton_fp8.update),
+        fp8_engine.engine_for(torch.device("cpu")),
+        interpreted_engine(),
     ):
         monkeypatch.setattr(fp8, "engine_for", lambda device, engine=engine: engine)
-        state = Fp8State(["layer"], DEVICE)
+        weight = random(48, 32, seed=1)
+        state = Fp8State(["layer"], DEVICE, [[weight]])
         for _ in range(2):  # measured, then delayed
-            x, weight, gradient = random(37, 32), random(48, 32, seed=1), random(37, 48, seed=2)
+            x, gradient = random(37, 32), random(37, 48, seed=2)
             into_weight = torch.zeros_like(weight)
             y, saved = linear_forward(x, weight, None, state["layer"])
             into_x = linear_backward(gradient, saved, state["layer"], into_weight)
@@ -133,7 +155,8 @@ def test_a_layer_with_the_kernels_is_the_layer_without(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not NATIVE, reason="no CUDA device")
 @pytest.mark.skipif(
-    NATIVE and torch.cuda.get_device_capability() < fp8.OLDEST_CAPABILITY, reason="no fp8 here"
+    NATIVE and torch.cuda.get_device_capability() < fp8_engine.OLDEST_CAPABILITY,
+    reason="no fp8 here",
 )
 def test_the_products_of_this_gpu() -> None:
     from bert_pretraining.kernels.fp8_linear import check
@@ -144,23 +167,12 @@ def test_the_products_of_this_gpu() -> None:
 COMPILE = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from triton_compile import ast_source
-import triton
-from triton.backends.compiler import GPUTarget
-from bert_pretraining.kernels import triton_fp8
-pointers = dict(x_ptr="*bf16", rows_ptr="*u8", columns_ptr="*u8", scale_ptr="*fp32",
-                maximum_ptr="*i32", num_rows="i32", row_stride="i32")
-for e5m2 in (False, True):
-    constants = dict(E5M2=e5m2, RECORD=True, COLUMNS=1024, BLOCK_ROWS=triton_fp8.BLOCK[0],
-                     BLOCK_COLUMNS=triton_fp8.BLOCK[1])
-    aligned = [name for name in pointers if name != "num_rows"]
-    source = ast_source(triton_fp8.cast_kernel, pointers, constants, aligned)
-    target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=triton_fp8.NUM_WARPS))
-    print(json.dumps(dict(shared=compiled.metadata.shared, ptx=compiled.asm["ptx"])))
-source = ast_source(triton_fp8.update_kernel, dict(table_ptr="*fp32"),
-                    dict(COUNT=288, BLOCK_COUNT=512), ["table_ptr"])
-triton.compile(source, target=GPUTarget("cuda", 90, 32))
+import triton_compile
+for kernel, constants, options in triton_compile.fp8_kernels():
+    made = triton_compile.compiled(kernel, constants, options, 90)
+    e5m2 = constants.get("E5M2", False)
+    print(json.dumps(dict(name=triton_compile.name_of(kernel), e5m2=e5m2,
+                          shared=made.metadata.shared, ptx=made.asm["ptx"])))
 """
 
 
@@ -177,9 +189,12 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == len({FORMATS[WEIGHT], *FORMATS})
-    for kernel, name in zip(kernels, ("e4m3x2", "e5m2x2"), strict=True):
-        assert f"cvt.rn.satfinite.{name}.f32" in kernel["ptx"]
+    assert {kernel["e5m2"] for kernel in kernels} == {False, True}
+    for kernel in kernels:
+        if kernel["name"].endswith("update_kernel"):  # it casts nothing
+            continue
+        name = "e5m2x2" if kernel["e5m2"] else "e4m3x2"
+        assert f"cvt.rn.satfinite.{name}.f32" in kernel["ptx"], kernel["name"]
         assert kernel["shared"] <= 48 * 1024
         atomics = re.findall(r"\b(?:atom|red)\.[\w.:]*", kernel["ptx"])
         assert atomics

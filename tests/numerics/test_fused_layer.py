@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.kernels.fp8_operators import Factor
 from bert_pretraining.kernels.pairs import PlainSums
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, Saved
+from bert_pretraining.model.fused_record import run_layers
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import CompiledForm, FusedForm, LayerForm
 from bert_pretraining.model.parameter_memory import OwnGradients, side_by_side
@@ -131,6 +135,61 @@ def test_evaluation_keeps_nothing_and_gives_the_same_losses() -> None:
             found = model(batch)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert not found["mlm"].loss.requires_grad
+
+
+class CountingSink(OwnGradients):
+    """Counts the tensors of each layer that are still kept when a layer begins or has gone back."""
+
+    def __init__(self) -> None:
+        self.kept: list[list[weakref.ref]] = []
+        self.alive: list[list[int]] = []
+
+    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.alive.append([sum(ref() is not None for ref in refs) for refs in self.kept])
+
+
+class WatchedLayer(FusedLayer):
+    """Tells the sink what it keeps."""
+
+    def forward(self, *arguments: object) -> tuple[Tensor, Factor, Saved]:
+        self.sink.arrived(())
+        output, factor, saved = super().forward(*arguments)
+        self.sink.kept.append([weakref.ref(saved.inner), weakref.ref(saved.context)])
+        return output, factor, saved
+
+
+def test_what_a_layer_keeps_is_freed_when_it_has_gone_back() -> None:
+    model = make_model(tiny_config(num_hidden_layers=3))
+    batch, sink = batch_of([30, 7]), CountingSink()
+    layers = [WatchedLayer(layer, PAIRS, sink) for layer in model.bert.encoder.layer]
+    hidden = torch.randn(37, model.bert.embeddings.word_embeddings.weight.shape[1])
+    output = run_layers(layers, [NO_SEEDS] * 3, hidden.requires_grad_(), batch)
+    sink.alive.clear()
+    output.sum().backward()
+    # The tensors of the layer that has just gone back are freed after it told so.
+    assert [counts[-1 - n :] for n, counts in enumerate(sink.alive)] == [
+        [2], [2, 0], [2, 0, 0]
+    ]  # fmt: skip
+    assert all(ref() is None for refs in sink.kept[1:] for ref in refs)
+
+
+def test_an_evaluation_keeps_nothing_of_a_layer_while_the_next_one_runs() -> None:
+    model = make_model(tiny_config(num_hidden_layers=3))
+    batch, sink = batch_of([30, 7]), CountingSink()
+    layers = [WatchedLayer(layer, PAIRS, sink) for layer in model.bert.encoder.layer]
+    hidden = torch.randn(37, model.bert.embeddings.word_embeddings.weight.shape[1])
+    with torch.no_grad():
+        run_layers(layers, [NO_SEEDS] * 3, hidden, batch)
+    assert sink.alive == [[], [0], [0, 0]]
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    model = make_model(tiny_config())
+    with model.layers_as(fused(model)):
+        loss = model(batch_of([30, 7]))["mlm"].loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="keep nothing for a second backward pass"):
+        loss.backward()
 
 
 def test_the_form_is_restored_also_after_an_error() -> None:

@@ -95,7 +95,7 @@ def test_inspect_of_a_tensorflow_checkpoint(run_checkpoint: object) -> None:
         assert figures["norm"] == pytest.approx(theirs[name]["norm"], rel=1e-12), name
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, source: Path) -> None:
+def test_a_reader_that_leaves_early_ends_it_without_a_word(tmp_path: Path, source: Path) -> None:
     program = f"{sys.executable} -m bert_pretraining checkpoint inspect {source.name} | true"
     done = subprocess.run(
         ["bash", "-c", f"{program}; exit ${{PIPESTATUS[0]}}"],
@@ -105,7 +105,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, source: Path) ->
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # ---- diff
@@ -218,3 +218,38 @@ def test_help_and_unknown_words(tmp_path: Path) -> None:
         checkpoint.convert(["a.pt"])
     with pytest.raises(UserError, match="invalid choice: 'tf'"):
         checkpoint.convert(["a.pt", "b", "--to", "tf"])
+
+
+def test_a_model_without_heads_is_the_same_to_every_command(
+    run_checkpoint: object, tmp_path: Path, source: Path, weights: dict
+) -> None:
+    """As BertModel of Hugging Face, with the head of a classifier."""
+    named = {name.removeprefix("bert."): value for name, value in weights.items() if "bert" in name}
+    torch.save({**named, "classifier.weight": torch.ones(2, 32)}, tmp_path / "encoder.bin")
+    code, out, _ = run_checkpoint("inspect", tmp_path / "encoder.bin")
+    assert code == 0
+    assert "Model: 2 layers, hidden 32, intermediate 48, vocabulary 104, positions 512\n" in out
+    assert (
+        "Heads of pretraining that it lacks: cls.seq_relationship.*, cls.predictions.*; to train "
+        "from it, pass --missing_weights random\n"
+    ) in out
+    for target, made in (("apex", tmp_path / "a.pt"), ("hf", tmp_path / "hf")):
+        code, out, _ = run_checkpoint("convert", tmp_path / "encoder.bin", made, "--to", target)
+        assert code == 0
+        assert "Not in the source: cls.seq_relationship.*, cls.predictions.*; to train from" in out
+        assert "Left out: tensors that the model lacks, 1 entries of the source" in out
+        code, out, _ = run_checkpoint("diff", made, source)
+        assert code == 1
+        only = [line for line in out.splitlines() if "  only in " in line]
+        assert len(only) == 7
+        assert all(f"only in {source}: cls." in line for line in only)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["BertModel"]
+
+
+def test_inspect_warns_of_weights_that_no_training_made(
+    run_checkpoint: object, tmp_path: Path, weights: dict
+) -> None:
+    weights[POOLER] = torch.zeros(32, 32)
+    write_weights(tmp_path / "a.pt", weights)
+    _, out, _ = run_checkpoint("inspect", tmp_path / "a.pt")
+    assert f"Warning: all numbers are the same in {POOLER}: these were never trained\n" in out

@@ -270,8 +270,10 @@ def test_the_report_lists_every_tensor(
         load_weights(model, tmp_path / "start.pt")
     summary, *lines = str(caught.value).splitlines()
     assert summary.endswith(
-        "(it holds 2 layers, hidden 32, intermediate 48, vocabulary 104, positions 512): tensors "
-        "2 missing, 2 unexpected, 1 wrong shape, 1 wrong type; "
+        "start.pt does not fit the model of bert_config.json: tensors "
+        "2 missing (bert.pooler.dense.bias (32,), ...), 2 unexpected (extra (2,), ...), "
+        "1 wrong shape (cls.predictions.bias is (99,), the model's is (104,)), "
+        "1 wrong type (bert.embeddings.LayerNorm.bias is torch.int64); "
         "pass the checkpoint and bert_config.json of one model"
     )
     assert lines == [
@@ -290,8 +292,8 @@ def test_a_report_of_another_model_is_readable(tmp_path: Path, weights: dict) ->
     with pytest.raises(UserError) as caught:
         load_weights(make_model(tiny_config(num_hidden_layers=12)), tmp_path / "start.pt")
     summary, *lines = str(caught.value).splitlines()
-    assert "(it holds 2 layers, " in summary
-    assert "160 missing" in summary
+    assert "it has num_hidden_layers 2 instead of 12, tensors 160 missing (" in summary
+    assert summary.endswith("--bert_config_path of this checkpoint's model, or another checkpoint")
     assert len(lines) == 41
     assert lines[-1] == "  missing: 120 more"
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "base" / "bert_pretraining"
 # a module at its root.
 LEAVES = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "runtime"},
     "kernels": {"errors", "runtime"},
     "progress": {"errors"},
     "runtime": {"errors"},

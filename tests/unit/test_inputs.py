@@ -58,16 +58,18 @@ def test_paths_of_a_data_set_and_their_overrides(data_dir: Path, tmp_path: Path)
 
 def test_no_data_at_all(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    with pytest.raises(UserError, match=r"no such data_dir: .*make-mini --output_dir .*absent$"):
+    with pytest.raises(UserError, match=r"no such data_dir: .*make-mini --output_dir .*a_mini$"):
+        data_paths(settings(tmp_path / "a_mini"))
+    with pytest.raises(UserError, match=r"no such data_dir: .*absent; pass the folder with 2048_s"):
         data_paths(settings(absent))
     with pytest.raises(UserError, match=r"^no data; pass --data_dir DIR \("):
         data_paths(settings(None))
     with pytest.raises(UserError, match="did not name: --eval_dir, --bert_config_path"):
         data_paths(settings(None, train_dir=absent, init_checkpoint="random"))
     absent.touch()
-    with pytest.raises(UserError, match=r"absent is a file; pass the directory"):
+    with pytest.raises(UserError, match=r"absent is a file; pass the directory that holds 2048_"):
         data_paths(settings(absent))
-    with pytest.raises(UserError, match=r"cannot read a+ \(File name too long\); "):
+    with pytest.raises(UserError, match=r"cannot read a+: the name is too long .*; "):
         data_paths(settings(Path("a" * 400)))
 
 

@@ -164,7 +164,7 @@ def every_event(log: MlperfLog) -> None:
     log.hyperparameters(Hyperparameters(7, {"opt_epsilon": 1e-6, "global_batch_size": 448}))
     log.weights_loaded(["bert.pooler.dense.weight"])
     log.clock_started()
-    log.resumed(Resumption(Path("model.ckpt-3.pt"), 3, 1344, []))
+    log.resumed(Resumption(Path("model.ckpt-3.pt"), 3, 1344, [], 0.5))
     log.evaluation_started(0)
     log.evaluation_stopped(0, 0.34085)
     log.evaluation_started(448)

@@ -228,11 +228,13 @@ def test_a_bad_shard_ends_the_loader_with_its_name(shard_dir: Path, fault: str) 
 def test_evaluation_batches_are_the_same_at_any_world_size(
     shard_dir: Path, world_size: int
 ) -> None:
-    count, everything = load_evaluation_set(shard_dir, 14, LoaderConfig(4, 0, 1, 2000, 16))
+    count, everything = load_evaluation_set(
+        list_shards(shard_dir), 14, LoaderConfig(4, 0, 1, 2000, 16)
+    )
     dealt = {}
     for rank in range(world_size):
         loader_config = LoaderConfig(4, rank, world_size, 2000, 16)
-        total, mine = load_evaluation_set(shard_dir, 14, loader_config)
+        total, mine = load_evaluation_set(list_shards(shard_dir), 14, loader_config)
         assert total == count
         dealt.update(mine)
     assert sum(batch.num_sequences for batch in dealt.values()) == 14

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from bert_pretraining.data.shards import read_arrays
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import held_out
 from bert_pretraining.preparation import prepare as stages
 from bert_pretraining.preparation.examples import ExampleSettings
 from bert_pretraining.preparation.prepare import PrepareSettings, TextSettings
@@ -20,7 +23,7 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 def small_texts(tmp_path: Path) -> PrepareSettings:
     """Two training texts and an evaluation text of a few sentences."""
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    (tmp_path / "text.txt").write_text("a b\nc d\n\ne f\ng h\n" * 3)
+    (tmp_path / "text.txt").write_text("b a\nd c\n\nf e\nh g\n" * 3)
     text = TextSettings(tmp_path / "vocab.txt", ExampleSettings(32, 5, dupe_factor=2))
     (tmp_path / "texts").mkdir()
     for name in ("part-0", "part-1"):
@@ -77,6 +80,63 @@ def test_a_changed_text_is_made_again_with_the_shards(
     fresh = dataclasses.replace(small_texts, output_dir=tmp_path / "fresh")
     stages.prepare(fresh)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_text_changed_to_another_of_the_same_size_is_made_again(
+    tmp_path: Path, small_texts: PrepareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(stages, "write_whole", stop)  # when all shards are made
+        stages.prepare(small_texts)
+    part, times = tmp_path / "texts" / "part-1", (tmp_path / "texts" / "part-1").stat()
+    part.write_text(part.read_text().replace("c", "h"))
+    os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))  # as some copies set it
+    assert part.stat().st_size == times.st_size
+    messages = stages.prepare(small_texts)
+    assert any("other files in --text_dir" in line for line in messages)
+    assert "examples: 1 files made, 2 there" in messages
+    fresh = dataclasses.replace(small_texts, output_dir=tmp_path / "fresh")
+    stages.prepare(fresh)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    eval_text = small_texts.eval_text
+    eval_text.write_text(eval_text.read_text().replace("h", "e"))
+    with pytest.raises(UserError, match="is finished, and was made with another --eval_text"):
+        stages.prepare(small_texts)
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    small_texts: PrepareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="a smaller --num_eval_examples"):
+        stages.prepare(dataclasses.replace(small_texts, num_eval_examples=5000))
+    read: list[str] = []
+    compare = held_out.compare
+
+    def noted(path: Path, evaluation: held_out.EvalText) -> held_out.Comparison:
+        read.append(path.name)
+        return compare(path, evaluation)
+
+    monkeypatch.setattr(held_out, "compare", noted)
+    os.utime(small_texts.text_dir / "part-0")  # the same content with another time
+    messages = stages.prepare(small_texts)
+    assert read == ["part-0"]
+    assert "examples: 0 files made, 3 there" in messages
+
+
+def test_a_data_set_of_an_earlier_version_is_gone_on_with(small_texts: PrepareSettings) -> None:
+    """It told texts apart by size."""
+    stages.prepare(small_texts)
+    manifest = small_texts.output_dir / "prepare.json"
+    settings = json.loads(manifest.read_text())
+    notes = settings.pop("files")
+    settings["texts"] = {name: text["size"] for name, text in notes["texts"].items()}
+    settings["eval_text"] = notes["eval_bytes"]
+    manifest.write_text(json.dumps(settings))
+    assert "nothing to do" in stages.prepare(small_texts)[0]
+    settings["texts"]["part-0"] += 1
+    manifest.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="made with other files in --text_dir"):
+        stages.prepare(small_texts)
 
 
 def stop(*_: object) -> None:

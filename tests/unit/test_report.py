@@ -22,7 +22,7 @@ from bert_pretraining.report.style import DARK, LIGHT, Theme, settings
 from bert_pretraining.report.view import View
 from bert_pretraining.training import train
 from helpers import REFERENCE, command, needs_reference
-from log_files import mllog_line, write_run
+from log_files import mllog_line, perflog_line, write_run
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from matplotlib import rc_context
@@ -295,6 +295,26 @@ def test_a_run_of_this_package(mini_data: Path, tmp_path: Path) -> None:
     assert all(point.loss is not None for point in run.evaluations)
     assert [point.samples for point in run.training] == [64, 128, 192, 256]
     assert [path.stem for path in made.files] == ["report", "accuracy", "loss", "training"]
+    # What the run said of itself: the warm-up of this configuration has more than four steps.
+    assert run.commonest_share == pytest.approx(0.11, abs=0.05)
+    (notice,) = run.notices
+    assert f"Notices of the runs:\n  {run.name}: {notice}" in made.summary
+    assert "<h2>Notices of the runs</h2>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_commonest_token_is_drawn_as_a_baseline(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / f"run-{seed}", seed) for seed in (1, 2))
+    assert view_of(first).baselines == []
+    for folder, share in ((first, 0.0512), (second, 0.05123)):
+        facts = {"masked_tokens": 1000, "commonest_token": 1996, "commonest_share": share}
+        with (folder / "perflog.txt").open("a") as file:
+            file.write(perflog_line("EVALUATION_SET", facts, 1) + "\n")
+    view = view_of(first, second)
+    assert view.baselines == [0.051]
+    drawn = figures.figure(figures.pictures(view)[0], view, LIGHT)
+    for axes in drawn.axes:
+        assert "commonest token 0.051" in [text.get_text() for text in axes.texts]
+        assert axes.get_ylim()[0] < 0.051
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.documents import documents_of
 from bert_pretraining.preparation.segment import (
     SegmentReport,
-    articles,
     describe,
     eval_choice,
     segment,
-    sentences,
 )
+from bert_pretraining.preparation.sentences import sentences
 
 WIKI = """<doc id="1" url="https://example.org/1" title="Tea">
 Tea
@@ -79,9 +81,9 @@ def test_wiki_extractor_output(tmp_path: Path) -> None:
 
 def test_plain_paragraphs() -> None:
     single = "\n\n\nOne\nline. <b>\n \nTwo.\n\n\n"
-    assert list(articles(single, "x")) == [["One\nline. <b>"], ["Two."]]
+    assert list(documents_of(single, "blank_line", "x")) == [["One\nline. <b>"], ["Two."]]
     double = "One.\n\nStill one.\r\n\t\r\n\r\n\r\nTwo.\n"
-    assert list(articles(double, "x")) == [["One.", "Still one."], ["Two."]]
+    assert list(documents_of(double, "blank_line", "x")) == [["One.", "Still one."], ["Two."]]
 
 
 def test_plain_text_with_a_byte_order_mark_and_wrapped_lines(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UserError, match=r"text: not UTF-8 text \(byte 3\)"):
         segment([good, bad], output, 0, 1)
-    with pytest.raises(UserError, match=r"cannot read .*absent \(No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*absent: does not exist"):
         segment([tmp_path / "absent"], output, 0, 1)
     with pytest.raises(UserError, match="good: given twice"):
         segment([good, tmp_path / "." / "x" / ".." / "good"], output, 0, 1)
@@ -223,7 +225,7 @@ def test_the_empty_piece_takes_part_in_the_draw(tmp_path: Path) -> None:
 def test_inputs_gathered_into_fewer_files(tmp_path: Path) -> None:
     paths = write_corpus(tmp_path / "in", [3, 1, 4, 2, 5])
     segment(paths, tmp_path / "single", 2, 5)
-    segment(paths, tmp_path / "out", 2, 5, num_files=2)
+    segment(paths, tmp_path / "out", 2, 5, num_parts=2)
     parts = [(tmp_path / "single" / f"part-0000{n}-of-00005").read_text() for n in range(5)]
     assert (tmp_path / "out" / "part-00000-of-00002").read_text() == "".join(parts[:3])
     assert (tmp_path / "out" / "part-00001-of-00002").read_text() == "".join(parts[3:])
@@ -241,3 +243,122 @@ def test_same_arguments_same_bytes(tmp_path: Path) -> None:
     first = made("first", paths, 1)
     assert made("again", paths[::-1], 1) == first
     assert made("other", paths, 2) != first
+
+
+SPEECH = "Friends, hear me. We begin.\n\nA second paragraph. It goes on.\n\nThe end. Thanks.\n"
+JSON = "".join(
+    json.dumps(
+        {"id": str(n), "title": f"T{n}", "text": f"T{n}\nA dog &amp; a cat. {n} run.\nEnd {n}."}
+    )
+    + "\n"
+    for n in range(3)
+)
+OF_JSON = "".join(f"A dog & a cat.\n{n} run.\nEnd {n}.\n\n" for n in range(3))
+
+
+def test_json_and_lists_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = f"[{','.join(JSON.splitlines())}]"
+    for name, text in (("lines", JSON), ("list", listed), ("pretty", listed.replace("{", "\n {"))):
+        (tmp_path / name).write_text(text)
+        segment([tmp_path / name], tmp_path / f"{name}.out", 0, 1)
+        assert (tmp_path / f"{name}.out" / "part-00000-of-00001").read_text() == OF_JSON
+        assert "Documents: json (1 file), guessed by the files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "One."}\nTwo.\n', "line 2 is no JSON object; give one object a line"),
+        ('{"text": "One."}\n[1]\n', "line 2 is no JSON object"),
+        ('{"content": "One.", "id": 1}\n', 'line 1 has no text under "text" .it has: content, id.'),
+        ('{"text": null}\n', 'line 1 has no text under "text" .it has: text.'),
+        ('[{"text": "One."}, 2]', "object 2 is no JSON object"),
+    ],
+)
+def test_json_that_is_wrong_names_its_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "text").write_text(text)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/text: .*{message}"):
+        segment([tmp_path / "text"], tmp_path / "out", 0, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_small_files_are_a_document_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02d}.txt").write_text(SPEECH.replace("Friends", f"Friends {number}"))
+    paths = sorted(tmp_path.glob("*.txt"))
+    report = segment(paths, tmp_path / "out", 2, 1)
+    told = capsys.readouterr().err
+    assert "Documents: file (12 files), guessed by the files; --documents says otherwise" in told
+    assert "Summary of the training text: 10 documents, 6.0 sentences a document, 2.5 words" in told
+    assert "Warning" not in told
+    assert (report.train_articles, report.eval_articles, report.num_parts) == (10, 2, 1)
+    expected = "".join(f"Friends {n}, hear me.\n" for n in range(12))
+    parts = [(tmp_path / "out" / name).read_text() for name in ("part-00000-of-00001", "eval.txt")]
+    lines = [line for part in parts for line in part.split("\n") if line.startswith("Friends")]
+    assert "\n".join(sorted(lines, key=lambda line: int(line.split()[1][:-1]))) + "\n" == expected
+
+    paragraphs = segment(paths, tmp_path / "as", 2, 1, form="blank_line")
+    assert paragraphs.train_articles + paragraphs.eval_articles == 36
+    segment(paths[:3], tmp_path / "few", 0, 1)
+    told = capsys.readouterr().err
+    assert "Documents: blank_line (3 files), guessed" in told
+    assert "each paragraph of 3 plain files became a document, of 2.0 sentences" in told
+    assert "pass --documents file; if not" in told
+
+
+def test_small_files_are_gathered_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bert_pretraining.preparation.segment.PART_BYTES", 3 * len(SPEECH))
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(SPEECH)
+    report = segment(sorted(tmp_path.glob("*.txt")), tmp_path / "out", 0, 1, form="file")
+    assert (report.num_parts, report.train_articles) == (3, 8)
+
+
+def test_the_form_that_is_asked_for_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "wiki").write_text(WIKI)
+    with pytest.raises(
+        UserError, match=r"wiki: line 1 is no JSON object; .* pass the right --docu"
+    ):
+        segment([tmp_path / "wiki"], tmp_path / "out", 0, 1, form="json")
+    (tmp_path / "speech").write_text(SPEECH)
+    with pytest.raises(UserError, match="speech: line 1 does not fit <doc"):
+        segment([tmp_path / "speech"], tmp_path / "out", 0, 1, form="doc_tags")
+    report = segment([tmp_path / "speech"], tmp_path / "out", 0, 1, form="file")
+    assert (report.train_articles, report.sentences) == (1, 6)
+
+
+def test_copies_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path, *_) = write_corpus(tmp_path / "in", [20])
+    copy = tmp_path / "in" / "wiki_01"
+    copy.write_text(path.read_text())
+    segment([path, copy], tmp_path / "out", 4, 1)
+    told = capsys.readouterr().err
+    assert f"trained on twice: {copy} has the content of {path}\n" in told
+    # Articles that are picked from both files are no training articles.
+    picked = [eval_choice(21, 2, seed) - {20} for seed in (1, 14)]
+    copies, total = len(picked[0] ^ picked[1]), len(picked[0]) + len(picked[1])
+    assert copies > 0
+    assert f"{copies} of {total} evaluation articles are training articles too" in told
+    copy.unlink()
+    os.link(path, copy)
+    with pytest.raises(UserError, match=r"wiki_01: given twice, .* .the same file as .*wiki_00."):
+        segment([path, copy], tmp_path / "other", 4, 1)
+
+
+def test_folders_and_missing_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write_corpus(tmp_path / "in", [4, 5])
+    (tmp_path / "in" / "._wiki_00").write_text("macOS")
+    segment(paths, tmp_path / "files", 0, 1)
+    segment([tmp_path / "in"], tmp_path / "folder", 0, 1)
+    assert "Left out of --input: " in capsys.readouterr().err
+    for path in (tmp_path / "files").iterdir():
+        assert (tmp_path / "folder" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(UserError, match="is in the --input folder"):
+        segment([tmp_path / "in"], tmp_path / "in" / "out", 0, 1)
+    parts = tmp_path / "folder" / "part-00001-of-00002"
+    with pytest.raises(UserError, match=r"--input: 1 of 2 parts are there .not number 0.; copy"):
+        segment([parts], tmp_path / "out", 0, 1)
+    segment([parts], tmp_path / "out", 0, 1, allow_missing_parts=True)
+    assert "Warning: --input: 1 of 2 parts are there" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_spoiled_files_are_named(tmp_path: Path) -> None:
         list_shards(tmp_path)
     path = tmp_path / "part_0.hdf5"
     path.write_text("not hdf5")
-    with pytest.raises(UserError, match=r"part_0.hdf5: not a readable HDF5 file"):
+    with pytest.raises(UserError, match=r"part_0.hdf5: plain text that .*not an HDF5 file"):
         list_shards(tmp_path)
     write_shard(path, padded_arrays([4], 16, 90))
     with h5py.File(path, "a") as file:
@@ -244,6 +244,6 @@ def test_a_write_that_fails_keeps_the_file_that_was_there(tmp_path: Path) -> Non
     write_shard(path, padded_arrays([4], 16, 90))
     before = path.read_bytes()
     (tmp_path / "part_0.hdf5.partial").mkdir()  # in the way of the temporary file
-    with pytest.raises(UserError, match=r"cannot write .*part_0.hdf5 .*; free disk space"):
+    with pytest.raises(UserError, match=r"cannot write .*part_0.hdf5: a directory stands there"):
         write_shard(path, padded_arrays([5], 16, 90))
     assert path.read_bytes() == before

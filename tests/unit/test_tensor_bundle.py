@@ -246,7 +246,7 @@ def test_torn_and_missing_parts(copy: Path) -> None:
     with pytest.raises(UserError, match="00001: cut off, bert/pooler/dense/kernel lies beyond"):
         TensorBundle(copy).tensor("bert/pooler/dense/kernel")
     data.write_bytes(b"")
-    with pytest.raises(UserError, match=r"cannot read .*00001 \(.*empty"):
+    with pytest.raises(UserError, match=r"00001: an empty file; download or copy it again"):
         TensorBundle(copy).tensor("bert/pooler/dense/kernel")
     data.unlink()
     with pytest.raises(UserError, match=r"no .*00001 beside .*\.index; copy both"):
@@ -254,5 +254,5 @@ def test_torn_and_missing_parts(copy: Path) -> None:
     good = index.read_bytes()
     for spoiled in (b"", b"text", good[:2000], good[1:], good[:-1], good[48:]):
         index.write_bytes(spoiled)
-        with pytest.raises(UserError, match=r"28252\.index: damaged or no index"):
+        with pytest.raises(UserError, match=r"28252\.index: .*(the|no) index of"):
             TensorBundle(copy)

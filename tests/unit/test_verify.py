@@ -20,55 +20,29 @@ from bert_pretraining.preparation.prepare import TextSettings, checksum, create_
 from bert_pretraining.preparation.verify import verify
 from bert_pretraining.preparation.verify_report import VerifyReport, md5_of, row_md5s
 from helpers import REFERENCE, needs_reference
-
-TRAIN, EVAL = "2048_shards_uncompressed", "eval_set_uncompressed"
-ROWS, SHARDS = 60, 4
-Arrays = dict[str, np.ndarray]
+from verify_sets import (
+    EVAL,
+    ROWS,
+    SHARDS,
+    TRAIN,
+    Arrays,
+    put,
+    rewrite,
+    shard,
+    small_files,
+    write_set,
+)
 
 
 @pytest.fixture(scope="module")
 def small(mini_data: Path) -> dict[str, Arrays]:
-    """File -> arrays: the first rows of mini shards, as shards of a set of four."""
-    files = {
-        shard(number): read_arrays(mini_data / TRAIN / f"part_{number:05d}_of_00016.hdf5")
-        for number in range(SHARDS)
-    }
-    files[f"{EVAL}/part_eval.hdf5"] = read_arrays(mini_data / EVAL / "part_eval.hdf5")
-    return {
-        name: {key: array[:ROWS] for key, array in arrays.items()} for name, arrays in files.items()
-    }
+    return small_files(mini_data)
 
 
 @pytest.fixture
 def data(tmp_path: Path, small: dict[str, Arrays], mini_data: Path) -> Path:
     """A good small set in the fixed form, to spoil."""
     return write_set(tmp_path / "set", small, mini_data, "fixed")
-
-
-def write_set(directory: Path, files: dict[str, Arrays], mini_data: Path, form: str) -> Path:
-    write = write_shard if form == "fixed" else write_varlength_shard
-    for name, arrays in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        write(directory / name, arrays)
-    config = (mini_data / "bert_config.json").read_text()
-    (directory / "bert_config.json").write_text(config)
-    return directory
-
-
-def shard(number: int) -> str:
-    return f"{TRAIN}/part_{number:05d}_of_{SHARDS:05d}.hdf5"
-
-
-def rewrite(path: Path, key: str, change: Callable[[np.ndarray], object]) -> None:
-    """Change one dataset of a file."""
-    with h5py.File(path, "a") as file:
-        values = file[key][()]
-        change(values)
-        file[key][()] = values
-
-
-def put(place: object, value: object, values: np.ndarray) -> None:
-    values[place] = value
 
 
 def replaced(key: str, values: np.ndarray | None) -> Callable[[Path], None]:
@@ -168,11 +142,11 @@ def test_spoiled_values(data: Path, key: str, place: object, value: int, words: 
 
 SPOILED = {
     "cut file": (lambda data: os.truncate(data / shard(1), 9000), shard(1),
-                 "not a readable HDF5 file"),
-    "wrong dtype": (replaced("input_ids", np.zeros((60, 64), "i4")), shard(1),
-                    "'input_ids' is int32, not int16"),
+                 "an HDF5 file that ends too early (9000 of "),
+    "wrong dtype": (replaced("input_ids", np.zeros((60, 64), "f4")), shard(1),
+                    "'input_ids' holds float32 numbers, not integers"),
     "fewer rows": (replaced("segment_ids", np.zeros((59, 64), "i1")), shard(1),
-                   "'segment_ids' has shape (59, 64), not (60, 64)"),
+                   "'segment_ids' has shape (59, 64), but 'input_ids' has (60, 64)"),
     "longer rows": (longer_rows, shard(1), "rows of 80 tokens, in the other files of 64"),
     "forms": (lambda data: write_varlength_shard(data / shard(1), read_arrays(data / shard(0))),
               shard(1), "rows of varying numbers of tokens"),
@@ -186,7 +160,7 @@ SPOILED = {
                 f"{shard(0)} and {shard(1)}"),
     "leak": (leaked, f"{EVAL}/part_eval.hdf5", "6 of 60 (10.00%) sequences are in training too"),
     "missing": (remove(shard(1)), TRAIN, "1 of 4 shards missing: part_00001_of_00004.hdf5;"),
-    "no evaluation set": (remove(f"{EVAL}/part_eval.hdf5"), EVAL, "no such directory with files"),
+    "no evaluation set": (remove(f"{EVAL}/part_eval.hdf5"), EVAL, "no shards in "),
     "no configuration": (remove("bert_config.json"), "bert_config.json", "cannot be read"),
     "bad configuration": (config('{"vocab_size": 9}'), "bert_config.json", "no JSON object with"),
     "no dataset": (replaced("segment_ids", None), shard(1), "no dataset 'segment_ids'"),
@@ -286,7 +260,7 @@ def test_few_repeats_and_leaks_are_notes(data: Path, mini_data: Path) -> None:
 def test_uneven_and_unnumbered_files_are_told(data: Path) -> None:
     arrays = read_arrays(data / shard(1))
     write_shard(data / shard(1), {key: array[:40] for key, array in arrays.items()})
-    for name in ("README", "part_9_of_9.hdf5.partial"):
+    for name in ("README", "part_1.hdf5.md5"):
         (data / TRAIN / name).write_text("no shard")
     for number in range(SHARDS):
         (data / shard(number)).rename(data / TRAIN / f"part-{number}.hdf5")
@@ -389,8 +363,8 @@ def test_json(data: Path) -> None:
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such data set"):
         verify(tmp_path / "absent")
     (tmp_path / TRAIN).mkdir()
-    with pytest.raises(UserError, match="no files with 'part' in the name"):
+    with pytest.raises(UserError, match="HDF5 files with 'part' in the name, found no files"):
         verify(tmp_path)

@@ -25,6 +25,10 @@ def main(arguments: list[str]) -> int:
         help="a directory of shards (required)",
     )  # fmt: skip
     parser.add_argument(
+        "--shard_pattern", metavar="GLOB",
+        help="names of the shards, such as '*.h5' (default: all with 'part' in the name)",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch_size", type=int, default=48, metavar="N",
         help="sequences, at least 1 (default: %(default)s)",
     )  # fmt: skip
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> int:
     require_at_least_one(flags, "batch_size", "world_size")
     if not flags.seconds > 0:
         raise UserError(f"--seconds {flags.seconds}: it must be above 0", "pass a number above 0")
-    shards = list_shards(flags.train_dir)
+    shards = list_shards(flags.train_dir, flags.shard_pattern, announce)
     sizes = [shard.num_sequences for shard in shards]
     results = {}
     for batching in ("random", "balanced"):

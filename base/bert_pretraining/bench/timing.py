@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from bert_pretraining.bench import record
+from bert_pretraining.runtime import capture
 from bert_pretraining.runtime import device as devices
 
 ENOUGH = 0.02  # seconds between the two events, to be long beside their own error of microseconds
@@ -180,20 +181,19 @@ def captured(
     call: Callable[[], object], device: torch.device, calls: int
 ) -> Callable[[], object] | None:
     """Replays a graph of so many calls; None where the device or the call cannot be captured."""
-    graphs = devices.graphs(device)
-    if graphs is None:
+    if devices.graphs(device) is None:
         return None
-    stream = devices.current_stream(device)
     with devices.side_stream(device):
         call()
     devices.synchronize(device)
-    graph = graphs.create()
+
+    def work() -> None:
+        for _ in range(calls):
+            call()
+
     try:
-        with graphs.capture(graph):
-            for _ in range(calls):
-                call()
+        graph, _ = capture.captured(device, work)
     except RuntimeError:
-        devices.end_failed_capture(device, stream)
         return None
     return graph.replay
 

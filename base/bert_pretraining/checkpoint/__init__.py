@@ -6,10 +6,10 @@ from bert_pretraining.checkpoint.formats import (
     read_checkpoint,
     read_weights,
 )
+from bert_pretraining.checkpoint.run_order import newest_first
 from bert_pretraining.checkpoint.save import (
     CheckpointWriter,
     checkpoint_path,
-    newest_first,
     save_checkpoint,
     write_weights,
 )

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.formats import Checkpoint
 from bert_pretraining.checkpoint.names import VOCABULARY_ROWS
+from bert_pretraining.checkpoint.run_order import RUN_NUMBER
 from bert_pretraining.checkpoint.structure import untied
 
 SHOWN = 20  # tensors in a description
 EXACT_IN_DOUBLE = 2**53
 ROWS_AT_A_TIME = 1024
 
-LAUNCH = "job"  # a key of the training state that names the launch, not a result of training
+# Keys of the training state that name the launch and the run, and are no result of training.
+NAMES_OF_RUN = ("job", RUN_NUMBER)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,9 @@ def _compared(checkpoint: Checkpoint, training_state: bool) -> dict[str, Tensor]
     tensors = untied(checkpoint.weights)
     if training_state:
         tensors |= _flattened(checkpoint.optimizer or {}, "optimizer")
-        state = {key: value for key, value in (checkpoint.state or {}).items() if key != LAUNCH}
+        state = {
+            key: value for key, value in (checkpoint.state or {}).items() if key not in NAMES_OF_RUN
+        }
         tensors |= _flattened(state, "state")
     return tensors
 

@@ -11,10 +11,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bert_pretraining.checkpoint import hugging_face
-from bert_pretraining.checkpoint.formats import Checkpoint
+from bert_pretraining.checkpoint.fitting import HEADS_ANEW, fit
+from bert_pretraining.checkpoint.formats import OTHER_HEADS, Checkpoint
 from bert_pretraining.checkpoint.names import DECODER, OUTPUT_BIAS, WORD_EMBEDDING
 from bert_pretraining.checkpoint.save import save_checkpoint, write_weights
-from bert_pretraining.checkpoint.structure import NEXT_SENTENCE_HEAD, Sizes, expected_shapes, fit
+from bert_pretraining.checkpoint.structure import (
+    MASKED_TOKEN_HEAD,
+    NEXT_SENTENCE_HEAD,
+    Sizes,
+    absent_heads,
+    expected_shapes,
+)
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import padded_rows
 
@@ -43,17 +50,20 @@ def convert(
     """Write the checkpoint's weights as "apex", "hf" or "resume".
 
     All three hold the trainer's model, with a vocabulary that rows of 0 pad to a multiple of
-    8. With "hf", `trim_vocabulary` leaves the padding out.
+    8. With "hf", `trim_vocabulary` leaves the padding out. A head that the checkpoint lacks is
+    lacking in the result too, and tensors of other tasks are left out.
     Returns lines that say what was done. Raises UserError if the weights do not fit the
     model, or if the destination cannot be written; then no part of it is left.
     """
+    checkpoint = _without_other_tasks(checkpoint)
     weights = _complete(checkpoint, model.sizes)
     notes = [_vocabulary_note(checkpoint, model.sizes)]
-    without_head = lacks_next_sentence_head(checkpoint)
+    absent = absent_heads(checkpoint.weights)
     if target == "hf":
         config = _hugging_face_config(model, weights)
-        if without_head:
-            config["architectures"] = ["BertForMaskedLM"]
+        if absent:
+            lacks_mlm = set(MASKED_TOKEN_HEAD) <= set(absent)
+            config["architectures"] = ["BertModel" if lacks_mlm else "BertForMaskedLM"]
         if trim_vocabulary:
             notes = _trim(weights, config, model.sizes.vocab_size)
         write = partial(hugging_face.write_directory, destination, weights, config)
@@ -71,8 +81,12 @@ def convert(
             f"cannot write {destination} ({reason}), and nothing was left there",
             "free disk space, or name another DST",
         ) from error
-    if without_head:
+    if set(absent) == set(NEXT_SENTENCE_HEAD):
         notes.append("No next-sentence head in the source: a checkpoint for --objective mlm")
+    elif absent:
+        notes.append(
+            f"Not in the source: {'*, '.join(absent)}*; to train from it, pass {HEADS_ANEW}"
+        )
     notes += [
         f"Left out: {what}, {len(names)} entries of the source"
         for what, names in checkpoint.left_out.items()
@@ -80,18 +94,28 @@ def convert(
     return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *notes]
 
 
-def lacks_next_sentence_head(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are those of a model that was trained with --objective mlm."""
-    return not any(name.startswith(NEXT_SENTENCE_HEAD) for name in checkpoint.weights)
+def _without_other_tasks(checkpoint: Checkpoint) -> Checkpoint:
+    others = [name for name in checkpoint.weights if not name.startswith(("bert.", "cls."))]
+    if not others or len(others) == len(checkpoint.weights):
+        return checkpoint
+    kept = {name: value for name, value in checkpoint.weights.items() if name not in others}
+    left_out = {**checkpoint.left_out, OTHER_HEADS: tuple(others)}
+    return replace(checkpoint, weights=kept, left_out=left_out)
 
 
 def _complete(checkpoint: Checkpoint, sizes: Sizes) -> dict[str, Tensor]:
-    """Every tensor of the trainer's model, padded; none is a view of a larger one."""
+    """Every tensor of the trainer's model, padded; none is a view of a larger one.
+
+    Heads that the checkpoint lacks as a whole are not among them.
+    """
     rows = padded_rows(sizes.vocab_size)
-    shapes = expected_shapes(replace(sizes, vocab_size=rows))
-    if lacks_next_sentence_head(checkpoint):
-        shapes = {name: shapes[name] for name in shapes if not name.startswith(NEXT_SENTENCE_HEAD)}
-    fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size)
+    absent = tuple(absent_heads(checkpoint.weights))
+    shapes = {
+        name: shape
+        for name, shape in expected_shapes(replace(sizes, vocab_size=rows)).items()
+        if not name.startswith(absent)
+    }
+    fitting = fit(checkpoint.path, checkpoint.weights, shapes, sizes.vocab_size).weights
     weights = {}
     for name, value in fitting.items():
         if name == DECODER:
@@ -119,7 +143,7 @@ def _hugging_face_config(model: Model, weights: dict[str, Tensor]) -> dict:
             f"attention heads that {hugging_face.CONFIG_NAME} needs",
             "pass --bert_config FILE",
         )
-    del weights[DECODER]
+    weights.pop(DECODER, None)
     embedding = weights[WORD_EMBEDDING]
     dtype = str(embedding.dtype).removeprefix("torch.")
     return {**model.hugging_face, "vocab_size": len(embedding), "dtype": dtype}
@@ -131,7 +155,7 @@ def _trim(weights: dict[str, Tensor], config: dict, vocab_size: int) -> list[str
     if rows == vocab_size:
         return [f"Vocabulary: {rows} rows; by bert_config.json none of them is padding"]
     config["vocab_size"] = vocab_size
-    for name in (WORD_EMBEDDING, OUTPUT_BIAS):
+    for name in {WORD_EMBEDDING, OUTPUT_BIAS} & set(weights):
         weights[name] = weights[name][:vocab_size].clone()
     return [
         f"Vocabulary: {vocab_size} rows, without padding; losses differ a little from the "

@@ -8,12 +8,18 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from bert_pretraining.checkpoint.torch_file import read_torch_file
+from bert_pretraining.checkpoint.torch_file import is_utf8, read_torch_file
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.files import HUGGING_FACE_WEIGHTS, PARTIAL_SUFFIX, with_ending
+from bert_pretraining.runtime.file_kind import AGAIN, cannot_read
+from bert_pretraining.runtime.files import (
+    HUGGING_FACE_WEIGHTS,
+    PARTIAL_SUFFIX,
+    weight_file_kind,
+    with_ending,
+)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -53,7 +59,7 @@ def _parts(index: Path) -> dict[str, set[str]]:
                 raise TypeError(f"{part!r} is no file name")
             parts.setdefault(part, set()).add(tensor)
     except OSError as error:
-        raise UserError(f"cannot read {index} ({error.strerror})", fix) from error
+        raise cannot_read(index, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: no index of weights ({error})", fix) from error
     for part in parts:
@@ -66,21 +72,24 @@ def _parts(index: Path) -> dict[str, set[str]]:
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one .safetensors or .bin file, memory-mapped."""
-    if path.suffix != ".safetensors":
+    if weight_file_kind(path) == "torch":
         content = read_torch_file(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no named tensors", "copy it again")
+            raise UserError(f"{path}: holds no named tensors", AGAIN)
         return content
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _read_safetensors(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read {path} ({reason})", "copy it again") from error
+        raise cannot_read(path, error) from error
     except SafetensorError as error:
-        raise UserError(
-            f"{path}: damaged or no file of safetensors ({error})", "copy it again"
-        ) from error
+        raise UserError(f"{path}: damaged or no file of safetensors ({error})", AGAIN) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not is_utf8(path):
+        return load(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_directory(directory: Path, weights: dict[str, Tensor], config: dict) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bert_pretraining.checkpoint.fitting import HEADS_ANEW
 from bert_pretraining.checkpoint.formats import OPTIMIZER_STATE, Checkpoint
-from bert_pretraining.checkpoint.structure import sizes_of, untied
+from bert_pretraining.checkpoint.plausibility import suspicions
+from bert_pretraining.checkpoint.structure import absent_heads, sizes_of, untied
 
 NUMBERS_AT_A_TIME = 1 << 20
 
@@ -31,12 +33,14 @@ class Inspection:
 
     optimizer: the parts of the optimizer's state, each described in a few words.
     state: the plain values of the training state; other values described in a few words.
+    suspicions: what is implausible about the weights of a BERT.
     """
 
     checkpoint: Checkpoint
     tensors: dict[str, TensorFigures]
     optimizer: dict[str, str] | None
     state: dict[str, object] | None
+    suspicions: list[str]
 
     def to_json(self) -> dict:
         """Plain data for json.dumps; a norm that is not finite is None."""
@@ -57,6 +61,7 @@ class Inspection:
             "optimizer": self.optimizer,
             "state": self.state,
             "left_out": checkpoint.left_out,
+            "suspicions": self.suspicions,
         }
 
     def describe(self) -> str:
@@ -78,12 +83,19 @@ class Inspection:
             f"Optimizer state: {self._optimizer_in_words()}",
             f"Training state: {_listed(self.state)}",
         ]
+        absent = absent_heads(checkpoint.weights) if sizes else []
+        if absent:
+            lines.append(
+                f"Heads of pretraining that it lacks: {'*, '.join(absent)}*; to train from it, "
+                f"pass {HEADS_ANEW}"
+            )
         for what, names in checkpoint.left_out.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"Left out, {what}: {', '.join(names[:3])}{more}")
         bad = [name for name, figures in self.tensors.items() if figures.non_finite]
         if bad:
             lines.append(f"Warning: numbers that are not finite in {', '.join(bad)}")
+        lines += [f"Warning: {what}" for what in self.suspicions]
         widths = [max(map(len, self.tensors), default=4), 16, 8]
         lines += ["", _row(widths, "name", "shape", "type", "norm")]
         for name, figures in self.tensors.items():
@@ -105,6 +117,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         {name: _figures(value) for name, value in checkpoint.weights.items()},
         _in_words(checkpoint.optimizer),
         _in_words(checkpoint.state),
+        suspicions(checkpoint.weights) if sizes_of(checkpoint.weights) else [],
     )
 
 
@@ -112,7 +125,7 @@ def _figures(value: Tensor) -> TensorFigures:
     # A transposed matrix has the same norm as the one in the file, which is contiguous.
     flat = (value.mT if value.dim() == 2 and not value.is_contiguous() else value).reshape(-1)
     pieces = flat.split(NUMBERS_AT_A_TIME)
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point or value.element_size() == 1:
         pieces = [piece.double() for piece in pieces]
     norm = math.hypot(
         *(torch.linalg.vector_norm(piece, dtype=torch.float64).item() for piece in pieces)

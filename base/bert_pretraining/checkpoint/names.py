@@ -14,11 +14,36 @@ DECODER_BIAS = "cls.predictions.decoder.bias"
 OUTPUT_BIAS = "cls.predictions.bias"
 VOCABULARY_ROWS = (WORD_EMBEDDING, DECODER, OUTPUT_BIAS)  # one row for each word piece
 
-# Prefixes that wrappers of a model put in front of its names, and what to call them.
-PREFIXES = {
-    "module.": "'module.' in front",
-    "bert_model_segment.": "segments",
-    "heads_only_segment.": "segments",
+# Parts of a name that come from a wrapper around the model or around one of its layers, and what
+# to call such names. They stand in any order, in front and between.
+WRAPPERS = {
+    "module": "'module.' in front",  # DistributedDataParallel, DeepSpeed
+    "model": "'model.' in front",  # Lightning
+    "_orig_mod": "'_orig_mod.' in front",  # torch.compile
+    "_fsdp_wrapped_module": "'_fsdp_wrapped_module.' in front",
+    "_checkpoint_wrapped_module": "'_checkpoint_wrapped_module.' in front",
+    "_forward_module": "'_forward_module.' in front",  # Lightning Fabric
+    "bert_model_segment": "segments",
+    "heads_only_segment": "segments",
+}
+# BERT's own part of a name, without the 'bert.' that BertModel alone does not write.
+_OF_BERT = re.compile(
+    r"(?P<front>(?:.+\.)?)(?P<own>embeddings\.(?:(?:word|position|token_type)_embeddings|LayerNorm"
+    r"|position_ids|token_type_ids)\b.*|encoder\.layer\.\d+\..*|pooler\.dense(?:_act)?\..*)"
+)
+_OF_HEADS = re.compile(r"(?P<front>(?:.+\.)?)(?P<own>cls\.(?:predictions|seq_relationship)\..*)")
+# Models with the names of BERT's layers that compute something else with them.
+OTHER_MODELS = (
+    "roberta", "electra", "deberta", "albert", "distilbert", "ernie", "nezha", "layoutlm", "mpnet",
+    "xmod", "bert_generation",
+)  # fmt: skip
+# Ends of names that hold no weights: buffers, and the counters of wrappers.
+NO_WEIGHTS = {
+    "position_ids": "position numbers",  # 0, 1, 2, ...; Hugging Face used to store them
+    "token_type_ids": "buffers",
+    "n_averaged": "buffers",
+    "num_batches_tracked": "buffers",
+    "_extra_state": "buffers",
 }
 # (pattern, apex layout, what such names are called)
 REPLACEMENTS = tuple(
@@ -33,6 +58,7 @@ REPLACEMENTS = tuple(
             "fused attention",
         ),
         (r"\.attention\.layer_norm\.", ".attention.output.LayerNorm.", "fused attention"),
+        (r"\.dense_act\.", ".dense.", "dense_act"),  # DeepLearningExamples
         (r"\.LayerNorm\.gamma$", ".LayerNorm.weight", "gamma and beta"),
         (r"\.LayerNorm\.beta$", ".LayerNorm.bias", "gamma and beta"),
     )
@@ -61,15 +87,37 @@ TENSORFLOW_COUNTERS = {
 
 def from_pytorch(name: str) -> tuple[str, set[str]]:
     """The name in the apex layout, and what was unusual about `name`."""
-    unusual = set()
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-        unusual.add(PREFIXES[prefix])
+    parts = name.split(".")
+    unusual = {WRAPPERS[part] for part in parts if part in WRAPPERS}
+    name = ".".join(part for part in parts if part not in WRAPPERS)
+    name, words = _without_front(name)
+    unusual |= words
     for pattern, replacement, called in REPLACEMENTS:
         name, count = pattern.subn(replacement, name)
         if count:
             unusual.add(called)
     return name, unusual
+
+
+def _without_front(name: str) -> tuple[str, set[str]]:
+    """A name that begins with `bert.` or `cls.`, where that is what the rest of it is.
+
+    What stands before it is the attribute of the model that holds BERT, as in
+    `backbone.bert.encoder...`.
+    """
+    match = _OF_HEADS.fullmatch(name) or _OF_BERT.fullmatch(name)
+    if match is None or any(part in OTHER_MODELS for part in match["front"].split(".")):
+        return name, set()
+    front, own, unusual = match["front"], match["own"], set()
+    if not own.startswith("cls."):
+        own = f"bert.{own}"
+        if front == "bert." or front.endswith(".bert."):
+            front = front.removesuffix("bert.")
+        else:
+            unusual.add("no 'bert.' in front")
+    if front:
+        unusual.add(f"'{front}' in front")
+    return own, unusual
 
 
 def from_tensorflow(name: str) -> tuple[str, bool]:

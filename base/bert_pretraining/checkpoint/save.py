@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,29 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bert_pretraining.checkpoint.run_order import RUN_NUMBER, next_run_number, saved_in
 from bert_pretraining.runtime.files import write_whole
-
-_NAME = re.compile(r"model\.ckpt-(\d+)\.pt")
 
 
 def checkpoint_path(folder: Path, global_steps: int) -> Path:
     """`model.ckpt-<step>.pt`, as upstream names it."""
     return folder / f"model.ckpt-{global_steps}.pt"
-
-
-def saved_in(folder: Path) -> list[Path]:
-    """The files `model.ckpt-<step>.pt` of a folder, the lowest step first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("model.ckpt-*.pt"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
-
-
-def newest_first(output_dir: Path) -> list[Path]:
-    """Every checkpoint of the runs in `output_dir`, the last one of the latest run first.
-
-    Files in `output_dir` itself, where upstream writes them, come last.
-    """
-    runs = sorted((path for path in output_dir.glob("run-*") if path.is_dir()), reverse=True)
-    return [path for folder in [*runs, output_dir] for path in reversed(saved_in(folder))]
 
 
 def save_checkpoint(path: Path, model: dict, optimizer: dict, state: dict) -> None:
@@ -60,8 +43,10 @@ class CheckpointWriter:
 
     An error does not end the run: `report` says it, and the files that exist stay.
 
+    Each file holds the run's number in its output_dir, by which `newest_first` orders the runs.
+
     Args:
-        folder: of the run.
+        folder: of the run, in its output_dir.
         keep: how many of its checkpoints to keep; 0 for all.
     """
 
@@ -69,6 +54,7 @@ class CheckpointWriter:
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._messages: list[str] = []
+        self._run_number: int | None = None  # until the first file is written
 
     def write(self, global_steps: int, content: dict[str, dict]) -> None:
         """Start to write `content`, once the checkpoint before is written.
@@ -100,8 +86,11 @@ class CheckpointWriter:
             self._thread = None
 
     def _write(self, path: Path, content: dict[str, dict]) -> None:
+        if self._run_number is None:
+            self._run_number = next_run_number(self._folder)
+        state = {**content["state"], RUN_NUMBER: self._run_number}
         try:
-            save_checkpoint(path, **content)
+            save_checkpoint(path, **{**content, "state": state})
         except (OSError, RuntimeError) as error:
             # RuntimeError: torch.save raises it where a file's OSError is the reason.
             self._messages.append(f"Warning: no checkpoint was written: {path}: {_reason(error)}")

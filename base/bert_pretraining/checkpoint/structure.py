@@ -1,4 +1,4 @@
-"""Which tensors a model has, and whether the tensors of a checkpoint fit it."""
+"""Which tensors a model has, and which of them are one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bert_pretraining.checkpoint.names import (
     DECODER,
     DECODER_BIAS,
     OUTPUT_BIAS,
-    VOCABULARY_ROWS,
     WORD_EMBEDDING,
 )
 from bert_pretraining.errors import UserError
 
 # Tensors that only a model with the next-sentence loss has.
 NEXT_SENTENCE_HEAD = ("bert.pooler.", "cls.seq_relationship.")
-LISTED_AT_MOST = 40  # tensors of one kind in a report
+MASKED_TOKEN_HEAD = ("cls.predictions.",)
+HEADS = (*NEXT_SENTENCE_HEAD, *MASKED_TOKEN_HEAD)  # all that `--missing_weights random` starts anew
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Sizes:
 
 def sizes_of(weights: Mapping[str, Tensor]) -> Sizes | None:
     """The sizes that these tensors (with apex names) have; None where some are missing."""
-    layers = [re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in weights]
+    return sizes_of_shapes({name: tuple(value.shape) for name, value in weights.items()})
+
+
+def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Sizes | None:
+    """The same, from the shape of each tensor."""
+    layers = [re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in shapes]
     numbers = {int(match[1]) for match in layers if match}
     wanted = (
         WORD_EMBEDDING,
@@ -53,10 +58,10 @@ def sizes_of(weights: Mapping[str, Tensor]) -> Sizes | None:
         "bert.embeddings.token_type_embeddings.weight",
         "bert.encoder.layer.0.intermediate.dense.weight",
     )
-    tables = [weights.get(name) for name in wanted]
-    if any(table is None or table.dim() != 2 for table in tables):
+    tables = [shapes.get(name, ()) for name in wanted]
+    if any(len(table) != 2 for table in tables):
         return None
-    words, positions, types, inner = (tuple(table.shape) for table in tables)
+    words, positions, types, inner = tables
     return Sizes(max(numbers) + 1, words[1], inner[0], words[0], positions[0], types[0])
 
 
@@ -97,73 +102,9 @@ def _layer_norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-def fit(
-    path: Path,
-    weights: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    vocab_size: int,
-) -> dict[str, Tensor]:
-    """The tensors of `weights` for a model of these shapes, in the model's order.
-
-    Tensors with one row for each word piece may have `vocab_size` rows instead of the padded
-    number. Where the decoder is missing, it is the word embedding, as in the model.
-    Raises UserError if they do not fit: its first line counts the faults and says what to
-    do, and every further line names a tensor.
-    """
-    found = dict(weights)
-    if WORD_EMBEDDING in found:
-        found.setdefault(DECODER, found[WORD_EMBEDDING])
-    lines = {
-        "missing": [f"{name} {shapes[name]}" for name in shapes if name not in found],
-        "unexpected": [
-            f"{name} {tuple(found[name].shape)}" for name in found if name not in shapes
-        ],
-        "wrong shape": [
-            f"{name} is {tuple(value.shape)}, the model's is {shapes[name]}"
-            for name, value in found.items()
-            if name in shapes and not _fits(name, value, shapes[name], vocab_size)
-        ],
-        "wrong type": [
-            f"{name} is {value.dtype}"
-            for name, value in found.items()
-            if name in shapes and not value.dtype.is_floating_point
-        ],
-    }
-    if any(lines.values()):
-        raise UserError(_problem(path, weights, lines), _fix(lines))
-    if not torch.equal(found[DECODER], found[WORD_EMBEDDING]):
-        raise UserError(
-            f"{path}: {DECODER} differs from {WORD_EMBEDDING}, but they are one tensor",
-            "export the checkpoint again, with the two tied",
-        )
-    found[DECODER] = found[WORD_EMBEDDING]
-    return {name: found[name] for name in shapes}
-
-
-def _fits(name: str, value: Tensor, shape: tuple[int, ...], vocab_size: int) -> bool:
-    rows = (vocab_size, *shape[1:])
-    return tuple(value.shape) == shape or (name in VOCABULARY_ROWS and value.shape == rows)
-
-
-def _problem(path: Path, weights: Mapping[str, Tensor], lines: dict[str, list[str]]) -> str:
-    counts = ", ".join(f"{len(those)} {what}" for what, those in lines.items() if those)
-    sizes = sizes_of(weights)
-    holds = f" (it holds {sizes})" if sizes else ""
-    return f"{path} does not fit the model of bert_config.json{holds}: tensors {counts}"
-
-
-def _fix(lines: dict[str, list[str]]) -> str:
-    """What to do, and below it the tensors, one on each line."""
-    report = ["pass the checkpoint and bert_config.json of one model"]
-    missing = lines["missing"]
-    others = sum(len(those) for those in lines.values()) - len(missing)
-    if not others and all(line.startswith(NEXT_SENTENCE_HEAD) for line in missing):
-        report = ["it has no next-sentence head: pass --objective mlm to train without one"]
-    for what, those in lines.items():
-        report += [f"  {what}: {line}" for line in those[:LISTED_AT_MOST]]
-        if len(those) > LISTED_AT_MOST:
-            report.append(f"  {what}: {len(those) - LISTED_AT_MOST} more")
-    return "\n".join(report)
+def absent_heads(weights: Mapping[str, Tensor]) -> list[str]:
+    """The beginnings of names in HEADS with which no tensor begins."""
+    return [head for head in HEADS if not any(name.startswith(head) for name in weights)]
 
 
 def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
@@ -174,7 +115,7 @@ def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
     if DECODER_BIAS not in weights:
         return
     bias = weights.pop(DECODER_BIAS)
-    if not torch.equal(weights.setdefault(OUTPUT_BIAS, bias), bias):
+    if not same_numbers(weights.setdefault(OUTPUT_BIAS, bias), bias):
         raise UserError(
             f"{path}: {DECODER_BIAS} differs from {OUTPUT_BIAS}, but they are one tensor",
             "export the checkpoint again, with the two tied",
@@ -184,6 +125,25 @@ def tie_output_bias(path: Path, weights: dict[str, Tensor]) -> None:
 def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` without the decoder, where it equals the word embedding."""
     decoder, embedding = weights.get(DECODER), weights.get(WORD_EMBEDDING)
-    if decoder is None or embedding is None or not torch.equal(decoder, embedding):
+    if decoder is None or embedding is None or not same_numbers(decoder, embedding):
         return dict(weights)
     return {name: value for name, value in weights.items() if name != DECODER}
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; NaN equals NaN here."""
+    if one.dtype == other.dtype and one.element_size() == 1:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)  # not all are comparable
+    if one is other or torch.equal(one, other):
+        return True
+    if one.shape != other.shape or is_finite(one):
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite; no copy of the tensor is made."""
+    if not value.numel() or not value.dtype.is_floating_point:
+        return True
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) and torch.isfinite(high))

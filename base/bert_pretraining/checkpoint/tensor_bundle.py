@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bert_pretraining.checkpoint.crc32c import masked_crc32c
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import AGAIN, cannot_read, kind_of, not_the_kind
 from bert_pretraining.runtime.files import with_ending
 
 FOOTER_BYTES = 48
@@ -66,17 +67,17 @@ class TensorBundle:
         try:
             content = self.index.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"cannot read {self.index} ({error.strerror})", "name a checkpoint that can be read"
-            ) from error
+            raise cannot_read(self.index, error) from error
         try:
             table = dict(_table(content))
             header = _message(table.pop(b""))
             self.entries = {key.decode(): _entry(value) for key, value in table.items()}
         except (ValueError, TypeError, LookupError, struct.error) as error:
+            kind = kind_of(self.index)
+            if kind is not None and kind.key != "tensorflow_index":
+                raise not_the_kind(self.index, "the index of a TensorFlow checkpoint") from error
             raise UserError(
-                f"{self.index}: damaged or no index of a TensorFlow checkpoint ({error})",
-                "copy it again",
+                f"{self.index}: damaged or no index of a TensorFlow checkpoint ({error})", AGAIN
             ) from error
         self.num_shards = _number(header, 1)
         if _number(header, 2):
@@ -97,18 +98,18 @@ class TensorBundle:
             )
         shard = self._shard(entry.shard)
         if entry.size != math.prod(entry.shape) * dtype.itemsize:
-            raise UserError(f"{self.index}: {name}: size and shape disagree", "copy it again")
+            raise UserError(f"{self.index}: {name}: size and shape disagree", AGAIN)
         if entry.offset + entry.size > len(shard):
             raise UserError(
                 f"{self._shard_path(entry.shard)}: cut off, {name} lies beyond its end",
-                "copy it again",
+                AGAIN,
             )
         numbers = shard[entry.offset : entry.offset + entry.size]
         if masked_crc32c(numbers) != entry.masked_crc:
             raise UserError(
                 f"{self._shard_path(entry.shard)}: wrong checksum (CRC-32C) of {name}: the file "
                 "is damaged",
-                "copy it again",
+                AGAIN,
             )
         if not entry.size:
             return torch.empty(entry.shape, dtype=dtype)
@@ -127,8 +128,10 @@ class TensorBundle:
                 self._shards[number] = np.memmap(path, np.uint8, "c")
             except FileNotFoundError as error:
                 raise UserError(f"no {path} beside {self.index}", "copy both") from error
-            except (OSError, ValueError) as error:  # ValueError: an empty file
-                raise UserError(f"cannot read {path} ({error})", "copy it again") from error
+            except ValueError as error:
+                raise UserError(f"{path}: an empty file", AGAIN) from error
+            except OSError as error:
+                raise cannot_read(path, error) from error
         return self._shards[number]
 
 

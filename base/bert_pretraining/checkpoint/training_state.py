@@ -8,7 +8,7 @@ A training checkpoint is {"model", "optimizer", "state"}, plain tensors, numbers
     state       the counters of `RunState`; upstream's global_steps, epoch, iter_dataloader_idx,
                 learning_rate; loss_scale; fp8 (each rank's scales, or None); random (each
                 rank's generators, by type of device); order (what decides which sequence comes
-                when); config, config_hash, versions, job
+                when); config, config_hash, versions, job; run_number (see `run_order.py`)
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bert_pretraining.checkpoint import Checkpoint, newest_first, read_checkpoint
+from bert_pretraining.checkpoint import Checkpoint, read_checkpoint
+from bert_pretraining.checkpoint.fitting import require_finite
+from bert_pretraining.checkpoint.run_order import RUN_NUMBER, SavedRun, runs_in
 from bert_pretraining.config import FIELDS, Config, without_switches
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import LossScale, Optimizer
@@ -180,11 +182,14 @@ class Saved:
         fp8: Scales | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Weights, the optimizer's slots and loss scale. UserError if they are another model's.
+        """Weights, the optimizer's slots and loss scale.
+
+        UserError if they are another model's, or not finite.
 
         fp8: gets this rank's scales, or the first rank's where there were not as many ranks.
         Where the saved run had none, they are measured anew.
         """
+        _require_finite(self.checkpoint)
         optimizer.load_state_dict(self.checkpoint.optimizer)
         loss_scale.load_state_dict(self.state["loss_scale"])
         scales = self.state.get("fp8")
@@ -248,16 +253,22 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
     say: is told of files that are passed over. UserError where `required` finds none.
     """
     in_output_dir = config.resume in ("auto", "required")
+    output_dir = Path(config.resolved_output_dir)
     if in_output_dir or restarted():
-        for path in newest_first(Path(config.resolved_output_dir)):
+        runs = runs_in(output_dir)
+        candidates = [(path, run) for run in runs for path in run.files]
+        for path, run in candidates:
             try:
                 found = read_checkpoint(path)
+                if not is_training_checkpoint(found):
+                    say(f"Notice: passed over {path}: it holds weights alone")
+                    continue
+                _require_finite(found)
             except UserError as error:
                 say(f"Notice: passed over {error}")
                 continue
-            if not is_training_checkpoint(found):
-                say(f"Notice: passed over {path}: it holds weights alone")
-            elif in_output_dir or found.state["job"] == job():
+            if in_output_dir or found.state["job"] == job():
+                say(_choice(found, run, runs, output_dir))
                 return path
     given = None if config.resume == "never" else init_checkpoint
     # Other kinds hold weights alone, and some take seconds to read.
@@ -270,6 +281,30 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
             "pass its --output_dir, or --resume auto to start from the start weights",
         )
     return None
+
+
+def _require_finite(checkpoint: Checkpoint) -> None:
+    """UserError if a weight or a number of the optimizer is NaN or infinite."""
+    slots = {
+        f"{slot} of {name}": value
+        for slot, values in checkpoint.optimizer.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    require_finite(checkpoint.path, {**checkpoint.weights, **slots})
+
+
+def _choice(found: Checkpoint, chosen: SavedRun, runs: list[SavedRun], output_dir: Path) -> str:
+    """Which training checkpoint was chosen, and why."""
+    number = found.state.get(RUN_NUMBER)
+    told = f"Resume: {found.path}, the newest training state in {output_dir} ("
+    told += f"run {number}, " if number else ""
+    told += f"step {found.step}{f'; {len(runs)} runs have checkpoints' if runs[1:] else ''})"
+    later = max(run.folder.name for run in runs)
+    if chosen.folder != output_dir and later > chosen.folder.name:
+        told += f"; {later} has a later name, but an older state"
+    return told
 
 
 def job() -> str | None:

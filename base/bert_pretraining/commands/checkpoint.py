@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +33,6 @@ def _parser(command: str, text: str) -> config.FlagParser:
     )  # fmt: skip
 
 
-def _show(text: str) -> None:
-    """Print. A reader may close the pipe before the end, as `head` does; that is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def inspect(arguments: list[str]) -> None:
     """`checkpoint inspect FILE`: what is in it."""
     parser = _parser("inspect", f"What a checkpoint holds. {FORMS}.")
@@ -53,7 +43,7 @@ def inspect(arguments: list[str]) -> None:
     from bert_pretraining.checkpoint import formats, inspection
 
     found = inspection.inspect(formats.read_checkpoint(values.file, FIX))
-    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+    print(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
 
 
 def diff(arguments: list[str]) -> int:
@@ -80,7 +70,7 @@ def diff(arguments: list[str]) -> int:
         formats.read_checkpoint(values.second, FIX),
         values.training_state,
     )
-    _show(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
+    print(json.dumps(found.to_json(), indent=2) if values.json else found.describe())
     return EXIT_EQUAL if found.equal else EXIT_DIFFERENT
 
 

@@ -13,7 +13,7 @@ from bert_pretraining.commands.data import MINI_DATA_DIR, make_mini
 from bert_pretraining.data import inputs
 from bert_pretraining.errors import EXIT_NOT_CONVERGED, UserError
 from bert_pretraining.launch import checks, cpu_instead
-from bert_pretraining.runtime import packages, rank_reports, rank_variables
+from bert_pretraining.runtime import output, packages, rank_reports, rank_variables
 from bert_pretraining.runtime.lock import FolderLock
 
 
@@ -47,6 +47,8 @@ def launch(arguments: list[str]) -> int:
         print(launching.describe(plan), flush=True)
         _print_what_is_missing(plan, lacks_mini_data)
         return 0
+    # The ranks find out themselves, and save. With --log_dir their output is in its files.
+    output.when_lost(lambda _: None)
 
     def check() -> None:
         inputs.data_paths(resolved.config)  # fail here, once, and not on every rank

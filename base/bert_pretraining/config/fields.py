@@ -26,11 +26,13 @@ def setting(
     maximum: float | None = None,
     *,
     changes_numbers: bool = True,
+    fix: str | None = None,
 ) -> object:
     """A dataclass field.
 
     minimum, maximum: inclusive. changes_numbers: whether the setting affects losses and weights. A
-    run that resumes with another value is then not bit-identical, and says so.
+    run that resumes with another value is then not bit-identical, and says so. fix: what to do
+    about a value that is none of `choices`.
     """
     metadata = {
         "group": group,
@@ -39,5 +41,6 @@ def setting(
         "minimum": minimum,
         "maximum": maximum,
         "changes_numbers": changes_numbers,
+        "fix": fix,
     }
     return field(default=default, metadata=metadata)

@@ -44,12 +44,13 @@ class LogSettings:
     resume: str | None = setting(
         None,
         "logging",
-        "auto: resume from the latest complete checkpoint in output_dir, if there is one, else "
-        "from --init_checkpoint, if that is a training checkpoint; required: the same, but stop "
-        "with an error if there is neither; never: do not resume; by default resume only from "
-        "such an --init_checkpoint",
+        "auto: resume from the newest complete training checkpoint in output_dir, if there is one, "
+        "else from --init_checkpoint, if that is a training checkpoint; required: the same, but "
+        "stop with an error if there is neither; never: do not resume; by default resume only from "
+        "such an --init_checkpoint, which may be any file of any run",
         choices=("auto", "never", "required"),
         changes_numbers=False,
+        fix="pass one of these, or --init_checkpoint FILE to go on from a certain checkpoint",
     )
 
     report: bool = setting(

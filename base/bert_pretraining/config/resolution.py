@@ -20,6 +20,8 @@ from bert_pretraining.config.home import expanded
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
+from bert_pretraining.runtime.files import real
 
 
 @dataclass(frozen=True)
@@ -176,15 +178,16 @@ def _file_layers(path: Path) -> list[tuple[Path, dict]]:
     """The file and everything it extends, the most basic first."""
     layers: list[tuple[Path, dict]] = []
     while True:
-        if any(path.resolve() == seen.resolve() for seen, _ in layers):
+        if any(real(path) == real(seen) for seen, _ in layers):
             raise UserError(f"{_shown(path)}: extends itself", "remove one 'extends' in the cycle")
+        wrong_name = "correct --config, or the 'extends' that names it"
+        require_regular(path, wrong_name)
         try:
             content = parse_toml(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(
-                f"cannot read configuration {path} ({error.strerror})",
-                "correct --config, or the 'extends' that names it",
-            ) from error
+            raise cannot_read(path, error, wrong_name) from error
+        except UnicodeDecodeError as error:
+            raise not_the_kind(path, "a configuration (TOML)", wrong_name, str(error)) from error
         except ValueError as error:
             raise UserError(
                 f"{_shown(path)}: not valid TOML ({error})", "correct that line"
@@ -239,4 +242,6 @@ def _validate(config: Config, sources: dict[str, str]) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             fault = "must be finite"
         if fault:
-            raise UserError(f"{where}: {fault}", f"correct {field.name}")
+            raise UserError(
+                f"{where}: {fault}", f"{field.metadata['fix'] or f'correct {field.name}'}"
+            )

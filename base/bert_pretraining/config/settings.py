@@ -109,6 +109,13 @@ class Config(LogSettings, UpstreamSwitches):
     eval_dir: str | None = setting(
         None, "data", "folder of evaluation shards, if not in data_dir", changes_numbers=False
     )
+    shard_pattern: str | None = setting(
+        None,
+        "data",
+        "shell pattern of the names of shards, such as '*training*.hdf5', or '*/*.h5' for files in "
+        "sub-folders; by default every file with 'part' in its name",
+        changes_numbers=False,
+    )
     bert_config_path: str | None = setting(
         None, "data", "path of bert_config.json, if not in data_dir", changes_numbers=False
     )
@@ -117,6 +124,14 @@ class Config(LogSettings, UpstreamSwitches):
         "data",
         "checkpoint to start from; by default data_dir/model.ckpt-28252.apex.pt; 'random' for "
         "random weights",
+        changes_numbers=False,
+    )
+    missing_weights: str = setting(
+        "refuse",
+        "data",
+        "what to do where init_checkpoint lacks the heads of pretraining, as Hugging Face's "
+        "BertModel does: refuse it, or start them from random weights and ignore other heads",
+        choices=("refuse", "random"),
         changes_numbers=False,
     )
     batching: str | None = setting(

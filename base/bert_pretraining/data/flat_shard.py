@@ -17,12 +17,14 @@ AGAIN = "make the shard again"
 class ShardInfo:
     """What the header of a shard says, before any row is read.
 
-    max_seq_length is None for a shard whose rows vary in length.
+    max_seq_length is None for a shard whose rows vary in length. forms: what is read in another
+    form than this package's own, for people.
     """
 
     path: Path
     num_sequences: int
     max_seq_length: int | None
+    forms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def checked(shard: FlatShard, vocab_size: int, where: str) -> FlatShard:
                 continue  # only the padding was outside
         wrong = ids.max() if ids.max() >= limit else ids.min()
         problem = f"{where}: {name} has the value {wrong}, but "
+        if limit == vocab_size and wrong < 0:
+            raise UserError(f"{where}: {name} has the value {wrong}, which is no token", AGAIN)
         if limit == vocab_size:
             raise UserError(
                 f"{problem}the model's vocabulary has {vocab_size} entries",

@@ -15,9 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bert_pretraining.config import Config
+from bert_pretraining.data.shard_names import (
+    NoShardsError,
+    ShardFolder,
+    looks_like_shards,
+    shard_folder,
+    some,
+)
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import BertConfig
-from bert_pretraining.runtime.files import checkpoint_kind, require_directory, shard_files
+from bert_pretraining.runtime.file_kind import cannot_read, shown
+from bert_pretraining.runtime.files import checkpoint_kind, require_directory
 
 DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
 TRAIN_NAME = "2048_shards_uncompressed"
@@ -77,11 +85,7 @@ def _choose(config: Config) -> DataPaths:
             "no data", f"pass --data_dir DIR{parts if given else ''} (see docs/data.md)"
         )
     if root is not None:
-        fix = (
-            "make the mini data set with: "
-            f"python -m bert_pretraining data make-mini --output_dir {root}"
-        )
-        require_directory(root, "data_dir", fix)
+        _require_layout(root, config)
 
     def choose(override: str | None, name: str) -> Path:
         return Path(override) if override else root / name
@@ -103,17 +107,138 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
     if paths.init_checkpoint is not None:
         yield partial(checkpoint_kind, paths.init_checkpoint)
     yield partial(BertConfig.load, paths.bert_config)
-    for directory, flag, given, name in (
-        (paths.train_dir, "--train_dir", config.train_dir, TRAIN_NAME),
-        (paths.eval_dir, "--eval_dir", config.eval_dir, EVAL_NAME),
+    for flag, directory, name, choose in (
+        ("train_dir", paths.train_dir, TRAIN_NAME, shard_folder),
+        ("eval_dir", paths.eval_dir, EVAL_NAME, evaluation_shards),
     ):
-        fix = f"pass a --data_dir that holds {name}/, or {flag} DIR"
-        if given:
-            fix = f"pass the right {flag}"
+        fix = f"pass a --data_dir that holds {name}/, or --{flag} DIR"
+        if getattr(config, flag):
+            fix = f"pass the right --{flag}"
             if config.data_dir:
                 fix += f", or leave it out to take {Path(config.data_dir) / name}"
-        yield partial(shard_files, directory, fix)
+        yield partial(choose, directory, fix, config.shard_pattern)
     yield partial(_require_two_sets, paths)
+
+
+def training_folder(config: Config, paths: DataPaths) -> ShardFolder:
+    """The content of the folder of training shards."""
+    return shard_folder(paths.train_dir, "pass another --train_dir", config.shard_pattern)
+
+
+def evaluation_folder(config: Config, paths: DataPaths) -> ShardFolder:
+    """The content of the folder of evaluation shards."""
+    return evaluation_shards(paths.eval_dir, "pass another --eval_dir", config.shard_pattern)
+
+
+def evaluation_shards(
+    directory: Path, fix: str, pattern: str | None, *, allow_broken: bool = False
+) -> ShardFolder:
+    """`shard_folder` of an evaluation set.
+
+    A pattern that fits none of its files is one for training shards: the usual names hold.
+    """
+    try:
+        return shard_folder(directory, fix, pattern, allow_broken=allow_broken)
+    except NoShardsError as error:
+        if pattern is None:
+            raise
+        try:
+            return shard_folder(directory, fix, allow_broken=allow_broken)
+        except NoShardsError:
+            raise error from None
+
+
+def _require_layout(root: Path, config: Config) -> None:
+    """Raise UserError where `data_dir` is no folder with a data set in it.
+
+    The message says what is there instead, and which folder nearby would be right.
+    """
+    if not os.path.isdir(root):
+        _require_existing(root, config)
+    if config.train_dir and config.eval_dir:
+        return
+    if has_set(root):
+        return
+    raise layout_fault(root, _how_to_get(config, root))
+
+
+def layout_fault(root: Path, fix: str, flag: str = "--data_dir ") -> UserError:
+    """The error for a folder that is no data set: what is there, and which folder is right.
+
+    fix: what to do where nothing nearby is a data set. flag: stands before a folder in the order.
+    """
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as error:
+        return cannot_read(root, error, "pass another folder")
+    problem = (
+        f"{flag.strip('- ') or 'folder'} {shown(root)} holds no {TRAIN_NAME}/ and no {EVAL_NAME}/, "
+        f"found {some(names) if names else 'nothing'}"
+    )
+    above = root.absolute().parent
+    if has_set(above):
+        return UserError(
+            f"{problem}: it is one folder of a data set",
+            f"pass the one above: {flag}{shown(above)}",
+        )
+    inside = [name for name in names if has_set(root / name)]
+    if inside:
+        return UserError(problem, f"pass a data set in it: {flag}{shown(root / inside[0])}")
+    if not flag:
+        return UserError(problem, fix)
+    if looks_like_shards(names):
+        return UserError(
+            f"{problem}: shards, without the folder that a data set keeps them in",
+            f"pass --train_dir {shown(root)} and --eval_dir DIR with evaluation shards, "
+            "--bert_config_path and --init_checkpoint, in place of --data_dir",
+        )
+    folders = [name for name in names if _holds_shards(root / name)]
+    evaluation = [name for name in folders if "eval" in name or "test" in name]
+    training = [name for name in folders if name not in evaluation]
+    if training:
+        other = shown(root / evaluation[0]) if evaluation else "DIR"
+        return UserError(
+            problem, f"pass --train_dir {shown(root / training[0])} and --eval_dir {other} with it"
+        )
+    return UserError(problem, fix)
+
+
+def _holds_shards(folder: Path) -> bool:
+    try:
+        return looks_like_shards(os.listdir(folder))
+    except OSError:
+        return False  # no folder, or one that cannot be read
+
+
+def has_set(directory: Path) -> bool:
+    """Whether a folder holds a data set's folder of training or evaluation shards."""
+    return any(os.path.isdir(directory / name) for name in (TRAIN_NAME, EVAL_NAME))
+
+
+def _require_existing(root: Path, config: Config) -> None:
+    """Raise UserError: `data_dir` is a file, or nothing."""
+    if os.path.isfile(root):
+        owner = next((one for one in root.absolute().parents if has_set(one)), None)
+        raise UserError(
+            f"data_dir {shown(root)} is a file",
+            f"pass the data set that it is in: --data_dir {shown(owner)}"
+            if owner
+            else f"pass the directory that holds {TRAIN_NAME}/ and {EVAL_NAME}/",
+        )
+    require_directory(root, "data_dir", _how_to_get(config, root))
+
+
+def _how_to_get(config: Config, root: Path) -> str:
+    """What to do where there is no data set: the mini configurations' can be made."""
+    if config.name == "mini" or "mini" in root.name:
+        return (
+            "make the mini data set with: "
+            f"python -m bert_pretraining data make-mini --output_dir {shown(root)}"
+        )
+    return (
+        f"pass the folder with {TRAIN_NAME}/, {EVAL_NAME}/, {BERT_CONFIG_NAME} and the start "
+        "checkpoint (docs/data.md says how to get or make them)"
+    )
 
 
 def _require_package(name: str, package: str, extra: str) -> None:

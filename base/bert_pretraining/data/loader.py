@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from bert_pretraining.data.balance import balance, window_of
 from bert_pretraining.data.flat_shard import FlatShard, ShardInfo
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device, pack
-from bert_pretraining.data.shards import list_shards, read_shard
+from bert_pretraining.data.shards import read_listed
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.runtime import device as devices
@@ -120,9 +119,8 @@ class TrainingLoader:
 
             def load(shard: int) -> Future[FlatShard]:
                 if shard not in loaded:
-                    path = self._shards[shard].path
-                    arguments = (path, config.vocab_size, config.max_seq_length)
-                    loaded[shard] = reader.submit(read_shard, *arguments)
+                    arguments = (self._shards[shard], config.vocab_size, config.max_seq_length)
+                    loaded[shard] = reader.submit(read_listed, *arguments)
                 return loaded[shard]
 
             while True:
@@ -215,23 +213,29 @@ class EvaluationSet(NamedTuple):
         return on_device(iter(batches), device)
 
 
-def load_evaluation_set(directory: Path, num_examples: int, config: LoaderConfig) -> EvaluationSet:
-    """The first `num_examples` sequences of the evaluation set in fixed batches.
+def load_evaluation_set(
+    shards: list[ShardInfo], num_examples: int, config: LoaderConfig
+) -> EvaluationSet:
+    """The first `num_examples` sequences of the evaluation set's shards in fixed batches.
 
     The batches are numbered over the whole set, and rank r of W takes the numbers n with
     n % W == r. So every number of ranks evaluates exactly the same batches.
 
     config: batch_size, rank, world_size, pin_for and the model's limits are used.
+
+    Raises UserError for a damaged shard, and where no token of these sequences is masked: the
+    accuracy would be that of nothing.
     """
-    count = 0
+    count = masked = 0
     mine: list[tuple[int, PackedBatch]] = []
     remaining = num_examples
-    for info in list_shards(directory):
+    for info in shards:
         if remaining == 0:
             break
-        shard = read_shard(info.path, config.vocab_size, config.max_seq_length)
+        shard = read_listed(info, config.vocab_size, config.max_seq_length)
         rows = np.arange(min(remaining, shard.num_sequences))
         remaining -= len(rows)
+        masked += int(shard.masked_counts[: len(rows)].sum())
         starts = range(0, len(rows), config.batch_size)
         numbers = range(count, count + len(starts))
         count += len(starts)
@@ -244,6 +248,10 @@ def load_evaluation_set(directory: Path, num_examples: int, config: LoaderConfig
             mine += zip(
                 own, pack([shard], zeros, indices, config.batch_size, config.pin_for), strict=True
             )
-    if count == 0:
-        raise UserError(f"no evaluation sequences in {directory}", "make the data set again")
+    if masked == 0:
+        raise UserError(
+            f"{shards[0].path.parent}: no masked token in the first {num_examples - remaining} "
+            "evaluation sequences, so the accuracy would be that of nothing",
+            "make the evaluation set again, or raise num_eval_examples",
+        )
     return EvaluationSet(count, mine)

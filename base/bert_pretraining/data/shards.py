@@ -14,8 +14,7 @@ A variable-length HDF5 shard (NVIDIA's, from MLPerf 2.0 on) holds the same datas
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -29,32 +28,46 @@ from bert_pretraining.data.flat_shard import (
     checked,
     flatten,
 )
+from bert_pretraining.data.hdf5 import open_hdf5, write_hdf5
+from bert_pretraining.data.shard_layout import (
+    IGNORED,
+    LABELS,
+    PREDICTIONS,
+    SCHEMA,
+    VARLENGTH_DATASETS,
+    Layout,
+    find_layout,
+    read_padded,
+)
+from bert_pretraining.data.shard_names import ShardFolder, shard_folder
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.files import shard_files, write_whole
 
-# dataset -> dtype in a fixed-length shard
-SCHEMA = {
-    "input_ids": "i2",
-    "input_mask": "i1",
-    "segment_ids": "i1",
-    "masked_lm_positions": "i2",
-    "masked_lm_ids": "i2",
-    "next_sentence_labels": "i1",
-}
 REMAKE = "make a data set with: python -m bert_pretraining data make-mini"
-VARLENGTH_DATASETS = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 
 
-def list_shards(directory: Path) -> list[ShardInfo]:
-    """Inspect every file with `part` in its name in `directory`, sorted by name.
+def list_shards(
+    directory: Path, pattern: str | None = None, say: Callable[[str], None] | None = None
+) -> list[ShardInfo]:
+    """Inspect every shard in `directory`, sorted by name; see `inspect_shards`."""
+    return inspect_shards(shard_folder(directory, REMAKE, pattern), say)
 
-    Raises UserError if there are none, if one cannot be read, or if they differ in
-    sequence length.
+
+def inspect_shards(
+    folder: ShardFolder, say: Callable[[str], None] | None = None
+) -> list[ShardInfo]:
+    """Read the header of every shard of a folder.
+
+    say: gets one line for each thing that a user should know: files that are not read, shards
+    that are missing, another form of the datasets than this package's.
+
+    Raises UserError if one cannot be read, if they differ in sequence length, or if they hold no
+    sequence.
     """
-    paths = shard_files(directory, REMAKE)
-    infos = [format_of(path).inspect(path) for path in paths]
+    infos = [format_of(path).inspect(path) for path in folder.shards]
     if not any(info.num_sequences for info in infos):
-        raise UserError(f"the shards in {directory} hold no sequences", "make the data set again")
+        raise UserError(
+            f"the shards in {folder.directory} hold no sequences", "make the data set again"
+        )
     for info in infos:
         if info.max_seq_length != infos[0].max_seq_length:
             raise UserError(
@@ -62,7 +75,22 @@ def list_shards(directory: Path) -> list[ShardInfo]:
                 f"has {infos[0].max_seq_length}",
                 "make all shards with the same max_seq_length",
             )
+    if say is not None:
+        for notice in [*folder.notices(), *_form_notices(infos)]:
+            say(f"Notice: {notice}")
     return infos
+
+
+def _form_notices(infos: list[ShardInfo]) -> list[str]:
+    """One line for each other form of datasets, however many shards have it."""
+    having: dict[str, list[ShardInfo]] = {}
+    for info in infos:
+        for form in info.forms:
+            having.setdefault(form, []).append(info)
+    return [
+        f"{found[0].path}{f' and {len(found) - 1} more shards' if len(found) > 1 else ''}: {form}"
+        for form, found in having.items()
+    ]
 
 
 def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
@@ -70,7 +98,7 @@ def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -
 
     Raises UserError naming the file and the fault: missing datasets, ids outside
     [0, vocab_size), sequences longer than max_seq_length, a mask that is not a prefix,
-    predictions outside the sequence.
+    predictions outside the sequence, no prediction at all.
     """
     shard = format_of(path).read(path, vocab_size)
     longest = shard.lengths.max(initial=0)
@@ -80,6 +108,24 @@ def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -
             f"max_position_embeddings {max_seq_length}",
             "use data and a bert_config.json that fit together",
         )
+    if shard.num_sequences and not len(shard.masked_labels):
+        raise UserError(
+            f"{path}: no masked token in its {shard.num_sequences} sequences, so there is nothing "
+            "to learn or to evaluate",
+            "make it again with masked tokens (data create-examples masks 15%)",
+        )
+    return shard
+
+
+def read_listed(info: ShardInfo, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
+    """`read_shard` of a shard that was inspected before; UserError where it has changed since."""
+    shard = read_shard(info.path, vocab_size, max_seq_length)
+    if shard.num_sequences != info.num_sequences:
+        raise UserError(
+            f"{info.path}: it has {shard.num_sequences} sequences now, and had "
+            f"{info.num_sequences} when the run began",
+            "leave the shards as they are while a run reads them, and start it again",
+        )
     return shard
 
 
@@ -88,50 +134,14 @@ def format_of(path: Path) -> ShardFormat:
     return FORMATS.get(path.suffix, HDF5)
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    """The opened file; what h5py raises for a damaged file becomes a UserError."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: not a readable HDF5 file ({reason})", "make or copy it again"
-        ) from error
+def _layout(path: Path) -> Layout:
+    with open_hdf5(path) as file:
+        return find_layout(file, path)
 
 
 def _inspect_hdf5(path: Path) -> ShardInfo:
-    with _open(path) as file:
-        varlength = "input_ids" in file and h5py.check_vlen_dtype(file["input_ids"].dtype)
-        needed = [key for key in SCHEMA if key != "input_mask" or not varlength]
-        missing = [key for key in needed if key not in file]
-        if missing:
-            raise UserError(
-                f"{path}: no dataset '{missing[0]}' (has: {', '.join(sorted(file)) or 'nothing'})",
-                AGAIN,
-            )
-        shapes = {key: file[key].shape for key in needed}
-    num_sequences = shapes["next_sentence_labels"][0]
-    for key, shape in shapes.items():
-        dimensions = 1 if key == "next_sentence_labels" or varlength else 2
-        if len(shape) != dimensions or shape[0] != num_sequences:
-            raise UserError(
-                f"{path}: dataset '{key}' has shape {shape}, expected {num_sequences} rows", AGAIN
-            )
-    if not varlength:
-        for key, like in (
-            ("input_mask", "input_ids"),
-            ("segment_ids", "input_ids"),
-            ("masked_lm_positions", "masked_lm_ids"),
-        ):
-            if shapes[key] != shapes[like]:
-                raise UserError(
-                    f"{path}: dataset '{key}' has shape {shapes[key]}, but '{like}' has "
-                    f"{shapes[like]}",
-                    AGAIN,
-                )
-    return ShardInfo(path, num_sequences, None if varlength else shapes["input_ids"][1])
+    layout = _layout(path)
+    return ShardInfo(path, layout.num_sequences, layout.max_seq_length, tuple(layout.notices))
 
 
 def shard_rows(path: Path) -> int:
@@ -140,32 +150,38 @@ def shard_rows(path: Path) -> int:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a fixed-length HDF5 shard, as they are in the file."""
-    if _inspect_hdf5(path).max_seq_length is None:
-        raise UserError(
-            f"{path}: a variable-length shard, where a fixed-length one is needed",
-            "name the fixed-length shard that it was made from",
-        )
-    with _open(path) as file:
-        return {key: file[key][()] for key in SCHEMA}
+    """The arrays of a fixed-length HDF5 shard, in the names and shapes of SCHEMA."""
+    with open_hdf5(path) as file:
+        layout = find_layout(file, path)
+        if layout.max_seq_length is None:
+            raise UserError(
+                f"{path}: a variable-length shard, where a fixed-length one is needed",
+                "name the fixed-length shard that it was made from",
+            )
+        return read_padded(file, layout, path)
 
 
 def read_token_rows(path: Path) -> list[np.ndarray]:
     """The token ids of each sequence without padding, from an HDF5 shard of either form."""
-    if _inspect_hdf5(path).max_seq_length is None:
-        with _open(path) as file:
+    with open_hdf5(path) as file:
+        layout = find_layout(file, path)
+        if layout.max_seq_length is None:
             return list(file["input_ids"][()])
-    with _open(path) as file:
-        ids, lengths = file["input_ids"][()], file["input_mask"][()].sum(axis=1, dtype=np.int64)
-    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        arrays = read_padded(file, layout, path)
+    lengths = arrays["input_mask"].sum(axis=1, dtype=np.int64)
+    return [row[:length] for row, length in zip(arrays["input_ids"], lengths, strict=True)]
 
 
 def _read_hdf5(path: Path, vocab_size: int) -> FlatShard:
-    if _inspect_hdf5(path).max_seq_length is not None:
-        return flatten(read_arrays(path), vocab_size, str(path))
-    with _open(path) as file:
-        rows = {key: file[key][()] for key in VARLENGTH_DATASETS}
-        next_sentence_labels = file["next_sentence_labels"][()]
+    with open_hdf5(path) as file:
+        layout = find_layout(file, path)
+        if layout.max_seq_length is not None:
+            arrays = read_padded(file, layout, path)
+        else:
+            rows = {key: file[key][()] for key in VARLENGTH_DATASETS}
+            next_sentence_labels = file[layout.sources[LABELS]][()]
+    if layout.max_seq_length is not None:
+        return flatten(arrays, vocab_size, str(path))
     row_lengths = {
         key: np.fromiter((len(row) for row in value), np.int64, len(value))
         for key, value in rows.items()
@@ -176,6 +192,11 @@ def _read_hdf5(path: Path, vocab_size: int) -> FlatShard:
         row_lengths["masked_lm_positions"] != counts
     ).any():
         raise UserError(f"{path}: rows of different datasets differ in length", AGAIN)
+    kept = ~np.isin(flat["masked_lm_ids"], IGNORED)
+    if not kept.all():
+        owners = np.repeat(np.arange(len(counts)), counts)[kept]
+        counts = np.bincount(owners, minlength=len(counts))
+        flat.update({key: flat[key][kept] for key in PREDICTIONS})
     shard = FlatShard(
         input_ids=flat["input_ids"],
         segment_ids=flat["segment_ids"],
@@ -197,7 +218,7 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
         for key, dtype in SCHEMA.items():
             file.create_dataset(key, data=arrays[key], dtype=dtype)
 
-    _write_hdf5(path, fill)
+    write_hdf5(path, fill)
 
 
 def write_varlength_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -218,21 +239,7 @@ def write_varlength_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
         labels = arrays["next_sentence_labels"]
         file.create_dataset("next_sentence_labels", data=labels, dtype="i1")
 
-    _write_hdf5(path, fill)
-
-
-def _write_hdf5(path: Path, fill: Callable[[h5py.File], None]) -> None:
-    def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w") as file:
-            fill(file)
-
-    try:
-        write_whole(path, write)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot write {path} ({reason})", "free disk space, or write to another folder"
-        ) from error
+    write_hdf5(path, fill)
 
 
 HDF5 = ShardFormat(_inspect_hdf5, _read_hdf5)

@@ -16,7 +16,6 @@ from bert_pretraining.launch.checks import check_loopback
 from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags
 from bert_pretraining.launch.port import free_port
-from bert_pretraining.runtime.files import shard_files
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -96,7 +95,8 @@ def data(settings: Config) -> Iterator[CheckResult]:
     if not faults:
         paths = inputs.data_paths(settings)
         training, evaluation = (
-            len(shard_files(path, "")) for path in (paths.train_dir, paths.eval_dir)
+            len(find(settings, paths).shards)
+            for find in (inputs.training_folder, inputs.evaluation_folder)
         )
         yield CheckResult("data", OK, f"{training} training and {evaluation} evaluation shards; "
                       "`data verify DIR` checks their content")  # fmt: skip

@@ -15,59 +15,88 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels.fp8 import (
+from bert_pretraining.kernels.fp8 import Fp8State, Scaling
+from bert_pretraining.kernels.fp8_casts import (
     FORMATS,
     GRADIENT,
     INPUT,
     MULTIPLE,
     WEIGHT,
-    Fp8State,
-    Scaling,
+    Quantised,
     cast_bound,
 )
+from bert_pretraining.kernels.fp8_engine import engine_for
+from bert_pretraining.kernels.fp8_weights import EachWeight, WeightCast
 
 Saved = tuple[Tensor, ...]
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling, record: bool = True
+    x: Tensor | Quantised,
+    weight: Tensor,
+    bias: Tensor | None,
+    scaling: Scaling,
+    record: bool = True,
 ) -> tuple[Tensor, Saved]:
-    """x W' + b, (T, N), of the dtype of x; and what `linear_backward` needs: x and W in fp8.
+    """x W' + b, (T, N), and what `linear_backward` needs: x and W in fp8.
 
-    x: (T, K); weight: (N, K); bias: (N,) or None. On a GPU, K and N are multiples of 16.
+    x: (T, K), may already be cast; weight: (N, K); bias: (N,) or None. On a GPU, K and N are
+    multiples of 16. The result's dtype is that of x, or the weight's if x is cast.
     record: False in an evaluation, which must not move the scales of training.
     """
-    inputs = scaling.cast(x, INPUT, record)
-    weights = scaling.cast(weight, WEIGHT, record)
+    inputs, dtype = _cast(x, scaling, INPUT, record, weight.dtype)
+    weights = scaling.cast_weight(weight, record)
     saved = inputs.columns, weights.columns
-    if x.shape[0] == 0:
-        return x.new_empty((0, weight.shape[0])), saved
+    if inputs.rows.shape[0] == 0:
+        return weight.new_empty((0, weight.shape[0]), dtype=dtype), saved
     inverses = scaling.inverses[INPUT], scaling.inverses[WEIGHT]
-    return scaling.engine.product(inputs.rows, weights.rows, *inverses, x.dtype, bias), saved
+    return scaling.engine.product(inputs.rows, weights.rows, *inverses, dtype, bias), saved
+
+
+def _cast(
+    x: Tensor | Quantised, scaling: Scaling, which: int, record: bool, dtype: torch.dtype
+) -> tuple[Quantised, torch.dtype]:
+    """x in fp8, and its dtype before; `dtype` if it is already cast."""
+    if isinstance(x, Quantised):
+        return x, dtype
+    return scaling.cast(x, which, record), x.dtype
 
 
 def linear_backward(
-    gradient: Tensor, saved: Saved, scaling: Scaling, weight_gradient: Tensor
+    gradient: Tensor | Quantised,
+    saved: Saved,
+    scaling: Scaling,
+    weight_gradient: Tensor,
+    x_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of x, (T, K), of the gradient's dtype; the weight's is added to the last.
+    """The gradient of x, (T, K); the weight's is added to weight_gradient.
 
-    gradient: (T, N); weight_gradient: (N, K), 16-bit or float32. It comes between the forward
+    gradient: (T, N), may already be cast; weight_gradient: (N, K), 16-bit or float32. The result's
+    dtype is that of the gradient, or x_dtype if the gradient is cast. It comes between the forward
     function and `Fp8State.update`. A gradient that is not finite gives NaN in both results.
     """
-    if gradient.shape[0] == 0:
-        return gradient.new_empty((0, weight_gradient.shape[1]))
-    into_x, into_weight = _gradients(gradient, saved, scaling, weight_gradient.dtype)
-    weight_gradient.add_(into_weight)
+    into_x, into_weight = _gradients(
+        gradient, saved, scaling, weight_gradient.dtype, x_dtype or weight_gradient.dtype
+    )
+    if into_weight is not None:
+        weight_gradient.add_(into_weight)
     return into_x
 
 
 def _gradients(
-    gradient: Tensor, saved: Saved, scaling: Scaling, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    gradient: Tensor | Quantised,
+    saved: Saved,
+    scaling: Scaling,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and of the weight; None for the weight's where there are no tokens."""
     inputs, weights = saved
-    outer, product = scaling.cast(gradient, GRADIENT, record=True), scaling.engine.product
-    scale = scaling.inverses
-    into_x = product(outer.rows, weights, scale[GRADIENT], scale[WEIGHT], gradient.dtype, None)
+    outer, x_dtype = _cast(gradient, scaling, GRADIENT, True, x_dtype)
+    if outer.rows.shape[0] == 0:
+        return inputs.new_empty((0, len(inputs)), dtype=x_dtype), None
+    product, scale = scaling.engine.product, scaling.inverses
+    into_x = product(outer.rows, weights, scale[GRADIENT], scale[WEIGHT], x_dtype, None)
     into_weight = product(outer.columns, inputs, scale[GRADIENT], scale[INPUT], dtype, None)
     return into_x, into_weight
 
@@ -86,13 +115,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if gradient.shape[0] == 0:
-            x_gradient = gradient.new_empty((0, ctx.shape[1]))
+        x_gradient, weight_gradient = _gradients(
+            gradient, ctx.saved_tensors, ctx.scaling, ctx.dtype, gradient.dtype
+        )
+        if weight_gradient is None:
             weight_gradient = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
-        else:
-            x_gradient, weight_gradient = _gradients(
-                gradient, ctx.saved_tensors, ctx.scaling, ctx.dtype
-            )
         bias_gradient = None
         if ctx.has_bias:
             wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -132,6 +159,15 @@ def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, i
                 "pass another bert_config.json, or --precision bf16",
             )
     generator = torch.Generator().manual_seed(1)
+    weights = [
+        [torch.randn((outputs, inputs), generator=generator).to(device, dtype)]
+        for inputs, outputs in features
+    ]
+    if not _same_copies(weights, engine_for(device).weights(weights), EachWeight(weights)):
+        raise UserError(
+            f"--precision fp8: the casts of all weights at once are wrong on {device}",
+            "pass --precision bf16",
+        )
     for inputs, outputs in dict.fromkeys(features):
         shapes = {INPUT: (37, inputs), WEIGHT: (outputs, inputs), GRADIENT: (37, outputs)}
         given = {
@@ -145,6 +181,20 @@ def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, i
                 f"{device}: {fault}",
                 "pass --precision bf16",
             )
+
+
+def _same_copies(weights: list[list[Tensor]], one: WeightCast, other: WeightCast) -> bool:
+    """Whether both casts give the same bits and the same maxima."""
+    tables = []
+    for cast in (one, other):
+        tables.append(torch.ones((3, len(weights), 3), device=weights[0][0].device))
+        tables[-1][0] = 60.0  # so that some numbers saturate
+        cast(tables[-1])
+    return torch.equal(*tables) and all(
+        torch.equal(found.view(torch.uint8), right.view(torch.uint8))
+        for pair in zip(one.kept, other.kept, strict=True)
+        for found, right in zip(*pair, strict=True)
+    )
 
 
 def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:

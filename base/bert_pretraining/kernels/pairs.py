@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from bert_pretraining.kernels.fp8_casts import Quantised
+
 Saved = tuple[Tensor, ...]
 
 # Takes partial sums of parameters' gradients, (parts, ..., C) float32, and the tensors to which
@@ -103,6 +105,31 @@ class NormBackward(Protocol):
         """
 
 
+class CastingForward(Protocol):
+    def __call__(self, *inputs: object) -> Quantised | tuple[Tensor, Saved, Quantised]:
+        """The operator's output in fp8. Its arguments, and then how to cast.
+
+        GELU's output is in fp8 only; that of the LayerNorm comes before, with what its backward
+        function needs.
+        """
+
+
+class CastingBackward(Protocol):
+    def __call__(self, *inputs: object) -> Quantised | tuple[Quantised, Tensor]:
+        """As the operator's backward function, but the gradient of x is in fp8 only."""
+
+
+class CastingPair(NamedTuple):
+    """An operator whose result is cast to fp8 in the same pass.
+
+    The bits are those of the operator and a cast after it; sums may be added in another order. The
+    functions take a `Cast` after all other arguments.
+    """
+
+    forward: CastingForward
+    backward: CastingBackward
+
+
 class Sums(Protocol):
     """An `AddSums` that may keep what it gets until `finish`."""
 
@@ -129,12 +156,14 @@ class PlainSums:
 class Pair(NamedTuple):
     """One operator: its forward and its backward function.
 
-    sums: of the same provider, where it has a faster way to add them; see `LayerPairs`.
+    sums: of the same provider, where it has a faster way to add them; see `LayerPairs`. casting:
+    the same operator with its result in fp8, where the provider has it; see `fp8_operators.py`.
     """
 
     forward: AttentionForward | GeluForward | NormForward
     backward: AttentionBackward | GeluBackward | NormBackward
     sums: Callable[[], Sums] = PlainSums
+    casting: CastingPair | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _PROGRAM_ROWS = 128
 
 
 @triton.jit
-def _sigmoid_of_twice_u(z):
+def sigmoid_of_twice_u(z):
     """sigmoid(2u) and d(2u)/dz."""
     bounded = tl.minimum(tl.maximum(z, -_SATURATED), _SATURATED)
     square = bounded * bounded
@@ -63,7 +63,7 @@ def forward_kernel(
     offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
     bias = tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    sigmoid, _ = _sigmoid_of_twice_u(z)
+    sigmoid, _ = sigmoid_of_twice_u(z)
     tl.store(output_ptr + offsets, z * sigmoid, mask=inside)
 
 
@@ -92,7 +92,7 @@ def backward_kernel(
         offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
         gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-        sigmoid, slope = _sigmoid_of_twice_u(z)
+        sigmoid, slope = sigmoid_of_twice_u(z)
         gradient *= sigmoid * (1.0 + z * (1.0 - sigmoid) * slope)
         tl.store(x_gradient_ptr + offsets, gradient, mask=inside)
         bias_sum += tl.sum(gradient, axis=0)

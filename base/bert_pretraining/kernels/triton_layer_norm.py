@@ -57,7 +57,7 @@ def forward(
     mean and 1 / standard deviation of each of its rows, (2, T) float32.
     """
     num_rows, num_columns = x.shape
-    output, summed, statistics = _empty_outputs(x, residual)
+    output, summed, statistics = empty_outputs(x, residual)
     if num_rows:
         block_rows, block_columns, num_warps = row_blocks(num_columns)
         forward_kernel[(divide_up(num_rows, block_rows),)](
@@ -81,7 +81,8 @@ def forward(
     return output, (summed, statistics)
 
 
-def _empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the output, (T, C), and for what `backward` needs."""
     wider = x if x.dtype == torch.promote_types(x.dtype, residual.dtype) else residual
     statistics = x.new_empty((2, x.shape[0]), dtype=torch.float32)
     return wider.new_empty(x.shape), wider.new_empty(x.shape), statistics
@@ -216,7 +217,7 @@ def residual_layer_norm(
 
 @residual_layer_norm.register_fake
 def _(x: Tensor, bias: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _empty_outputs(x, residual)
+    return empty_outputs(x, residual)
 
 
 @custom_op("bert_pretraining::residual_layer_norm_backward")

@@ -53,6 +53,67 @@ def load_statistics(statistics_ptr, rows, num_rows):
     return mean, tl.load(deviations_ptr, mask=rows < num_rows, other=0.0)
 
 
+@triton.jit
+def forward_rows(
+    x_ptr, bias_ptr, residual_ptr, weight_ptr, norm_bias_ptr, seed_ptr, summed_ptr,
+    statistics_ptr, rows, columns, num_rows, epsilon,
+    COLUMNS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The output of some whole rows in float32; what the backward pass needs is written."""
+    column_inside = columns < COLUMNS
+    inside = (rows < num_rows)[:, None] & column_inside[None, :]
+    offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+
+    bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    if THRESHOLD > 0:
+        first_key, second_key = only_stream_keys(seed_ptr)
+        keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
+        x = tl.where(keep, x * KEEP_SCALE, 0.0)
+    summed = x + tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(summed_ptr + offsets, summed, mask=inside)
+
+    normal, mean, inverse_deviation = normalise(summed, inside, epsilon, COLUMNS)
+    store_statistics(statistics_ptr, rows, num_rows, mean, inverse_deviation)
+    weight = tl.load(weight_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+    return normal * weight[None, :] + norm_bias[None, :]
+
+
+@triton.jit
+def backward_rows(
+    gradient_ptr, summed_ptr, statistics_ptr, weight, residual_gradient_ptr, weight_sum,
+    norm_bias_sum, rows, columns, num_rows, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the residual for some whole rows, float32, and both sums with theirs added.
+
+    The gradient of the residual is also written.
+    """
+    column_inside = columns < COLUMNS
+    inside = (rows < num_rows)[:, None] & column_inside[None, :]
+    offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    summed = tl.load(summed_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    mean, inverse_deviation = load_statistics(statistics_ptr, rows, num_rows)
+    normal = (summed - mean[:, None]) * inverse_deviation[:, None]
+    normal = tl.where(column_inside[None, :], normal, 0.0)
+    weight_sum += tl.sum(gradient * normal, axis=0)
+    norm_bias_sum += tl.sum(gradient, axis=0)
+    total = normalise_backward(gradient, weight, normal, inverse_deviation, COLUMNS)
+    tl.store(residual_gradient_ptr + offsets, total, mask=inside)
+    return total, weight_sum, norm_bias_sum
+
+
+@triton.jit
+def store_sums(partial_ptr, columns, bias_sum, weight_sum, norm_bias_sum, COLUMNS: tl.constexpr):
+    """Write this program's sums into partial, (programs, 3, COLUMNS)."""
+    inside = columns < COLUMNS
+    partial_ptr += tl.program_id(0) * 3 * COLUMNS + columns
+    tl.store(partial_ptr, bias_sum, mask=inside)
+    tl.store(partial_ptr + COLUMNS, weight_sum, mask=inside)
+    tl.store(partial_ptr + 2 * COLUMNS, norm_bias_sum, mask=inside)
+
+
 @launched_directly
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
@@ -75,24 +136,13 @@ def forward_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
-    column_inside = columns < COLUMNS
-    inside = (rows < num_rows)[:, None] & column_inside[None, :]
+    output = forward_rows(
+        x_ptr, bias_ptr, residual_ptr, weight_ptr, norm_bias_ptr, seed_ptr, summed_ptr,
+        statistics_ptr, rows, columns, num_rows, epsilon, COLUMNS, THRESHOLD, KEEP_SCALE,
+    )  # fmt: skip
+    inside = (rows < num_rows)[:, None] & (columns < COLUMNS)[None, :]
     offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-
-    bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    if THRESHOLD > 0:
-        first_key, second_key = only_stream_keys(seed_ptr)
-        keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
-        x = tl.where(keep, x * KEEP_SCALE, 0.0)
-    summed = x + tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(summed_ptr + offsets, summed, mask=inside)
-
-    normal, mean, inverse_deviation = normalise(summed, inside, epsilon, COLUMNS)
-    store_statistics(statistics_ptr, rows, num_rows, mean, inverse_deviation)
-    weight = tl.load(weight_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
-    tl.store(output_ptr + offsets, normal * weight[None, :] + norm_bias[None, :], mask=inside)
+    tl.store(output_ptr + offsets, output, mask=inside)
 
 
 @launched_directly
@@ -126,25 +176,15 @@ def backward_kernel(
 
     for step in range(0, PROGRAM_ROWS, BLOCK_ROWS):
         rows = program * PROGRAM_ROWS + step + tl.arange(0, BLOCK_ROWS)
-        row_inside = rows < num_rows
-        inside = row_inside[:, None] & column_inside[None, :]
-        offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-        gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        summed = tl.load(summed_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        mean, inverse_deviation = load_statistics(statistics_ptr, rows, num_rows)
-        normal = (summed - mean[:, None]) * inverse_deviation[:, None]
-        normal = tl.where(column_inside[None, :], normal, 0.0)
-        weight_sum += tl.sum(gradient * normal, axis=0)
-        norm_bias_sum += tl.sum(gradient, axis=0)
-        total = normalise_backward(gradient, weight, normal, inverse_deviation, COLUMNS)
-        tl.store(residual_gradient_ptr + offsets, total, mask=inside)
+        total, weight_sum, norm_bias_sum = backward_rows(
+            gradient_ptr, summed_ptr, statistics_ptr, weight, residual_gradient_ptr, weight_sum,
+            norm_bias_sum, rows, columns, num_rows, COLUMNS,
+        )  # fmt: skip
         if THRESHOLD > 0:
             keep = kept(first_key, second_key, rows[:, None], columns[None, :], THRESHOLD)
             total = tl.where(keep, total * KEEP_SCALE, 0.0)
+            inside = (rows < num_rows)[:, None] & column_inside[None, :]
+            offsets = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
             tl.store(x_gradient_ptr + offsets, total, mask=inside)
         bias_sum += tl.sum(total, axis=0)
-
-    partial_ptr += program * 3 * COLUMNS + columns
-    tl.store(partial_ptr, bias_sum, mask=column_inside)
-    tl.store(partial_ptr + COLUMNS, weight_sum, mask=column_inside)
-    tl.store(partial_ptr + 2 * COLUMNS, norm_bias_sum, mask=column_inside)
+    store_sums(partial_ptr, columns, bias_sum, weight_sum, norm_bias_sum, COLUMNS)

@@ -187,15 +187,16 @@ class _Attempt:
     def _forward_signals(self) -> None:
         while self._received:
             signum, at = self._received.popleft()
-            if self._stopped_by is None:
+            hang_up = signum == signal.SIGHUP  # counts once, and never as a second signal
+            if self._stopped_by is None or (self._stopped_by == signal.SIGHUP and not hang_up):
                 self._stopped_by, self._signalled_at = signum, at
-                # Trainers do not handle SIGHUP (the terminal was closed).
-                forwarded = signal.SIGTERM if signum == signal.SIGHUP else signum
-                rank_reports.ask_to_stop(self._folder, forwarded)
-                self._ranks.send(forwarded)
+                rank_reports.ask_to_stop(self._folder, signum)
+                self._ranks.send(signum)
                 if not rank_reports.read_processes(self._folder):
                     self._leave(signum)
-            elif signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL:
+            elif not hang_up and (
+                signum != self._stopped_by or at - self._signalled_at > SECONDS_OF_ONE_SIGNAL
+            ):
                 self._kill()
                 self._leave(signum)
 
@@ -270,8 +271,8 @@ class _Attempt:
             raise error
         if exit_codes and self._stopped_by is not None:
             # Ranks that do not handle the signal are ended by it.
-            forwarded = signal.SIGTERM if self._stopped_by == signal.SIGHUP else self._stopped_by
-            if not {-forwarded, 128 + forwarded}.isdisjoint(exit_codes.values()):
+            by_it = {-self._stopped_by, 128 + self._stopped_by}
+            if not by_it.isdisjoint(exit_codes.values()):
                 print(_ended_by(self._stopped_by), file=sys.stderr, flush=True)
                 return AttemptResult(128 + self._stopped_by, by_signal=True)
         if exit_codes:

@@ -24,17 +24,15 @@ class Console(Sink):
     def said(self, text: str) -> None:
         self._terminal.line(text)
 
+    def noticed(self, kind: str, text: str) -> None:
+        self.said(f"Notice: {text}")
+
     def start_evaluated(self, evaluation: EvaluationFigures) -> None:
         accuracy = evaluation.mlm_accuracy
         self._terminal.highlight(
             f"Start: MLM accuracy {accuracy:.4f} on {evaluation.num_sequences:,} sequences, loss "
             f"{evaluation.loss:.4f}, target {self._target}"
         )
-        if accuracy >= self._run.config.target_mlm_accuracy:
-            self.said(
-                f"The start checkpoint already meets the target ({accuracy:.4f} >= "
-                f"{self._target}): stopping after one step"
-            )
 
     def resumed(self, resumption: Resumption) -> None:
         self._terminal.begin_at(resumption.steps)

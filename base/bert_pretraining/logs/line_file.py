@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import TextIO
 
 
 class LineFile:
-    """A new file of whole lines, each flushed as it is written."""
+    """A new file of whole lines, each written at once, without a buffer.
+
+    `line` raises OSError with the file's path where a line cannot be written; of that line nothing
+    stays in the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = open(path, "x", encoding="utf-8")  # noqa: SIM115
+        self._path = path
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115
 
     def line(self, text: str) -> None:
-        self._file.write(text + "\n")
-        self._file.flush()
+        data = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
+        before = self._file.tell()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()

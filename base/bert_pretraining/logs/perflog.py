@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.sinks import (
     EvaluationFigures,
+    EvaluationSetFacts,
     Resumption,
     RunFacts,
     RunResult,
@@ -70,6 +71,12 @@ class PerfLog(Sink):
 
     def built(self, event: str, values: dict[str, object]) -> None:
         self.log(event, values)
+
+    def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
+        self.log("EVALUATION_SET", dataclasses.asdict(facts))
+
+    def noticed(self, kind: str, text: str) -> None:
+        self.log("NOTICE", {"kind": kind, "text": text})
 
     def start_evaluated(self, evaluation: EvaluationFigures) -> None:
         self.log("INIT_EVALUATION", _evaluation(evaluation))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bert_pretraining.config import Config, Resolved
+from bert_pretraining.errors import UserError
 from bert_pretraining.logs.console import Console
 from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.mlperf import MlperfLog
@@ -20,6 +22,7 @@ from bert_pretraining.logs.perflog import PerfLog
 from bert_pretraining.logs.run_folder import make_run_folder
 from bert_pretraining.logs.sinks import (
     EvaluationFigures,
+    EvaluationSetFacts,
     Hyperparameters,
     Resumption,
     RunFacts,
@@ -29,12 +32,22 @@ from bert_pretraining.logs.sinks import (
 )
 from bert_pretraining.logs.tensorboard import TensorBoard
 from bert_pretraining.logs.terminal import Terminal
+from bert_pretraining.logs.watch import Watch
 from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime.lock import FolderLock
 
 
+def _raise(error: UserError) -> None:
+    raise error
+
+
 class RunLog:
     """Keeps a run's times, and tells its sinks.
+
+    A sink that cannot write is told nothing more.
+
+    Args:
+        failed: called with the error where a sink cannot write; by default it is raised.
 
     UserError if its folder cannot be made or is in use.
 
@@ -42,7 +55,15 @@ class RunLog:
         folder: of this run; None on ranks other than 0.
     """
 
-    def __init__(self, resolved: Resolved, rank: int, device_name: str, world_size: int) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        rank: int,
+        device_name: str,
+        world_size: int,
+        failed: Callable[[UserError], None] = _raise,
+    ) -> None:
+        self._failed = failed
         self.config, self._sources = resolved.config, resolved.sources
         self._started = float(os.environ.get("BERT_PRETRAINING_STARTED", time.time()))
         self._init_started = self._train_started = self._window_started = self._started
@@ -69,7 +90,7 @@ class RunLog:
             )
             if self.folder is not None:
                 for sink in self.make_sinks(facts, self.folder):
-                    closing.callback(sink.close)
+                    closing.callback(self._call, sink, sink.close)
                     self._sinks.append(sink)
             self._closing = closing.pop_all()
         self._tell(Sink.launched, facts)
@@ -83,18 +104,39 @@ class RunLog:
         yield PerfLog([terminal.line], rank=0, file=LineFile(folder / "perflog.txt"))
         yield MlperfLog([terminal.line], file=LineFile(folder / "mllog.txt"))
         yield Console(terminal, facts)
+        chose_evaluations = self._sources["eval_steps"] == "flag"
+        yield Watch(facts, self.notice, chose_evaluations)
         if config.tensorboard_dir:
             run = Path(config.resolved_output_dir).name
             yield TensorBoard(Path(config.tensorboard_dir) / run / folder.name)
 
     def _tell(self, event: Callable, *details: object) -> None:
         """Call the method of `Sink` that `event` is on every sink."""
-        for sink in self._sinks:
-            getattr(sink, event.__name__)(*details)
+        for sink in list(self._sinks):
+            self._call(sink, getattr(sink, event.__name__), *details)
+
+    def _call(self, sink: Sink, method: Callable, *details: object) -> None:
+        """Call a method of a sink; where it cannot write, leave the sink out from now on."""
+        try:
+            method(*details)
+        except OSError as error:
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            where = error.filename or f"the output of {type(sink).__name__}"
+            self._failed(
+                UserError(
+                    f"cannot write {where} ({error.strerror or error})",
+                    "free disk space or mend that disk, then go on with --resume auto",
+                )
+            )
 
     def say(self, text: str) -> None:
         """A line for people, on rank 0's terminal."""
         self._tell(Sink.said, text)
+
+    def notice(self, kind: str, text: str) -> None:
+        """The run goes wrong, or not as its user may expect; see `Sink.noticed`."""
+        self._tell(Sink.noticed, kind, text)
 
     def hyperparameters(self, seed: int, triggers: StepTriggers) -> None:
         """The seed and what the closed division asks for."""
@@ -121,6 +163,10 @@ class RunLog:
     def clock_started(self) -> None:
         """MLPerf's clock starts: from here on sequences are read."""
         self._tell(Sink.clock_started)
+
+    def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
+        """The evaluation set is in memory."""
+        self._tell(Sink.evaluation_set_read, facts)
 
     def evaluation_started(self, state: RunState) -> None:
         """An evaluation begins."""
@@ -152,7 +198,11 @@ class RunLog:
         it is only a part.
         """
         self._resumption = Resumption(
-            path, state.global_steps, state.num_trained_samples, differences
+            path,
+            state.global_steps,
+            state.num_trained_samples,
+            differences,
+            state.eval_mlm_accuracy,
         )
         self._tell(Sink.resumed, self._resumption)
         self._begin_training()
@@ -243,6 +293,11 @@ class RunLog:
     def aborted(self, state: RunState) -> None:
         """The run ends by an error or from outside: the MLPerf log says so, once."""
         self._tell(Sink.aborted, state.num_trained_samples, state.eval_sequences)
+
+    def discard(self) -> None:
+        """Remove the run's folder: the run was refused before it began, and the error says why."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close every output, and let the next run use the folder."""

@@ -35,13 +35,27 @@ class Resumption:
     """The run goes on from a checkpoint.
 
     differences: settings and data that have changed since the checkpoint; if empty, the run
-    continues bit for bit.
+    continues bit for bit. mlm_accuracy: of the last evaluation before.
     """
 
     checkpoint: Path
     steps: int
     samples: int
     differences: list[str]
+    mlm_accuracy: float
+
+
+@dataclass(frozen=True)
+class EvaluationSetFacts:
+    """What the evaluation set asks for.
+
+    masked_tokens: all of its predictions. commonest_token: the id that is right most often;
+    commonest_share: the accuracy of always guessing that one.
+    """
+
+    masked_tokens: int
+    commonest_token: int
+    commonest_share: float
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,9 @@ class Sink:
     def clock_started(self) -> None:
         """From here on sequences are read, and MLPerf's clock runs."""
 
+    def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
+        """The evaluation set is in memory."""
+
     def evaluation_started(self, samples: int) -> None:
         """An evaluation begins, after `samples` trained sequences."""
 
@@ -166,6 +183,12 @@ class Sink:
 
     def aborted(self, samples: int, eval_samples: int) -> None:
         """The run ends by an error or from outside; nothing but `close` follows."""
+
+    def noticed(self, kind: str, text: str) -> None:
+        """The run goes wrong, or not as its user may expect; `Watch` tells each kind once.
+
+        kind: one word for programs. text: what was found, its likely cause, and what to do.
+        """
 
     def said(self, text: str) -> None:
         """A line for people, at any time."""

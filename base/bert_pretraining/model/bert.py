@@ -170,7 +170,7 @@ class Encoder(nn.Module):
 
     def forward(self, hidden: Tensor, batch: PackedBatch, form: LayerForm) -> Tensor:
         recompute = self.checkpoint_activations and self.training
-        for layer in form.layers(self.layer, batch):
+        for layer in form.layers(self.layer, batch, apart=recompute):
             if recompute:
                 hidden = checkpoint(layer, hidden, batch, use_reentrant=False)
             else:

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
 
 FIX = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
 GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # all mean the tanh approximation
@@ -43,14 +44,14 @@ class BertConfig:
     @classmethod
     def load(cls, path: Path) -> BertConfig:
         """Read and check the file. A UserError names the wrong key."""
+        require_regular(path, "pass --bert_config_path")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(
-                f"cannot read {path} ({error.strerror})", "pass --bert_config_path"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})", FIX) from error
+            raise cannot_read(path, error, "pass --bert_config_path") from error
+        except (ValueError, RecursionError) as error:
+            reason = f"not valid JSON ({error})"
+            raise not_the_kind(path, "a bert_config.json", FIX, reason, own="json") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}", FIX)
         if "layer_norm_eps" in values:  # Hugging Face's config.json

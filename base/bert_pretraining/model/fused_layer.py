@@ -1,9 +1,8 @@
-"""An encoder layer as one operation with a hand-written backward pass.
+"""An encoder layer as one operation: its forward pass and a hand-written backward pass.
 
-Autograd's record of each small operator takes the host longer than a GPU takes for the work. Here
-a layer is one record. Its backward pass adds the gradients of the parameters where the optimizer
-reads them, so that nothing is copied or added afterwards. What it computes is what the modules of
-`bert.py` compute; the tests compare both.
+The backward pass adds the gradients of the parameters where the optimizer reads them, so that
+nothing is copied or added afterwards. What it computes is what the modules of `bert.py` compute;
+the tests compare both. How autograd comes to call it: `fused_record.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,21 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bert_pretraining.kernels.fp8 import Scaling
+from bert_pretraining.kernels.fp8_casts import GRADIENT, INPUT, Cast
 from bert_pretraining.kernels.fp8_linear import linear_backward, linear_forward
+from bert_pretraining.kernels.fp8_operators import (
+    Factor,
+    gelu_backward,
+    gelu_forward,
+    norm_backward,
+    norm_forward,
+)
 from bert_pretraining.kernels.pairs import LayerPairs, Sums
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.parameter_memory import side_by_side
@@ -80,8 +86,16 @@ SINGLE = Saved._fields.index("seeds")  # the fields before it are one tensor eac
 class Product:
     """The products of one projection, in the dtype of its tensors."""
 
+    def input_cast(self, record: bool) -> Cast | None:
+        """How the operator before may cast its result for `forward`; None: not at all."""
+        return None
+
+    def gradient_cast(self) -> Cast | None:
+        """How the operator behind may cast its gradient for `backward`; None: not at all."""
+        return None
+
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, record: bool
+        self, x: Factor, weight: Tensor, bias: Tensor | None, record: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x W' + b, (T, N), and what `backward` needs. x: (T, K); weight: (N, K); bias: (N,).
 
@@ -92,7 +106,7 @@ class Product:
 
     def backward(
         self,
-        gradient: Tensor,
+        gradient: Factor,
         weight: Tensor,
         kept: tuple[Tensor, ...],
         target: Tensor,
@@ -109,22 +123,30 @@ class Fp8Product(Product):
     def __init__(self, scaling: Scaling) -> None:
         self._scaling = scaling
 
+    def input_cast(self, record: bool) -> Cast | None:
+        """See `Product`."""
+        return self._scaling.fused_cast(INPUT, record)
+
+    def gradient_cast(self) -> Cast | None:
+        """See `Product`."""
+        return self._scaling.fused_cast(GRADIENT, record=True)
+
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, record: bool
+        self, x: Factor, weight: Tensor, bias: Tensor | None, record: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Product`. x and weight are kept in fp8."""
         return linear_forward(x, weight, bias, self._scaling, record)
 
     def backward(
         self,
-        gradient: Tensor,
+        gradient: Factor,
         weight: Tensor,
         kept: tuple[Tensor, ...],
         target: Tensor,
         into: Tensor | None = None,
     ) -> Tensor:
         """See `Product`."""
-        x_gradient = linear_backward(gradient, kept, self._scaling, target)
+        x_gradient = linear_backward(gradient, kept, self._scaling, target, weight.dtype)
         return x_gradient if into is None else into.add_(x_gradient)
 
 
@@ -178,24 +200,28 @@ class FusedLayer:
         self._targets: dict[tuple[nn.Parameter, ...], _Targets] = {}
         self.first, self.second = _Norm.of(layer.attention.output), _Norm.of(layer.output)
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, seeds: Seeds) -> Tensor:
-        """Run the layer. hidden: (T, hidden size). Returns the same shape.
-
-        seeds: those of this layer, from which the dropout masks follow.
-        """
-        return _FusedLayer.apply(hidden, seeds, batch, self, torch.is_grad_enabled())
-
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """Weight, (3 hidden, hidden), and bias of the projection to queries, keys and values."""
         weight = torch.cat(self.qkv_weights) if self.qkv_weight is None else self.qkv_weight
         return weight, torch.cat(self.qkv_biases) if self.qkv_bias is None else self.qkv_bias
 
     def forward(
-        self, hidden: Tensor, batch: PackedBatch, seeds: Seeds, record: bool = True
-    ) -> tuple[Tensor, Saved]:
-        """The layer's output, and what `backward` needs. record: whether that will follow."""
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        seeds: Seeds,
+        record: bool = True,
+        factor: Factor | None = None,
+        following: Product | None = None,
+    ) -> tuple[Tensor, Factor, Saved]:
+        """The layer's output, the same as a factor of the following product, and for `backward`.
+
+        record: whether a backward pass will follow. factor: `hidden` as the layer before has
+        returned it, if there is one. following: the product that takes the output.
+        """
         one, two, three = seeds
-        qkv, to_qkv = self.to_qkv.forward(hidden, *self._stacked(), record)
+        factor = hidden if factor is None else factor
+        qkv, to_qkv = self.to_qkv.forward(factor, *self._stacked(), record)
         context, attention_saved = self.pairs.attention.forward(
             qkv.view(hidden.shape[0], 3, self.num_heads, -1),
             batch.cu_seqlens,
@@ -207,14 +233,19 @@ class FusedLayer:
         projected, to_middle = self.first.product.forward(
             context, self.first.projection, None, record
         )
-        middle, first_saved = self._norm(self.first, projected, hidden, two)
-        inner, to_inner = self.to_inner.forward(middle, self.inner_weight, None, record)
-        activated = self.pairs.bias_gelu.forward(inner, self.inner_bias)
+        middle, first_saved, factor = self._norm(
+            self.first, projected, hidden, two, self.to_inner.input_cast(record)
+        )
+        inner, to_inner = self.to_inner.forward(factor, self.inner_weight, None, record)
+        activated = gelu_forward(
+            self.pairs.bias_gelu, inner, self.inner_bias, self.second.product.input_cast(record)
+        )
         projected, to_output = self.second.product.forward(
             activated, self.second.projection, None, record
         )
-        output, second_saved = self._norm(self.second, projected, middle, three)
-        return output, Saved(
+        how = None if following is None else following.input_cast(record)
+        output, second_saved, factor = self._norm(self.second, projected, middle, three, how)
+        return output, factor, Saved(
             qkv, context, inner, batch.cu_seqlens, seeds, attention_saved, first_saved,
             second_saved, to_qkv, to_middle, to_inner, to_output,
         )  # fmt: skip
@@ -232,18 +263,17 @@ class FusedLayer:
         return known
 
     def _norm(
-        self, norm: _Norm, projected: Tensor, residual: Tensor, seed: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.pairs.bias_dropout_residual_layer_norm.forward(
-            projected,
-            norm.bias,
-            residual,
-            norm.weight,
-            norm.norm_bias,
-            norm.epsilon,
-            0.0 if seed is None else norm.dropout,
-            seed,
-        )
+        self,
+        norm: _Norm,
+        projected: Tensor,
+        residual: Tensor,
+        seed: Tensor | None,
+        how: Cast | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Factor]:
+        dropout = 0.0 if seed is None else norm.dropout
+        parameters = norm.weight, norm.norm_bias, norm.epsilon
+        inputs = (projected, norm.bias, residual, *parameters, dropout, seed)
+        return norm_forward(self.pairs.bias_dropout_residual_layer_norm, inputs, how)
 
     def backward(self, gradient: Tensor, saved: Saved, max_seqlen: int) -> Tensor:
         """The gradient of the input; those of the parameters are added to the sink's targets.
@@ -256,8 +286,14 @@ class FusedLayer:
         activated_gradient, middle_gradient = self._norm_backward(
             self.second, gradient, saved.to_output, saved.second_norm, three, sums
         )
-        inner_gradient = self.pairs.bias_gelu.backward(
-            activated_gradient, saved.inner, self.inner_bias, target(self.inner_bias), sums
+        inner_gradient = gelu_backward(
+            self.pairs.bias_gelu,
+            activated_gradient,
+            saved.inner,
+            self.inner_bias,
+            target(self.inner_bias),
+            sums,
+            self.to_inner.gradient_cast(),
         )
         del activated_gradient  # the largest activations: no two gradients of them are kept
         self.to_inner.backward(
@@ -303,50 +339,18 @@ class FusedLayer:
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the projection's input and of the residual. kept: for its product."""
         target = self.sink.target
-        projected_gradient, residual_gradient = (
-            self.pairs.bias_dropout_residual_layer_norm.backward(
-                gradient,
-                norm.weight,
-                0.0 if seed is None else norm.dropout,
-                seed,
-                saved,
-                target(norm.bias),
-                target(norm.weight),
-                target(norm.norm_bias),
-                sums,
-            )
+        dropout = 0.0 if seed is None else norm.dropout
+        targets = target(norm.bias), target(norm.weight), target(norm.norm_bias)
+        projected_gradient, residual_gradient = norm_backward(
+            self.pairs.bias_dropout_residual_layer_norm,
+            (gradient, norm.weight, dropout, seed, saved, *targets, sums),
+            norm.product.gradient_cast(),
         )
         # Both may be the same tensor, and the caller adds to the residual's: it is read before.
         x_gradient = norm.product.backward(
             projected_gradient, norm.projection, kept, target(norm.projection)
         )
         return x_gradient, residual_gradient
-
-
-class _FusedLayer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        seeds: Seeds,
-        batch: PackedBatch,
-        layer: FusedLayer,
-        record: bool,
-    ) -> Tensor:
-        output, saved = layer.forward(hidden, batch, seeds, record)
-        tensors, ctx.counts = saved.flat()
-        ctx.save_for_backward(*tensors)
-        ctx.layer, ctx.max_seqlen = layer, batch.max_seqlen
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        layer = ctx.layer
-        saved = Saved.of(ctx.saved_tensors, ctx.counts)
-        hidden_gradient = layer.backward(gradient, saved, ctx.max_seqlen)
-        layer.sink.arrived(layer.parameters)
-        return hidden_gradient, None, None, None, None
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The ways to run the model's parts: as modules, compiled, or each layer as one operation.
+"""The ways to run the model's parts: as modules, compiled, or the layers as one operation.
 
 The parameters are the same in every form, so that the form may change from batch to batch.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bert_pretraining.kernels.pairs import LayerPairs
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.fused_layer import NO_SEEDS, FusedLayer, draw_seeds
+from bert_pretraining.model.fused_record import run_layer, run_layers
 from bert_pretraining.runtime import compat
 from bert_pretraining.runtime.gradient_sink import GradientSink
 
@@ -36,8 +37,13 @@ class LayerForm:
         """
         return function(module, *arguments)
 
-    def layers(self, layers: Iterable[Layer], batch: PackedBatch) -> Iterable[LayerCall]:
-        """What to call for each encoder layer, with the hidden state and the batch."""
+    def layers(
+        self, layers: Iterable[Layer], batch: PackedBatch, apart: bool
+    ) -> Iterable[LayerCall]:
+        """What to call with the hidden state and the batch, one after the other.
+
+        apart: each encoder layer must be one call.
+        """
         return layers
 
 
@@ -71,7 +77,9 @@ class CompiledForm(LayerForm):
             self._programs[function] = torch.compile(function, dynamic=dynamic)
         return self._programs[function](module, *arguments)
 
-    def layers(self, layers: Iterable[Layer], batch: PackedBatch) -> Iterable[LayerCall]:
+    def layers(
+        self, layers: Iterable[Layer], batch: PackedBatch, apart: bool
+    ) -> Iterable[LayerCall]:
         """See `LayerForm`."""
         return [functools.partial(self.call, _run, layer) for layer in layers]
 
@@ -85,7 +93,7 @@ def _run(layer: Layer, hidden: Tensor, batch: PackedBatch) -> Tensor:
 
 
 class FusedForm(LayerForm):
-    """Each encoder layer is one operation; see `fused_layer.py`.
+    """All encoder layers are one operation; see `fused_layer.py`.
 
     Args:
         layers: the encoder's layers; their parameters must stay where they are in memory.
@@ -98,12 +106,16 @@ class FusedForm(LayerForm):
     def __init__(self, layers: Iterable[Layer], pairs: LayerPairs, sink: GradientSink) -> None:
         self._fused = [FusedLayer(layer, pairs, sink) for layer in layers]
 
-    def layers(self, layers: Iterable[Layer], batch: PackedBatch) -> Iterable[LayerCall]:
+    def layers(
+        self, layers: Iterable[Layer], batch: PackedBatch, apart: bool
+    ) -> Iterable[LayerCall]:
         """See `LayerForm`."""
         seeds = [NO_SEEDS] * len(self._fused)
         if any(layer.training and layer.has_dropout for layer in layers):
             seeds = draw_seeds(len(self._fused), batch.cu_seqlens.device)
+        if not apart:
+            return [functools.partial(run_layers, self._fused, seeds)]
         return [
-            functools.partial(fused, seeds=seed)
+            functools.partial(run_layer, fused, seed)
             for fused, seed in zip(self._fused, seeds, strict=True)
         ]

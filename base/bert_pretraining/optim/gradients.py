@@ -42,7 +42,7 @@ class FlatGradient:
         self._parameters, self._buckets = parameters, buckets
         self.flat = torch.zeros(layout.length, dtype=dtype, device=parameters[0].device)
         self.views = layout.views(self.flat)
-        self._index = {parameter: index for index, parameter in enumerate(parameters)}
+        self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
         # Autograd gives a gradient the dtype of its parameter, and PyTorch accepts no other one.
         self._in_place = dtype == parameters[0].dtype
         self._point_at_views()
@@ -53,12 +53,12 @@ class FlatGradient:
 
     def target(self, parameter: nn.Parameter) -> Tensor:
         """See `runtime/gradient_sink.py`."""
-        return self.views[self._index[parameter]]
+        return self.views[self._index[id(parameter)]]
 
     def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
         """See `runtime/gradient_sink.py`."""
         for parameter in parameters:
-            index = self._index[parameter]
+            index = self._index[id(parameter)]
             if self._in_place and parameter.grad is None:
                 parameter.grad = self.views[index]
             if self._buckets is not None:
@@ -93,7 +93,9 @@ class FlatGradient:
 
     def _point_at_views(self) -> None:
         for parameter, view in zip(self._parameters, self.views, strict=True):
-            parameter.grad = view if self._in_place else None
+            gradient = view if self._in_place else None
+            if parameter.grad is not gradient:  # setting takes far longer than looking
+                parameter.grad = gradient
 
     def _accumulated(self, index: int, parameter: nn.Parameter) -> None:
         """Autograd has added to the parameter's `grad`."""

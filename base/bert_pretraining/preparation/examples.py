@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from bert_pretraining.data.shards import SCHEMA
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.text_files import read_text
 
 Sentence = list[int]
 Document = list[Sentence]
@@ -81,12 +82,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path, lower_case: bool = True) -> Vocabulary:
         """Read `vocab.txt`, one token a line."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read the vocabulary {path} ({error})", "pass another --vocab"
-            ) from error
+        text = read_text(path)
         return cls([line.strip() for line in text.rstrip("\n").split("\n")], str(path), lower_case)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bert_pretraining.data.shards import SCHEMA, read_arrays, write_shard
 from bert_pretraining.errors import UserError
-from bert_pretraining.preparation import text_sources
+from bert_pretraining.preparation import text_sources, text_statistics
 from bert_pretraining.preparation.baselines import baselines
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
@@ -24,6 +24,8 @@ from bert_pretraining.preparation.examples import (
     to_arrays,
 )
 from bert_pretraining.preparation.grammar import Grammar, vocabulary
+from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.runtime.file_kind import shown
 from bert_pretraining.runtime.files import whole_folder
 from bert_pretraining.runtime.seeds import derive
 
@@ -76,6 +78,7 @@ class _Content:
     train: dict[str, np.ndarray]
     evaluation: dict[str, np.ndarray]
     tokens: list[str]
+    figures: dict[str, TextStatistics]
 
 
 def make_mini(
@@ -108,6 +111,8 @@ def make_mini(
         _require_no_difference(settings.output_dir, _difference_of_content(settings, content))
     else:
         _write(output_dir, settings, content, write_random_start)
+        for what, figures in content.figures.items():
+            text_statistics.tell(what, figures)
     return MiniReport(
         output_dir=settings.output_dir,
         train_sequences=len(content.train["input_mask"]),
@@ -128,12 +133,14 @@ def _content(settings: MiniSettings) -> _Content:
     shape = ExampleSettings(
         max_seq_length=length, max_predictions_per_seq=max(1, round(length * 0.15)), dupe_factor=1
     )
-    train = _examples(train_text, vocab, shape, derive(settings.seed, "train"))
-    evaluation = _examples(eval_text, vocab, shape, derive(settings.seed, "eval"))
+    train, train_figures = _examples(train_text, vocab, shape, derive(settings.seed, "train"))
+    evaluation, eval_figures = _examples(eval_text, vocab, shape, derive(settings.seed, "eval"))
+    figures = {"the training text": train_figures, "the evaluation text": eval_figures}
     num_train, num_eval = (len(part["input_mask"]) for part in (train, evaluation))
     if num_eval < MIN_EVAL_SEQUENCES:
         raise UserError(
-            f"the text gives {num_eval} evaluation sequences, fewer than {MIN_EVAL_SEQUENCES}",
+            f"{_name(settings)} gives {num_eval} evaluation sequences, fewer than "
+            f"{MIN_EVAL_SEQUENCES}",
             "give more --text",
         )
     if settings.num_shards > num_train:
@@ -141,7 +148,7 @@ def _content(settings: MiniSettings) -> _Content:
             f"--num_shards {settings.num_shards}: there are {num_train} sequences only",
             "ask for fewer shards",
         )
-    return _Content(train, evaluation, tokens)
+    return _Content(train, evaluation, tokens, figures)
 
 
 def _require_no_difference(output_dir: Path, difference: str | None) -> None:
@@ -233,6 +240,13 @@ def bert_config(vocab_size: int, max_seq_length: int) -> dict:
     }
 
 
+def _name(settings: MiniSettings) -> str:
+    """Of the text, for messages."""
+    if not settings.text:
+        return f"--source {settings.source}"
+    return f"--text {' '.join(shown(path) for path in settings.text)}"
+
+
 def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
     """Training text, evaluation text and vocabulary."""
     if settings.source == "grammar" and not settings.text:
@@ -246,7 +260,7 @@ def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
         documents = text_sources.standard_library_documents()
     if len(documents) < 2 * EVAL_SHARE:
         raise UserError(
-            f"the text has {len(documents)} documents (separated by blank lines)",
+            f"{_name(settings)} has {len(documents)} documents (separated by blank lines)",
             f"give at least {2 * EVAL_SHARE}",
         )
     held_out = [_held_out(document) for document in documents]
@@ -264,9 +278,11 @@ def _held_out(document: list[str]) -> bool:
 
 def _examples(
     text: str, vocab: Vocabulary, shape: ExampleSettings, seed: int
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], TextStatistics]:
     documents = vocab.documents(text)
-    return to_arrays(create_examples(documents, vocab, shape, random.Random(seed)), shape)
+    figures = text_statistics.count_documents(documents, vocab.ids["[UNK]"])
+    arrays = to_arrays(create_examples(documents, vocab, shape, random.Random(seed)), shape)
+    return arrays, figures + text_statistics.count_examples(arrays)
 
 
 def _start_checkpoint_fits(settings: MiniSettings) -> bool:

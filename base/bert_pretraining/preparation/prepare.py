@@ -16,11 +16,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import random
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +35,8 @@ from bert_pretraining.data.shards import (
     write_varlength_shard,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation import held_out, text_statistics
+from bert_pretraining.preparation.documents import ONE_A_LINE, read_sentences
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
     Vocabulary,
@@ -43,13 +44,19 @@ from bert_pretraining.preparation.examples import (
     pick,
     to_arrays,
 )
-from bert_pretraining.preparation.manifest import OutputFiles, write_manifest
-from bert_pretraining.preparation.text_sources import read_bytes, read_text
+from bert_pretraining.preparation.manifest import (
+    OutputFiles,
+    figures_of,
+    read_notes,
+    write_manifest,
+)
+from bert_pretraining.preparation.processes import run_in_processes
+from bert_pretraining.preparation.text_files import listed, read_bytes
+from bert_pretraining.preparation.text_statistics import TextStatistics
 from bert_pretraining.preparation.verify_report import md5_of
 from bert_pretraining.runtime.files import write_whole
 
 REFERENCE_SEED = 12345
-ONE_A_LINE = "give text with one sentence a line"
 
 
 @dataclass(frozen=True)
@@ -73,28 +80,46 @@ class PrepareSettings:
     num_shards: int = 2048
     num_eval_examples: int = 10_000
     jobs: int = 1
+    allow_missing_parts: bool = False
 
 
-def create_file(inputs: Sequence[Path], output: Path, settings: TextSettings) -> int:
+def create_file(
+    inputs: Sequence[Path],
+    output: Path,
+    settings: TextSettings,
+    without: frozenset[str] = frozenset(),
+    files_are_documents: bool = False,
+    figures: Path | None = None,
+) -> TextStatistics:
     """Make the examples of text files (one sentence a line, blank lines between documents).
 
-    The documents of all inputs form one corpus. Returns the number of examples.
-    Raises UserError for text that is missing, empty or not UTF-8.
+    The documents of all inputs form one corpus.
+
+    without: digests (held_out.document_digest) of documents that are left out.
+    files_are_documents: each file is a document, and blank lines do not count.
+    figures: also keeps what is returned, as JSON; it is there before `output` is.
+
+    Raises UserError for text that is missing, empty, not UTF-8 or not of one sentence a line.
 
     It needs about 100 bytes of memory for every byte of text, at the reference's dupe
     factor of 10.
     """
     lines: list[str] = []
     for path in inputs:
-        lines += _lines(path)
+        lines += _lines(path, without, files_are_documents)
     vocabulary = Vocabulary.load(settings.vocab, settings.lower_case)
     documents = vocabulary.documents_of_lines(lines)
     if not documents:
         raise UserError(f"{inputs[0]}: no sentences", ONE_A_LINE)
+    statistics = text_statistics.count_documents(documents, vocabulary.ids["[UNK]"])
     generator = random.Random(settings.seed)
     examples = create_examples(documents, vocabulary, settings.examples, generator)
-    write_shard(output, to_arrays(examples, settings.examples))
-    return len(examples)
+    arrays = to_arrays(examples, settings.examples)
+    statistics += text_statistics.count_lines(lines) + text_statistics.count_examples(arrays)
+    if figures is not None:
+        write_whole(figures, json.dumps(dataclasses.asdict(statistics)) + "\n")
+    write_shard(output, arrays)
+    return statistics
 
 
 def pick_file(source: Path, output: Path, num_examples: int, flag: str = "--num_examples") -> None:
@@ -108,7 +133,11 @@ def pick_file(source: Path, output: Path, num_examples: int, flag: str = "--num_
             f"{source} has {available} examples, {num_examples} are wanted",
             f"give more text, or a smaller {flag}",
         )
-    write_shard(output, pick(read_arrays(source), num_examples))
+    arrays = pick(read_arrays(source), num_examples)
+    write_shard(output, arrays)
+    text_statistics.tell(
+        f"the picked examples, {output.name}", text_statistics.count_examples(arrays)
+    )
 
 
 def shard_sizes(num_examples: int, num_shards: int, flag: str = "--num_shards") -> list[int]:
@@ -136,7 +165,9 @@ def shard(
     """Chop the examples of `inputs`, in this order, into equal shards.
 
     Writes `part_<number>_of_<count>.hdf5`, and keeps a shard that exists already with the
-    right number of rows. Holds one input file and one shard in memory.
+    right number of rows and is not older than the inputs. Holds one input file and one shard in
+    memory.
+
     Returns how many shards were written, and how many existed already.
     """
     sizes = shard_sizes(sum(shard_rows(path) for path in inputs), num_shards, flag)
@@ -144,21 +175,28 @@ def shard(
     paths = [
         output_dir / f"part_{number:05d}_of_{num_shards:05d}.hdf5" for number in range(num_shards)
     ]
+    newest = max(path.stat().st_mtime_ns for path in inputs)
     there = [
-        path.is_file() and shard_rows(path) == size for path, size in zip(paths, sizes, strict=True)
+        path.is_file() and path.stat().st_mtime_ns >= newest and shard_rows(path) == size
+        for path, size in zip(paths, sizes, strict=True)
     ]
     if not all(there):
         pieces = _chop(inputs, sizes)
+        statistics = TextStatistics()
         for path, skip in tqdm(list(zip(paths, there, strict=True)), "shards", unit="file"):
             arrays = next(pieces)
+            statistics += text_statistics.count_examples(arrays)
             if not skip:
                 write_shard(path, arrays)
+        text_statistics.tell(f"the {num_shards} shards", statistics)
     return there.count(False), there.count(True)
 
 
 def to_varlength(source: Path, output: Path) -> None:
     """Write a fixed-length shard in the form without padding: no input_mask."""
-    write_varlength_shard(output, read_arrays(source))
+    arrays = read_arrays(source)
+    write_varlength_shard(output, arrays)
+    text_statistics.tell(output.name, text_statistics.count_examples(arrays))
 
 
 def checksum(path: Path) -> str:
@@ -173,31 +211,47 @@ def checksum(path: Path) -> str:
 def prepare(settings: PrepareSettings) -> list[str]:
     """Text files -> `2048_shards_uncompressed/` and `eval_set_uncompressed/`.
 
-    Every file in text_dir is a text file. The examples of each go to `output_dir/work/`,
-    which is removed at the end. A rerun keeps every whole file that its settings would
-    make in the same way. It needs disk space for the examples twice, and `jobs` times the
-    memory of `create_file`.
+    What is trained on is described in held_out.py. The examples of each text go to
+    `output_dir/work/`, which is removed at the end. A rerun keeps every whole file that its
+    settings would make in the same way. It needs disk space for the examples twice, and `jobs`
+    times the memory of `create_file`. Figures and warnings of each stage go to stderr.
 
     Returns lines that say what was made and what existed already.
     Raises UserError for bad input, and where `write_manifest` refuses changed settings.
     """
-    texts = _texts(settings.text_dir)
     files = OutputFiles(settings.output_dir)
-    messages = write_manifest(files, _manifest(settings, texts))
+    files.require_apart(settings.text_dir, settings.eval_text, settings.text.vocab)
+    vocab = settings.text.vocab
+    found = held_out.candidates(
+        settings.text_dir, settings.eval_text, vocab, settings.allow_missing_parts
+    )
+    Vocabulary.load(vocab, settings.text.lower_case)  # before any work, as it may be wrong
+    training = held_out.training_texts(found, settings.eval_text, read_notes(files), settings.jobs)
+    if training.left_out:
+        print(f"Left out of the training text: {listed(training.left_out, 10)}", file=sys.stderr)
+    text_statistics.warn(training.warnings)
+    notes = {
+        "texts": {text.path.name: text.notes for text in training.texts},
+        "eval_bytes": settings.eval_text.stat().st_size,
+    }
+    messages = write_manifest(files, _manifest(settings, training), notes)
     if files.finished.is_file():
         return [f"{settings.output_dir} is finished already: nothing to do"]
 
-    for directory in (files.work, files.shards, files.evaluation):
+    for directory in (files.work, files.shards, files.evaluation, files.eval_examples.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    examples = {text: files.examples(text.name) for text in texts}
-    tasks = {**examples, settings.eval_text: files.eval_examples}
+    inputs = [files.examples(text.path.name) for text in training.texts]
+    tasks = {text.path: output for text, output in zip(training.texts, inputs, strict=True)}
+    tasks[settings.eval_text] = files.eval_examples
     missing = {text: output for text, output in tasks.items() if not output.is_file()}
-    _create_all(missing, settings)
+    without = {text.path: text.without for text in training.texts}
+    _create_all(missing, without, settings)
     messages.append(f"examples: {len(missing)} files made, {len(tasks) - len(missing)} there")
+    _tell_figures("the training text", inputs)
+    _tell_figures("the evaluation text", [files.eval_examples])
     picked = files.picked(settings.num_eval_examples)
     if not picked.is_file():
         pick_file(files.eval_examples, picked, settings.num_eval_examples, "--num_eval_examples")
-    inputs = list(examples.values())
     made, there = shard(inputs, files.shards, settings.num_shards, "--shards")
     messages.append(f"shards: {made} made, {there} there")
     kept = sum(shard_sizes(sum(shard_rows(path) for path in inputs), settings.num_shards))
@@ -209,11 +263,20 @@ def prepare(settings: PrepareSettings) -> list[str]:
     return messages
 
 
-def _manifest(settings: PrepareSettings, texts: list[Path]) -> dict:
+def _tell_figures(what: str, outputs: Sequence[Path]) -> None:
+    """Print the figures that `create_file` kept."""
+    kept = [path for path in map(figures_of, outputs) if path.is_file()]
+    figures = [TextStatistics(**json.loads(path.read_text(encoding="utf-8"))) for path in kept]
+    if len(figures) < len(outputs):  # made by a version that kept none
+        what += f" ({len(figures)} of {len(outputs)} files)"
+    text_statistics.tell(what, sum(figures, TextStatistics()))
+
+
+def _manifest(settings: PrepareSettings, training: held_out.TrainingTexts) -> dict:
     """What the data set depends on, for `prepare.json`."""
     return {
-        "texts": {text.name: text.stat().st_size for text in texts},
-        "eval_text": len(read_bytes(settings.eval_text)),
+        "texts": {text.path.name: text.identity for text in training.texts},
+        "eval_text": training.eval_digest,
         "vocab": hashlib.md5(read_bytes(settings.text.vocab)).hexdigest(),
         "examples": dataclasses.asdict(settings.text.examples),
         "seed": settings.text.seed,
@@ -223,12 +286,15 @@ def _manifest(settings: PrepareSettings, texts: list[Path]) -> dict:
     }
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of one text file, without the line ends."""
-    text = read_text(path)
-    if not text.strip():
-        raise UserError(f"{path}: empty", ONE_A_LINE)
-    return text.removesuffix("\n").split("\n")
+def _lines(path: Path, without: frozenset[str], is_document: bool) -> list[str]:
+    """The lines of one text file, without the line ends and without some documents."""
+    text = read_sentences(path)
+    if without:
+        documents = held_out.documents_of(text)
+        kept = [text for text in documents if held_out.document_digest(text) not in without]
+        text = "\n\n".join(kept)
+    lines = text.removesuffix("\n").split("\n")
+    return [*filter(str.strip, lines), ""] if is_document else lines
 
 
 def _chop(inputs: Sequence[Path], sizes: list[int]) -> Iterator[dict[str, np.ndarray]]:
@@ -246,36 +312,31 @@ def _chop(inputs: Sequence[Path], sizes: list[int]) -> Iterator[dict[str, np.nda
         rows -= size
 
 
-def _texts(text_dir: Path) -> list[Path]:
-    if not text_dir.is_dir():
-        raise UserError(f"no such directory of text files: {text_dir}", "pass --text_dir DIR")
-    texts = sorted(
-        path for path in text_dir.iterdir() if path.is_file() and path.name != "eval.txt"
-    )
-    if not texts:
-        raise UserError(
-            f"no text files in {text_dir}; expected part-00000-of-00500 and so on",
-            "make them with data segment, or pass another --text_dir",
-        )
-    return texts
-
-
-def _create_all(tasks: dict[Path, Path], settings: PrepareSettings) -> None:
+def _create_all(
+    tasks: dict[Path, Path], without: dict[Path, frozenset[str]], settings: PrepareSettings
+) -> None:
     """Create the examples of every text, in parallel processes; the first error ends all."""
+    if not tasks:
+        return
     total = sum(text.stat().st_size for text in tasks)
-    bar = tqdm(total=total, desc="examples", unit="B", unit_scale=True)
-    # spawn, because a forked child would share the parent's HDF5 state and threads
-    context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
-        futures = {
-            pool.submit(create_file, [text], output, settings.text): text
-            for text, output in tasks.items()
-        }
-        for finished, future in enumerate(as_completed(futures), start=1):
-            try:
-                future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            bar.set_postfix_str(f"{finished}/{len(futures)} files", refresh=False)
-            bar.update(futures[future].stat().st_size)
+    calls = {
+        text: (
+            [text],
+            output,
+            settings.text,
+            without.get(text, frozenset()),
+            False,
+            figures_of(output),
+        )
+        for text, output in tasks.items()
+    }
+    finished = 0
+    with tqdm(total=total, desc="examples", unit="B", unit_scale=True) as bar:
+
+        def done(text: Path, _: TextStatistics) -> None:
+            nonlocal finished
+            finished += 1
+            bar.set_postfix_str(f"{finished}/{len(calls)} files", refresh=False)
+            bar.update(text.stat().st_size)
+
+        run_in_processes(create_file, calls, settings.jobs, done)

@@ -1,59 +1,31 @@
 """`data segment`: raw text becomes one sentence a line, with evaluation articles set apart.
 
-The first line that is not blank tells which of two forms the input has.
-
-The output of WikiExtractor has articles in `<doc ...>` ... `</doc>`, each tag on a line of
-its own. As in the MLPerf reference the first line of an article, its title, is dropped, and
-each further line is a paragraph. HTML entities are resolved, and other tags are removed.
-
-In plain text, lines up to a blank line are a paragraph. If the text has two or more blank
-lines in a row anywhere between paragraphs, these separate articles, and a single blank
-line separates paragraphs. Otherwise each paragraph is an article.
-
-A sentence ends at `.`, `!` or `?` (one or more, then perhaps closing quotes or brackets)
-if white space and then a capital letter, a digit, an opening quote or an opening bracket
-follow; and at the end of a paragraph. It does not end at a single period
-
-- after one of ABBREVIATIONS, in capitals or not ("Dr. Watson"; this wrongly joins
-  "... and Co. They ..." to the next sentence),
-- after one of BEFORE_NUMBERS if a digit follows ("No. 5", but "She said no. They left."),
-- after a single capital, or letters with periods between them ("J. Smith", "U.S. Army",
-  "e.g. X"; this wrongly joins "So do I. They ..." and "... the U.S. They ...").
-
-A decimal ("3.14") has no white space. White space, also at line ends, becomes one space.
-The rule is made for English. Text without capital letters is split only before digits and
-quotes.
+What a document is, is described in documents.py, and where a sentence ends, in sentences.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import html
 import os
 import random
-import re
+import sys
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.preparation.text_sources import read_text
-from bert_pretraining.runtime.files import whole_folder
+from bert_pretraining.preparation import documents, text_files, text_statistics
+from bert_pretraining.preparation.held_out import document_digest, repeated
+from bert_pretraining.preparation.sentences import sentences
+from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.runtime.files import real, whole_folder
 
-ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev hon st mt ft jr sr gen col maj capt lt sgt cmdr adm gov sen rep pres "
-    "etc vs cf ca al approx est inc ltd co corp bros dept univ assn ave blvd ph.d".split()
-)
-BEFORE_NUMBERS = frozenset(
-    "no nos p pp vol vols ch chap sec fig figs art op v c b d r "
-    "jan feb mar apr jun jul aug sep sept oct nov dec".split()
-)
-OPENING = "\"'([{\u2018\u201c\u00ab"
-CLOSING = "\"')]}\u2019\u201d\u00bb"
-_SENTENCE_END = re.compile(rf"([.!?]+)([{re.escape(CLOSING)}]*) (?=(\S))")
-_LINE_BREAK_TAG = re.compile(r"</?(?:br|p|div|li)\s*/?>", re.IGNORECASE)
-# A name, then attributes with "=": "a <b and c> d" is no tag.
-_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|<!--.*?-->")
+PART_BYTES = 32 << 20  # of the parts that files of one document each are gathered into
+FEW_SENTENCES = 6  # of a document, where each paragraph is taken for one
 _FILE_SEED_STEP = 13  # the reference's
 
 
@@ -74,48 +46,68 @@ def segment(
     output_dir: Path,
     num_eval_articles: int,
     seed: int,
-    num_files: int | None = None,
+    num_parts: int | None = None,
+    form: str | None = None,
+    allow_missing_parts: bool = False,
 ) -> SegmentReport:
     """Write `part-NNNNN-of-MMMMM` and `eval.txt`: a sentence a line, a blank line after
     each article.
 
-    The inputs are sorted by their paths as text. There is one part for each, or
-    `num_files` parts, each of consecutive inputs. When anything fails, no output_dir is left
-    behind. It needs memory of up to ten times the largest input file.
+    inputs: files, or folders of files. They are sorted by their paths as text. There is one part
+    for each, or `num_parts` parts, each of consecutive inputs. Files that are a document each are
+    first gathered to about PART_BYTES, because documents of one part are each other's random next.
+    form: one of documents.FORMS; None guesses it, and prints the guess on stderr, where the figures
+    of the text go too. When anything fails, no output_dir is left behind. It needs memory of up to
+    ten times the largest input file.
 
-    The evaluation articles are those that the MLPerf reference picks. Of F inputs, number f
-    (from 0) gives int((f + 1) * num_eval_articles / F) - int(f * num_eval_articles / F)
-    articles. A generator with the seed `seed + 13 * f` picks them. As in the reference, it
-    picks among the pieces between the blank lines of the segmented file, and the empty piece
-    behind the last blank line counts too. If that one is picked, there is one evaluation
-    article less; the report has the true number.
+    The evaluation articles are those that the MLPerf reference picks. Of F inputs (or gathered
+    groups), number f (from 0) gives int((f + 1) * num_eval_articles / F) -
+    int(f * num_eval_articles / F) articles. A generator with the seed `seed + 13 * f` picks them.
+    As in the reference, it picks among the pieces between the blank lines of the segmented file,
+    and the empty piece behind the last blank line counts too. If that one is picked, there is one
+    evaluation article less; the report has the true number.
 
-    Raises UserError for an input that is missing, empty, given twice, not UTF-8 or cut off
-    in an article, for one with fewer articles than are needed for evaluation, for a part
-    without articles, and for an output_dir that holds anything.
+    Raises UserError for an input that is missing, empty, given twice, no text, not
+    UTF-8 or cut off in an article, for one with fewer articles than are needed for evaluation, for
+    a part without articles, for missing parts that are not allowed, and for an output_dir that
+    holds anything or is in an input folder.
     """
-    paths = sorted(inputs, key=str)
-    num_parts = len(paths) if num_files is None else num_files
     output_dir = Path(os.path.abspath(output_dir))
-    if not paths or num_eval_articles < 0 or not 1 <= num_parts <= len(paths):
+    for path in inputs:
+        if path.is_dir() and real(path) in (real(output_dir), *real(output_dir).parents):
+            raise UserError(
+                f"--output_dir {output_dir} is in the --input folder {path}, so that the next run "
+                "would take it for raw text",
+                "choose an --output_dir outside of it",
+            )
+    found = text_files.expanded(inputs)
+    paths = sorted(found.files, key=str)
+    wanted = 1 if num_parts is None else num_parts
+    if not paths or num_eval_articles < 0 or not 1 <= wanted <= len(paths):
         raise UserError(
-            f"{len(paths)} --input files, --num_eval_articles {num_eval_articles}, --num_files "
+            f"{len(paths)} --input files, --num_eval_articles {num_eval_articles}, --num_parts "
             f"{num_parts} do not fit together",
             "give an input, no negative number, and at most a part for each input",
         )
-    seen: set[str] = set()
-    for path in paths:
-        if os.path.realpath(path) in seen:
-            raise UserError(
-                f"{path}: given twice, so that its articles would be in both sets", "give it once"
-            )
-        seen.add(os.path.realpath(path))
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists", "delete it, or choose another --output_dir")
-
+    names = [path.name for path in paths]
+    warnings = text_files.require_all_parts(names, "--input", allow_missing_parts)
+    _require_different(paths)
+    forms = documents.guess(paths) if form is None else dict.fromkeys(paths, form)
+    groups = _groups(paths, forms)
+    parts = min(num_parts, len(groups)) if num_parts else len(groups)
     with whole_folder(output_dir) as staging:
-        report = _write(paths, staging, num_parts, num_eval_articles, seed)
-    return SegmentReport(output_dir, num_parts, *report)
+        writer = _Writer(staging, parts, num_eval_articles, seed, forms)
+        counts = writer.write(groups)
+    # Only now, because an error should stand alone.
+    if found.left_out:
+        print(f"Left out of --input: {text_files.listed(found.left_out, 10)}", file=sys.stderr)
+    text_statistics.warn(warnings)
+    if form is None:
+        _tell_guess(forms)
+    writer.tell(guessed=form is None)
+    return SegmentReport(output_dir, parts, *counts)
 
 
 def describe(report: SegmentReport) -> str:
@@ -127,32 +119,6 @@ def describe(report: SegmentReport) -> str:
     if report.without_text:
         lines.append(f"Left out {report.without_text} articles without text")
     return "\n".join(lines)
-
-
-def sentences(paragraph: str) -> list[str]:
-    """The sentences of one paragraph, by the rule of this module."""
-    text = " ".join(paragraph.split())
-    found, start = [], 0
-    for match in _SENTENCE_END.finditer(text):
-        marks, closing, following = match.groups()
-        if not (following.isupper() or following.isdigit() or following in OPENING):
-            continue
-        word = text[start : match.start()].rpartition(" ")[2].lstrip(OPENING)
-        if marks == "." and not closing and _is_abbreviation(word, following):
-            continue
-        found.append(text[start : match.end() - 1])
-        start = match.end()
-    return [*found, text[start:]] if text else []
-
-
-def articles(text: str, where: str) -> Iterator[list[str]]:
-    """The paragraphs of each article, by the rules of this module; an article may have none.
-
-    Raises UserError, which begins with `where`, if `<doc ...>` and `</doc>` do not alternate.
-    """
-    lines = text.split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    return _wiki_articles(lines, where) if _opens(first) else _plain_articles(lines)
 
 
 def eval_choice(num_pieces: int, wanted: int, seed: int) -> set[int]:
@@ -167,105 +133,173 @@ def eval_choice(num_pieces: int, wanted: int, seed: int) -> set[int]:
     return chosen
 
 
-def _is_abbreviation(word: str, following: str) -> bool:
-    """Whether a period behind `word` belongs to it, and so ends no sentence."""
-    lowered = word.lower()
-    if lowered in ABBREVIATIONS or (lowered in BEFORE_NUMBERS and following.isdigit()):
-        return True
-    letters = word.replace("-", "").split(".")  # "J.-P." has two
-    single = all(len(letter) == 1 and letter.isalpha() for letter in letters)
-    return single and (len(letters) > 1 or word.isupper())
-
-
-def _opens(line: str) -> bool:
-    return line.lstrip().startswith("<doc ")
-
-
-def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
-    body: list[str] | None = None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if _opens(line) != (body is None):
+def _require_different(paths: Sequence[Path]) -> None:
+    """Raise UserError for a file that is given twice, also through links."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            status = os.stat(os.path.realpath(path))
+        except OSError:
+            continue  # the reader says why
+        first = seen.setdefault((status.st_dev, status.st_ino), path)
+        if first is not path:
             raise UserError(
-                f"{where}: line {number} does not fit <doc ...> ... </doc>",
-                "extract the text again",
+                f"{path}: given twice, so that its articles would be in both sets (the same file "
+                f"as {first})",
+                "give it once",
             )
-        if body is None:
-            body = []
-        elif line.strip() == "</doc>":
-            yield [_without_tags(paragraph) for paragraph in body[1:]]
-            body = None
+
+
+def _tell_guess(forms: dict[Path, str]) -> None:
+    counts = Counter(forms.values())
+    guessed = ", ".join(
+        f"{form} ({text_statistics.counted(count, 'file')})" for form, count in counts.most_common()
+    )
+    print(
+        f"Documents: {guessed}, guessed by the files; --documents says otherwise", file=sys.stderr
+    )
+
+
+def _groups(paths: Sequence[Path], forms: dict[Path, str]) -> list[list[Path]]:
+    """Files whose articles are picked from together: one file, or consecutive documents."""
+    groups: list[list[Path]] = []
+    size = 0
+    for path in paths:
+        last_is_document = groups and forms[groups[-1][-1]] == "file"
+        if forms[path] == "file" and last_is_document and size < PART_BYTES:
+            groups[-1].append(path)
         else:
-            body.append(line)
-    if body is not None:
-        raise UserError(f"{where}: cut off, its last </doc> is missing", "extract the text again")
+            groups.append([path])
+            size = 0
+        if forms[path] == "file":
+            size += path.stat().st_size
+    return groups
 
 
-def _without_tags(line: str) -> str:
-    return _TAG.sub("", _LINE_BREAK_TAG.sub(" ", html.unescape(line)))
+class _Writer:
+    """Writes the parts and the evaluation text, and counts."""
 
+    def __init__(
+        self,
+        directory: Path,
+        num_parts: int,
+        num_eval_articles: int,
+        seed: int,
+        forms: dict[Path, str],
+    ) -> None:
+        self.directory, self.num_parts = directory, num_parts
+        self.num_eval_articles, self.seed = num_eval_articles, seed
+        self.forms = forms
+        self.trained = [0] * num_parts
+        self.num_sentences = self.without_text = self.paragraphs_taken = 0
+        self.statistics = {"training": TextStatistics(), "evaluation": TextStatistics()}
+        self.digests = {"training": array("Q"), "evaluation": array("Q")}
+        self.contents: dict[str, str] = {}
 
-def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
-    """Blank lines at the start and the end of the file do not count."""
-    stripped = "\n".join(line.strip() for line in lines).strip("\n")
-    separator = "\n\n\n+" if "\n\n\n" in stripped else "\n\n"
-    for article in re.split(separator, stripped):
-        yield article.split("\n\n")
+    def write(self, groups: Sequence[Sequence[Path]]) -> tuple[int, int, int, int]:
+        """Segment all files.
 
-
-def _read(path: Path) -> str:
-    text = read_text(path, "utf-8-sig")
-    if not text.strip():
-        raise UserError(f"{path}: empty", "give text, or leave the file out")
-    return text
-
-
-def _write(
-    paths: list[Path], directory: Path, num_parts: int, num_eval_articles: int, seed: int
-) -> tuple[int, int, int, int]:
-    """Segment all files.
-
-    Returns the numbers of training articles, evaluation articles, sentences and empty articles.
-    """
-    trained = [0] * num_parts
-    evaluated = num_sentences = without_text = 0
-    with contextlib.ExitStack() as stack:
+        Returns the numbers of training articles, evaluation articles, sentences and empty articles.
+        """
         # newline="\n" gives the same bytes on every system.
-        evaluation = stack.enter_context(
-            open(directory / "eval.txt", "w", encoding="utf-8", newline="\n")
+        with open(self.directory / "eval.txt", "w", encoding="utf-8", newline="\n") as evaluation:
+            for number, paths in enumerate(groups):
+                self._write_group(number, len(groups), paths, evaluation)
+        evaluated = len(self.digests["evaluation"])
+        return sum(self.trained), evaluated, self.num_sentences, self.without_text
+
+    def _write_group(
+        self, number: int, num_groups: int, paths: Sequence[Path], evaluation: IO[str]
+    ) -> None:
+        every = [article for path in paths for article in self._articles(path)]
+        kept = [article for article in every if article]
+        self.without_text += len(every) - len(kept)
+        self.num_sentences += sum(len(article) for article in kept)
+        before, behind = (
+            count * self.num_eval_articles // num_groups for count in (number, number + 1)
         )
-        for number, path in enumerate(paths):
-            every = [
-                [sentence for paragraph in article for sentence in sentences(paragraph)]
-                for article in articles(_read(path), str(path))
-            ]
-            kept = [article for article in every if article]
-            without_text += len(every) - len(kept)
-            num_sentences += sum(len(article) for article in kept)
-            before, behind = (
-                count * num_eval_articles // len(paths) for count in (number, number + 1)
+        if behind - before > len(kept):
+            raise UserError(
+                f"{paths[0]}: {len(kept)} articles with text, {behind - before} of them wanted "
+                "for evaluation",
+                "give longer files, or a smaller --num_eval_articles",
             )
-            if behind - before > len(kept):
-                raise UserError(
-                    f"{path}: {len(kept)} articles with text, {behind - before} of them wanted "
-                    "for evaluation",
-                    "give longer files, or a smaller --num_eval_articles",
-                )
-            # There is one more piece than articles: the empty one behind the last blank line.
-            chosen = eval_choice(len(kept) + 1, behind - before, seed + number * _FILE_SEED_STEP)
-            part = number * num_parts // len(paths)
-            name = f"part-{part:05d}-of-{num_parts:05d}"
-            with open(directory / name, "a", encoding="utf-8", newline="\n") as training:
-                for index, article in enumerate(kept):
-                    file = evaluation if index in chosen else training
-                    file.write("\n".join(article) + "\n\n")
-            picked = len(chosen - {len(kept)})
-            evaluated += picked
-            trained[part] += len(kept) - picked
-            if not trained[part] and (number + 1) * num_parts // len(paths) != part:
-                raise UserError(
-                    f"{path}: no article is left for {name}",
-                    "give longer files, or a smaller --num_eval_articles or --num_files",
-                )
-    return sum(trained), evaluated, num_sentences, without_text
+        # There is one more piece than articles: the empty one behind the last blank line.
+        chosen = eval_choice(len(kept) + 1, behind - before, self.seed + number * _FILE_SEED_STEP)
+        part = number * self.num_parts // num_groups
+        name = f"part-{part:05d}-of-{self.num_parts:05d}"
+        with open(self.directory / name, "a", encoding="utf-8", newline="\n") as training:
+            for index, article in enumerate(kept):
+                text = "\n".join(article)
+                held_out = index in chosen
+                (evaluation if held_out else training).write(text + "\n\n")
+                self._count("evaluation" if held_out else "training", article, text)
+        self.trained[part] += len(kept) - len(chosen - {len(kept)})
+        if not self.trained[part] and (number + 1) * self.num_parts // num_groups != part:
+            raise UserError(
+                f"{paths[0]}: no article is left for {name}",
+                "give longer files, or a smaller --num_eval_articles or --num_parts",
+            )
+
+    def _articles(self, path: Path) -> Iterator[list[str]]:
+        """The sentences of each article of a file."""
+        text = text_files.read_text(path)
+        if not text.strip():
+            raise UserError(f"{path}: empty", "give text, or leave the file out")
+        form = self.forms[path]
+        self.contents[str(path)] = document_digest(text)
+        self.paragraphs_taken += form == "blank_line" and documents.are_paragraphs(text)
+        for article in documents.documents_of(text, form, str(path)):
+            yield [sentence for paragraph in article for sentence in sentences(paragraph)]
+
+    def _count(self, which: str, article: list[str], text: str) -> None:
+        words = [sentence.split() for sentence in article]
+        self.statistics[which] += text_statistics.count_documents([words])
+        self.digests[which].append(int(document_digest(text)[:16], 16))
+
+    def tell(self, guessed: bool) -> None:
+        """Print the figures and what is wrong with them on stderr."""
+        for which, counted in self.statistics.items():
+            if not counted.documents:
+                continue
+            # Each article was counted as a corpus of its own.
+            lone = int(counted.documents == 1 and which == "training")
+            one = TextStatistics(
+                corpora=1, lone=lone, documents=counted.documents, sentences=counted.sentences,
+                tokens=counted.tokens, of_one_sentence=counted.of_one_sentence,
+            )  # fmt: skip
+            text_statistics.tell(f"the {which} text", one, "words")
+        text_statistics.warn(
+            [
+                *(self._of_paragraphs() if guessed else []),
+                *repeated(self.contents),
+                *self._of_copies(),
+            ]
+        )
+
+    def _of_paragraphs(self) -> list[str]:
+        counted = self.statistics["training"]
+        if not self.paragraphs_taken or counted.sentences >= FEW_SENTENCES * counted.documents:
+            return []
+        return [
+            f"each paragraph of {text_statistics.counted(self.paragraphs_taken, 'plain file')} "
+            "became a document, of "
+            f"{counted.sentences / counted.documents:.1f} sentences on average. If each file is a "
+            "document, pass --documents file; if not, put two blank lines between documents"
+        ]
+
+    def _of_copies(self) -> list[str]:
+        trained, evaluated = (
+            np.frombuffer(self.digests[which] or array("Q", [0]), dtype=np.uint64)
+            for which in ("training", "evaluation")
+        )
+        if not self.digests["evaluation"]:
+            return []
+        copies = int(np.isin(evaluated, trained).sum())
+        if not copies:
+            return []
+        return [
+            f"{copies:,} of {len(evaluated):,} evaluation articles are training articles too, "
+            "because the text has them twice: data prepare leaves such training articles out if "
+            "they are more than 1%"
+        ]

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.preparation.documents import FORM_WORDS, first_line, form_of_line
+from bert_pretraining.preparation.text_files import expanded, read_text
 
 MAX_WORDS = 4000
 MAX_ENDINGS = 200
@@ -39,30 +41,16 @@ def standard_library_documents() -> list[list[str]]:
 def file_documents(paths: Iterable[Path]) -> list[list[str]]:
     """Read plain text, where blank lines separate documents and sentences end in . ! or ?"""
     documents = []
-    for path in paths:
+    for path in expanded(paths).files:
         text = read_text(path).replace("\r\n", "\n")
+        form = form_of_line(first_line(text))
+        if form is not None:
+            raise UserError(
+                f"{path}: {FORM_WORDS[form]}, not plain text",
+                f"make it plain first: python -m bert_pretraining data segment --input {path}",
+            )
         documents.extend(sentences(block) for block in re.split(r"\n\s*\n", text))
     return [document for document in documents if document]
-
-
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """A whole text file, with its line ends as they are; UserError if it is not UTF-8."""
-    try:
-        return read_bytes(path).decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start})", "convert the file to UTF-8"
-        ) from error
-
-
-def read_bytes(path: Path) -> bytes:
-    """A whole file; UserError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror})", "name a file that can be read"
-        ) from error
 
 
 def sentences(text: str) -> list[str]:

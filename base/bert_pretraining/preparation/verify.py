@@ -19,24 +19,28 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bert_pretraining.errors import UserError
+from bert_pretraining.data import inputs
+from bert_pretraining.data.shard_names import NoShardsError, broken_shards, shard_folder, some
 from bert_pretraining.preparation import verify_report as report
+from bert_pretraining.preparation.verify_content import check_content
 from bert_pretraining.preparation.verify_file import Task, check_file
-from bert_pretraining.preparation.verify_report import CheckResults, FileSummary, VerifyReport
-from bert_pretraining.runtime.files import PARTIAL_SUFFIX
+from bert_pretraining.preparation.verify_report import FIX, CheckResults, FileSummary, VerifyReport
+from bert_pretraining.runtime.file_kind import cannot_read, shown
+from bert_pretraining.runtime.files import require_directory
 
 
-def verify(directory: Path, jobs: int = 1) -> VerifyReport:
+def verify(directory: Path, jobs: int = 1, pattern: str | None = None) -> VerifyReport:
     """Check a data set: `*shards*/` and `eval*/` with files named `*part*`, bert_config.json.
+
+    pattern: chooses the files of a directory by name, as --shard_pattern of a run does.
 
     A set is compared with the published md5s if its names say that it has 2048 or 4320
     shards and its vocabulary has 30522 entries. Raises UserError only for a directory
     that does not exist or holds no such files; other faults are problems in the report.
     """
-    if not directory.is_dir():
-        raise UserError(f"no such directory: {directory}", "name the one that holds the data set")
+    require_directory(directory, "data set", "name the directory that holds the data set")
     results = CheckResults(not_checked=list(report.NEVER_CHECKED))
-    names = _find_files(directory, results)
+    names = _find_files(directory, results, pattern)
     vocab_size, max_positions = _read_config(directory / "bert_config.json", results)
     known = np.empty(0, np.uint64)
     checked: dict[str, list[FileSummary]] = {}
@@ -47,13 +51,20 @@ def verify(directory: Path, jobs: int = 1) -> VerifyReport:
         genuine = vocab_size == report.PUBLISHED_VOCAB_SIZE and count in report.PUBLISHED_COUNTS
         is_eval = roles[name] == "evaluation"
         tasks = [
-            Task(directory / name / file, vocab_size, max_positions, None if is_eval else known,
-                 wants_md5=is_eval or genuine)
+            Task(
+                path=directory / name / file,
+                name=f"{name}/{file}",
+                vocab_size=vocab_size,
+                max_positions=max_positions,
+                eval_hashes=None if is_eval else known,
+                wants_md5=is_eval or genuine,
+            )
             for file in names[name]
-        ]  # fmt: skip
+        ]
         files = _check_files(name, tasks, jobs, results)
         checked[name] = files
         report.compare_files(name, files, results)
+        check_content(name, files, results)
         report.check_duplicates(name, files, results)
         if is_eval:
             known = np.unique(np.concatenate([known, *(file.text_hashes for file in files)]))
@@ -84,24 +95,44 @@ def _is_eval(name: str) -> bool:
     return name.startswith("eval")
 
 
-def _find_files(directory: Path, results: CheckResults) -> dict[str, list[str]]:
-    """Each subdirectory with its files that have `part` in the name, sorted."""
-    found = {}
-    for path in sorted(directory.iterdir()):
-        if path.is_dir() and ("shards" in path.name or _is_eval(path.name)):
-            inside = sorted(file.name for file in path.iterdir() if file.is_file())
-            read = [name for name in inside if "part" in name and not name.endswith(PARTIAL_SUFFIX)]
-            found[path.name] = read
-            if len(inside) > len(read):
-                line = f"{path.name}: {len(inside) - len(read)} files that training does not read"
-                results.notes.append(line)
-    if not any(found.values()):
-        raise UserError(
-            f"{directory}: no files with 'part' in the name in *shards*/ or eval*/",
-            "name the directory that holds 2048_shards_uncompressed/",
-        )
+def _find_files(
+    directory: Path, results: CheckResults, pattern: str | None
+) -> dict[str, list[str]]:
+    """Each subdirectory with the names of its shards below it, sorted."""
+    found: dict[str, list[str]] = {}
+    empty: dict[str, NoShardsError] = {}
+    try:
+        inside = sorted(path for path in directory.iterdir() if path.is_dir())
+    except OSError as error:
+        raise cannot_read(directory, error) from error
+    for path in inside:
+        if not ("shards" in path.name or _is_eval(path.name)):
+            continue
+        choose = inputs.evaluation_shards if _is_eval(path.name) else shard_folder
+        try:
+            folder = choose(path, FIX, pattern, allow_broken=True)
+        except NoShardsError as error:
+            empty[path.name] = error
+            continue
+        found[path.name] = folder.names
+        for name in folder.broken:
+            line = str(broken_shards(path, [name])).replace(shown(path), path.name)
+            results.problem("no file", f"{path.name}/{name}: {line}")
+        unread = [*folder.other_shards, *folder.unfinished, *folder.unread]
+        if folder.other_shards or folder.unfinished:
+            line = f"{path.name}: training does not read {some(unread)}"
+            fix = "rename them, or pass --shard_pattern GLOB; delete what is unfinished"
+            results.problem("shards of other names", f"{line}; {fix}")
+        elif unread:
+            line = f"{path.name}: {len(unread)} files that training does not read"
+            results.notes.append(line)
+    if not found:
+        fix = "name the directory that holds 2048_shards_uncompressed/"
+        raise next(iter(empty.values()), None) or inputs.layout_fault(directory, fix, flag="")
+    for name, error in empty.items():
+        results.problem("no shards", f"{name}: {error}")
     for wanted, example in ((False, "2048_shards_uncompressed"), (True, "eval_set_uncompressed")):
-        if not any(files for name, files in found.items() if _is_eval(name) is wanted):
+        if not any(_is_eval(name) is wanted for name in (*found, *empty)):
             line = f"{example}: no such directory with files in it; make or copy it"
             results.problem("missing directory", line)
     return {name: files for name, files in found.items() if files}

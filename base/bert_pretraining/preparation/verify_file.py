@@ -10,23 +10,33 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from bert_pretraining.data.shards import SCHEMA, VARLENGTH_DATASETS
+from bert_pretraining.data.hdf5 import open_hdf5
+from bert_pretraining.data.shard_layout import (
+    LABELS,
+    SCHEMA,
+    VARLENGTH_DATASETS,
+    find_layout,
+    read_padded,
+)
+from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import verify_report as report
 from bert_pretraining.preparation.verify_report import FIX, FileSummary
+from bert_pretraining.runtime.file_kind import shown
 
 BLOCK_ROWS = 2048  # a block's arrays stay in the processor's cache
-LABELS = "next_sentence_labels"
 
 
 @dataclass(frozen=True)
 class Task:
     """One file to check.
 
-    eval_hashes: (K,) uint64 text hashes to look for in a training file; None for an
-    evaluation file. max_positions, vocab_size: None where they are not known.
+    name: the folder's and the file's, for messages. eval_hashes: (K,) uint64 text hashes to look
+    for in a training file; None for an evaluation file. max_positions, vocab_size: None where they
+    are not known.
     """
 
     path: Path
+    name: str
     vocab_size: int | None
     max_positions: int | None
     eval_hashes: np.ndarray | None = None
@@ -61,46 +71,59 @@ class _Faults(dict[str, tuple[int, int]]):
 
 def check_file(task: Task) -> FileSummary:
     """Read and check one file. Its faults are the problems of the summary."""
-    name = f"{task.path.parent.name}/{task.path.name}"
-    summary = FileSummary(name, is_eval=task.eval_hashes is None)
+    summary = FileSummary(task.name, is_eval=task.eval_hashes is None)
     try:
-        with h5py.File(task.path, "r") as file:
-            fault = _schema_fault(file)
-            arrays = {} if fault else {key: file[key][()] for key in SCHEMA if key in file}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        fault = ("unreadable file", f"not a readable HDF5 file ({reason})")
-    if fault:
-        summary.problems.append((fault[0], f"{name}: {fault[1]}; {FIX}"))
+        arrays = _read(task.path, summary)
+    except UserError as error:
+        problem = error.problem.replace(shown(task.path), task.name)
+        summary.problems.append(("unreadable file", f"{problem}; {error.fix}"))
+        return summary
+    if not len(arrays[LABELS]):
+        summary.problems.append(("no sequences", f"{task.name}: no sequences; {FIX}"))
         return summary
     faults = _Faults()
     _summarize(summary, arrays, task, faults)
     summary.problems += [
-        (fault, f"{name}: {count} sequences {fault} (the first: row {first}); {FIX}")
+        (fault, f"{task.name}: {count} sequences {fault} (the first: row {first}); {FIX}")
         for fault, (count, first) in faults.items()
     ]
     return summary
 
 
-def _schema_fault(file: h5py.File) -> tuple[str, str] | None:
-    """The first fault of datasets, dtypes and shapes as (kind, description), or None."""
-    ids = file.get("input_ids")
-    varlength = isinstance(ids, h5py.Dataset) and h5py.check_vlen_dtype(ids.dtype) is not None
-    for key in (*VARLENGTH_DATASETS, LABELS) if varlength else SCHEMA:
-        data = file.get(key)
-        if not isinstance(data, h5py.Dataset):
-            return "missing dataset", f"no dataset '{key}'"
-        in_rows = varlength and key != LABELS
-        dtype = h5py.check_vlen_dtype(data.dtype) if in_rows else data.dtype
-        if dtype != np.dtype(SCHEMA[key]):
-            form = "rows of " if in_rows else ""
-            return "wrong dtype", f"'{key}' is {data.dtype}, not {form}{np.dtype(SCHEMA[key])}"
-    for key in (*VARLENGTH_DATASETS, LABELS) if varlength else SCHEMA:
-        like = file["masked_lm_ids" if key.startswith("masked") else "input_ids"].shape
-        expected = ids.shape[:1] if varlength or key == LABELS else (ids.shape[0], *like[1:])
-        if file[key].shape != expected or len(like) != (1 if varlength else 2):
-            return "wrong shape", f"'{key}' has shape {file[key].shape}, not {expected}"
-    return None if file[LABELS].shape[0] else ("no sequences", "no sequences")
+def _read(path: Path, summary: FileSummary) -> dict[str, np.ndarray]:
+    """The arrays of a shard of either form, of the dtypes of SCHEMA where the values allow it.
+
+    UserError where training cannot read the file.
+    """
+    with open_hdf5(path) as file:
+        layout = find_layout(file, path)
+        summary.forms += layout.notices
+        if layout.max_seq_length is not None:
+            arrays = read_padded(file, layout, path)
+        else:
+            arrays = {key: file[name][()] for key, name in layout.sources.items()}
+            rows = {key: h5py.check_vlen_dtype(file[key].dtype) for key in VARLENGTH_DATASETS}
+            wider = [key for key, dtype in rows.items() if dtype != np.dtype(SCHEMA[key])]
+            summary.forms += [f"'{key}' holds rows of {rows[key]}" for key in wider]
+            for key in wider:
+                arrays[key][:] = [_narrow(row, key) for row in arrays[key]]
+    for key, array in arrays.items():
+        if array.dtype.kind != "O" and array.dtype != np.dtype(SCHEMA[key]):
+            summary.forms.append(f"'{key}' is {array.dtype}, not {np.dtype(SCHEMA[key])}")
+            arrays[key] = _narrow(array, key)
+    return arrays
+
+
+def _narrow(array: np.ndarray, key: str) -> np.ndarray:
+    """The array in its dtype of SCHEMA; token ids that do not fit in 16 bits stay int32.
+
+    A value beyond its dtype becomes the nearest one in it, which is as wrong as the value was.
+    """
+    dtype = np.dtype(SCHEMA[key])
+    limits = np.iinfo(dtype)
+    if dtype.itemsize > 1 and array.size and array.max() > limits.max:
+        dtype, limits = np.dtype(np.int32), np.iinfo(np.int32)
+    return np.clip(array, limits.min, limits.max).astype(dtype)
 
 
 def _summarize(
@@ -110,6 +133,7 @@ def _summarize(
     varlength = arrays["input_ids"].ndim == 1
     summary.readable = True
     summary.num_sequences = len(arrays[LABELS])
+    summary.next_sentence_ones = int(np.count_nonzero(arrays[LABELS] == 1))
     summary.max_seq_length = None if varlength else arrays["input_ids"].shape[1]
     hashes, text_hashes, lengths, row_md5s = [], [], [], []
     for start in range(0, summary.num_sequences, BLOCK_ROWS):
@@ -130,6 +154,7 @@ def _summarize(
         text_hashes.append(text)
         lengths.append(block.lengths)
         summary.num_masked += len(block.labels)
+        summary.num_unmasked += _count_unmasked(block, ends)
         if task.wants_md5:
             row_md5s += report.row_md5s(block.ids, ends)
     if not summary.num_masked:
@@ -232,6 +257,14 @@ def _check_block(
     add("have masked positions that do not ascend", falls, mask_ends)
 
 
+def _count_unmasked(block: _Block, ends: np.ndarray) -> int:
+    """How many masked tokens stand in input_ids as they are; BERT leaves one in ten."""
+    last = np.repeat(block.lengths - 1, block.counts)
+    starts = np.repeat(ends - block.lengths, block.counts)
+    inside = starts + np.clip(block.positions, 0, last)
+    return int(np.count_nonzero(block.ids[inside] == block.labels))
+
+
 def _random_bits(count: int, salt: int) -> np.ndarray:
     """(count,) pseudo-random uint64, the same on every machine (splitmix64)."""
     bits = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(salt << 32)
@@ -239,6 +272,11 @@ def _random_bits(count: int, salt: int) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits ^ (bits >> np.uint64(31))
+
+
+def _low_bits(ids: np.ndarray) -> np.ndarray:
+    """The low 16 bits of token ids, as indices."""
+    return ids.view("u2") if ids.dtype == np.int16 else ids & 0xFFFF
 
 
 TOKEN_BITS = _random_bits(2**16, 1)  # one for each 16-bit token id
@@ -254,12 +292,12 @@ def _hashes(block: _Block, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     starts = ends - block.lengths
     positions_of_tokens = np.arange(ends[-1]) - np.repeat(starts, block.lengths)
-    tokens = TOKEN_BITS[block.ids.view("u2")] * POSITION_BITS[positions_of_tokens & 0xFFFF]
+    tokens = TOKEN_BITS[_low_bits(block.ids)] * POSITION_BITS[positions_of_tokens & 0xFFFF]
     masked = np.add.reduceat(tokens, starts)
     # A wrong position must not point into another sequence.
     last = np.repeat(block.lengths - 1, block.counts)
     positions = np.clip(block.positions, 0, last)
-    labels = TOKEN_BITS[block.labels.view("u2")] * POSITION_BITS[positions & 0xFFFF]
+    labels = TOKEN_BITS[_low_bits(block.labels)] * POSITION_BITS[positions & 0xFFFF]
     hidden = tokens[np.repeat(starts, block.counts) + positions]
     labels_sum, hidden_sum = (_sums(values, block.counts) for values in (labels, hidden))
     return masked + labels_sum * LABEL_FACTOR, masked + labels_sum - hidden_sum

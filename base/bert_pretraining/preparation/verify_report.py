@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-NAME_PATTERN = re.compile(r"part[-_](\d+)[-_]of[-_](\d+)\.(hdf5|h5)")
+from bert_pretraining.data.shard_names import NAME_PATTERN, missing_shards, some
+
 PUBLISHED_VOCAB_SIZE = 30522
 PUBLISHED_COUNTS = (2048, 4320)
 CHECKSUMS = Path(__file__).with_name(
@@ -40,6 +40,8 @@ class FileSummary:
     equal sequences in equal order. text_hashes: uint64, of the tokens before masking; of an
     evaluation file all, of a training file those that the evaluation set has too.
     row_md5s: of an evaluation file. md5: in the published form, where it is wanted.
+    next_sentence_ones: sequences with label 1. num_unmasked: masked tokens whose answer stands
+    in input_ids. forms: what is stored in another form than usual.
     """
 
     name: str
@@ -50,6 +52,9 @@ class FileSummary:
     max_seq_length: int | None = None
     special_tokens: tuple[int, int] | None = None
     num_masked: int = 0
+    num_unmasked: int = 0
+    next_sentence_ones: int = 0
+    forms: list[str] = field(default_factory=list)
     length_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     digest: bytes = b""
@@ -233,13 +238,10 @@ def check_names(set_name: str, names: Sequence[str], results: CheckResults) -> i
             by_number[number] = name
             continue
         results.problem(kind, f"{set_name}/{name}: {line}; move it away")
-    absent = count - len(by_number)
-    if absent:
-        missing = (number for number in range(count) if number not in by_number)
-        first = [f"part_{next(missing):05d}_of_{count:05d}.hdf5" for _ in range(min(3, absent))]
-        named = ", ".join(first) + (f" and {absent - 3} more" if absent > 3 else "")
-        line = f"{set_name}: {absent} of {count} shards missing: {named}; make or copy them"
-        results.problem("missing shards", line)
+    missing = missing_shards(list(by_number.values()))
+    if missing:
+        line = f"{len(missing.names)} of {count} shards missing: {some(missing.names)}"
+        results.problem("missing shards", f"{set_name}: {line}; make or copy them")
     return count
 
 

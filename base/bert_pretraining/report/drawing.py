@@ -153,6 +153,16 @@ def draw_targets(axes: Axes, view: View, theme: Theme) -> None:
         )  # fmt: skip
 
 
+def draw_baselines(axes: Axes, view: View, theme: Theme) -> None:
+    """Draw what always guessing the commonest token would score."""
+    for share in view.baselines:
+        axes.axhline(share, color=theme.muted, linewidth=1.2, linestyle=(0, (1, 2)), zorder=2)
+        axes.annotate(
+            f"commonest token {share:g}", (0.0, share), xycoords=("axes fraction", "data"),
+            xytext=(6, 4), textcoords="offset points", fontsize=10.5, color=theme.muted,
+        )  # fmt: skip
+
+
 def reference_colors(view: View, theme: Theme) -> list[tuple[Reference, str]]:
     """Grey for a single reference; with several, each has the colour of its runs."""
     drawn = view.drawn_references
@@ -185,7 +195,8 @@ def say_why_no_reference(axes: Axes, view: View, theme: Theme) -> None:
     text = f"No reference convergence point: {shown}"
     lines = math.ceil(len(text) / CORNER_CHARACTERS)
     text = textwrap.fill(text, math.ceil(len(text) / lines) + 6)  # no last line of one word
-    axes.text(0.985, 0.03, text, transform=axes.transAxes, ha="right", va="bottom",
+    bottom = 0.08 if view.baselines else 0.03
+    axes.text(0.985, bottom, text, transform=axes.transAxes, ha="right", va="bottom",
               fontsize=9.5, color=theme.muted, linespacing=1.35)  # fmt: skip
 
 

@@ -131,10 +131,13 @@ def _sources(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     found = "<h2>Logs</h2>" + _table(("Run", "Kind", "Platform", "Division", "Files"), rows)
-    notes = summary.faults(runs)
-    if notes:
-        items = "".join(f"<li><code>{html.escape(note)}</code></li>" for note in notes)
-        found += f"<h2>Faults in the logs</h2><ul>{items}</ul>"
+    for title, notes in (
+        ("Notices of the runs", summary.notices(runs)),
+        ("Faults in the logs", summary.faults(runs)),
+    ):
+        if notes:
+            items = "".join(f"<li><code>{html.escape(note)}</code></li>" for note in notes)
+            found += f"<h2>{title}</h2><ul>{items}</ul>"
     return found
 
 

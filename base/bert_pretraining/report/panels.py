@@ -28,6 +28,7 @@ def accuracy(axes: Axes, view: View, theme: Theme, across: str) -> None:
     drawing.draw_curves(axes, view, theme, across, drawing.evaluations("accuracy", across))
     drawing.draw_batches(axes, view, theme, across, "mlm_accuracy")
     drawing.draw_targets(axes, view, theme)
+    drawing.draw_baselines(axes, view, theme)
     drawing.draw_target_points(axes, view, theme, across)
     axes.set_title("MLM accuracy by " + ("sequences" if across == SAMPLES else "time"))
     axes.set_ylabel(ACCURACY)
@@ -39,7 +40,8 @@ def accuracy(axes: Axes, view: View, theme: Theme, across: str) -> None:
 
 
 def _accuracy_limits(view: View) -> tuple[float, float]:
-    values = [point.accuracy for run in view.runs for point in run.evaluations] + view.targets
+    values = [point.accuracy for run in view.runs for point in run.evaluations]
+    values += view.targets + view.baselines
     if drawing.shows_batches(view):
         values += [
             point.mlm_accuracy

@@ -44,6 +44,9 @@ def text(view: View) -> str:
     """The whole summary for a terminal."""
     lines = [_table([COLUMNS, *map(cells, view.runs)]), ""]
     lines += conclusions(view)
+    told = notices(view.runs)
+    if told:
+        lines += ["", "Notices of the runs:", *(f"  {note}" for note in told)]
     notes = faults(view.runs)
     if notes:
         lines += ["", "Faults in the logs:", *(f"  {note}" for note in notes)]
@@ -56,6 +59,11 @@ def conclusions(view: View) -> list[str]:
     return [line for line in series if line] + [
         _of_reference(reference, view) for reference in view.references
     ]
+
+
+def notices(runs: Sequence[Run]) -> list[str]:
+    """What the runs themselves said was going wrong."""
+    return [f"{run.name}: {text}" for run in runs for text in run.notices]
 
 
 def faults(runs: Sequence[Run]) -> list[str]:

@@ -28,6 +28,12 @@ class View:
     def targets(self) -> list[float]:
         return sorted({run.target for run in self.runs})
 
+    @property
+    def baselines(self) -> list[float]:
+        """The accuracies of always guessing the commonest token; of several runs the same once."""
+        shares = {run.commonest_share for run in self.runs if run.commonest_share is not None}
+        return sorted({round(share, 3) for share in shares})
+
     def scale(self, across: str) -> Scale:
         """The unit of an axis that holds every point, and the reference where that is drawn."""
         points = [point for run in self.runs for point in (*run.evaluations, *run.training)]

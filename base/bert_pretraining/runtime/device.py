@@ -293,20 +293,6 @@ def current_stream(device: torch.device) -> Any:
     return module.current_stream(device) if module else None
 
 
-def end_failed_capture(device: torch.device, stream: Any) -> None:
-    """Let the device work on after a capture that failed.
-
-    PyTorch leaves the capture's stream as the current one; stream: the one before. Its generator
-    would go on to refuse random numbers outside of a graph. A copy of its state does not.
-    """
-    select = function_of(device.type, "set_stream")
-    if select is not None and stream is not None:
-        select(stream)
-    generators = getattr(module_of(device.type), "default_generators", ())
-    for generator in generators[device.index or 0 :][:1]:
-        generator.graphsafe_set_state(generator.clone_state())
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work that was given to it."""
     wait = None if device.type == "cpu" else function_of(device.type, "synchronize")

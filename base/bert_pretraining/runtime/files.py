@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.file_kind import RIGHT_FILE, cannot_read, kind_of, shown
 
 PARTIAL_SUFFIX = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
     "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
 )
+OTHER_FILE = "pass a checkpoint of PyTorch, safetensors, Hugging Face or TensorFlow 1"
+# Names in the directories of checkpoints that each rank writes a part of.
+SHARDED = ("*.distcp", "*/*.distcp", "*mp_rank_*_model_states.pt", "*/*mp_rank_*_model_states.pt")
 # In the order in which Hugging Face looks for them.
 HUGGING_FACE_WEIGHTS = (
     "model.safetensors",
@@ -90,34 +95,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_directory(path: Path, what: str, fix: str) -> None:
     """Raise UserError, with `what` as the path's name and this `fix`, if it is no directory."""
     status = _status(path, fix)
+    if status is None and path.is_symlink():
+        raise cannot_read(path, FileNotFoundError(errno.ENOENT, ""), fix)
     if status is None:
         raise UserError(f"no such {what}: {path}", f"{fix}")
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{what} {path} is a file", "pass the directory that it is in")
-
-
-def shard_files(directory: Path, fix: str) -> list[Path]:
-    """Every finished file with `part` in its name, sorted by name; UserError if there is none.
-
-    The directory is listed once and no file is opened, which is fast on network storage too.
-    """
-    require_directory(directory, "data directory", fix)
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if "part" in entry.name
-                and not entry.name.endswith(PARTIAL_SUFFIX)
-                and entry.is_file()
-            )
-    except OSError as error:
-        raise UserError(f"cannot read {directory} ({error.strerror})", f"{fix}") from error
-    if not names:
-        raise UserError(
-            f"no shards in {directory}: expected HDF5 files with 'part' in the name", f"{fix}"
-        )
-    return [directory / name for name in names]
 
 
 def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
@@ -126,36 +109,126 @@ def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
     The name and kind of the file tell it; the file is not opened. A TensorFlow checkpoint is
     named by its `.index` file, with or without the ending `.index`.
 
-    Raises UserError if `path` does not exist, is an empty file or is another directory. `fix`
-    says what to pass instead.
+    Raises UserError if `path` does not exist, is an empty file, a part of a TensorFlow checkpoint
+    or another directory. `fix` says what to pass instead.
     """
     status = _status(path, fix)
     if status is None:
-        if _status(with_ending(path, ".index"), fix) is None:
-            raise UserError(f"no checkpoint at {path}", f"{fix}")
-        return "tensorflow"
+        if _status(with_ending(path, ".index"), fix) is not None:
+            return "tensorflow"
+        raise _no_checkpoint(path, fix)
     if stat.S_ISDIR(status.st_mode):
         if any((path / name).is_file() for name in HUGGING_FACE_WEIGHTS):
             return "hugging_face"
-        indices = [file.with_suffix("") for file in sorted(path.glob("*.index"))]
-        inside = [*sorted(path.glob("*.pt")), *indices]
-        flag = "--init_checkpoint " if fix == OTHER_CHECKPOINT else ""
-        more = f"pass {flag}{inside[-1]}" if inside else fix
-        raise UserError(f"{path}: a directory, not a checkpoint", f"{more}")
+        raise _other_directory(path, fix)
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: no regular file, so no checkpoint", f"{fix}")
     if status.st_size == 0:
         raise UserError(f"{path}: an empty file, not a checkpoint", f"copy it again, or {fix}")
-    if ".data-" in path.name and path.name.split(".data-")[1][:5].isdigit():
-        prefix = path.with_name(path.name.split(".data-")[0])
+    prefix = _tensorflow_prefix(path)
+    if prefix is not None:
         raise UserError(f"{path}: one part of a TensorFlow checkpoint", f"pass {prefix}")
     endings = {".index": "tensorflow", ".safetensors": "safetensors"}
     return endings.get(path.suffix, "torch")
 
 
+def weight_file_kind(path: Path) -> str:
+    """The format of one file with weights: "torch" or "safetensors", by its first bytes.
+
+    Where they tell nothing, its name does. Raises UserError for a file that is plainly another,
+    such as a Git LFS pointer, and for one that cannot be read.
+    """
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        raise cannot_read(path, error, OTHER_FILE) from error
+    if kind is None or kind.key == "zip":  # a zip archive may be PyTorch's
+        return "safetensors" if path.suffix == ".safetensors" else "torch"
+    if kind.key in ("safetensors", "safetensors_cut"):
+        return "safetensors"
+    if kind.key in ("torch_zip", "torch_pickle", "pickle", "tar"):
+        return "torch"
+    fix = OTHER_FILE if kind.fix == RIGHT_FILE else kind.fix
+    raise UserError(f"{shown(path)}: {kind.what}, not a checkpoint", fix)
+
+
+def _tensorflow_prefix(path: Path) -> Path | None:
+    """The name to pass for one file of a TensorFlow checkpoint other than its index."""
+    data = re.fullmatch(r"(.+)\.data-\d{5}-of-\d{5}", path.name)
+    if data:
+        return path.with_name(data[1])
+    if path.suffix == ".meta":
+        return path.with_suffix("")
+    if path.name == "checkpoint":  # text in which TensorFlow notes the latest name
+        named = re.match(rb'\s*model_checkpoint_path:\s*"([^"\n]+)"', path.read_bytes()[:4096])
+        if named:
+            return path.parent / os.fsdecode(named[1]).rpartition("/")[2]
+    return None
+
+
+def _no_checkpoint(path: Path, fix: str) -> UserError:
+    """The error for a name at which there is neither a file nor a TensorFlow checkpoint."""
+    beside = [
+        ending for ending in (".meta", ".data-00000-of-00001")
+        if with_ending(path, ending).exists()
+    ]  # fmt: skip
+    if beside:
+        return UserError(
+            f"no {with_ending(path, '.index')}, which a TensorFlow checkpoint needs beside "
+            f"{with_ending(path, beside[0]).name}",
+            "copy all of its files",
+        )
+    hub = "" if path.suffix or path.is_absolute() or len(path.parts) > 2 else (
+        " (a name on the Hugging Face hub is not downloaded: pass a local directory)"
+    )  # fmt: skip
+    return UserError(f"no checkpoint at {path}{hub}", f"{fix}")
+
+
+def _other_directory(path: Path, fix: str) -> UserError:
+    """The error for a directory without weights of Hugging Face: what to pass of what is in it."""
+    for name in HUGGING_FACE_WEIGHTS:
+        if (path / name).is_symlink():  # a cache of the hub holds links to files elsewhere
+            return cannot_read(path / name, FileNotFoundError(errno.ENOENT, "no such file"))
+    sharded = next((path.glob(name) for name in SHARDED if any(path.glob(name))), None)
+    if sharded is not None:
+        return UserError(
+            f"{path}: a checkpoint in parts, one for each rank, of FSDP or DeepSpeed",
+            "join them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE, "
+            "or DeepSpeed's zero_to_fp32.py",
+        )
+    flag = "--init_checkpoint " if fix == OTHER_CHECKPOINT else ""
+    inside = _checkpoints_inside(path)
+    return UserError(
+        f"{path}: a directory, not a checkpoint", f"pass {flag}{inside[-1]}" if inside else fix
+    )
+
+
+def _checkpoints_inside(path: Path) -> list[Path]:
+    """What could be meant in a directory, the likeliest last."""
+    for pattern in ("snapshots/*/", "*.safetensors", "*.bin", "*.pth", "run-*/*.pt", "*.index",
+                    "*.pt")[::-1]:  # fmt: skip
+        found = sorted(path.glob(pattern), key=_by_numbers)
+        if found:
+            return [file.with_suffix("") if pattern == "*.index" else file for file in found]
+    return []
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """A sort key by which step 10 follows step 9."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
+
+
 def with_ending(path: Path, ending: str) -> Path:
     """`path` with `ending` added to its name. Unlike `with_suffix`, it replaces nothing."""
     return path.with_name(path.name + ending)
+
+
+def real(path: Path) -> Path:
+    """The path without links, as `Path.resolve`, which raises RuntimeError before Python 3.13 where
+    links form a loop.
+    """
+    return Path(os.path.realpath(path))
 
 
 def _sync(path: Path) -> None:
@@ -171,8 +244,9 @@ def _status(path: Path, fix: str) -> os.stat_result | None:
     """The status of `path`; None if it does not exist. UserError if the system refuses to tell."""
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise cannot_read(path, error, fix) from error
         return None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason})", f"{fix}") from error
+        raise cannot_read(path, error, fix) from error

@@ -1,34 +1,67 @@
-"""Signals that ask a run to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C."""
+"""What asks a run to stop: SIGTERM, SIGUSR1 (Slurm's warning), Ctrl-C, SIGHUP, and failures.
+
+A failure is what ends the run with an error, but leaves time to save: a full disk, or a shard that
+cannot be read any more.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from bert_pretraining.errors import TrainingError, UserError
+from bert_pretraining.runtime.output import OutputLost
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A terminal sends Ctrl-C to launcher and ranks, and the launcher forwards it: the same signal
 # within this time (in seconds) counts once.
 SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class StopRequest:
-    """Remembers that a signal asked this process to stop; a second signal ends it at once.
+    """Remembers what asked this process to stop.
 
     The first signal raises KeyboardInterrupt. Inside `deferred` it only sets `received`, and the
-    training loop stops after the current step.
+    training loop stops after the current step. A second signal ends the process at once. SIGHUP
+    counts neither as a first nor as a second one: where a terminal is closed, several programs
+    send it, together with other signals. Where it is ignored (nohup), it stays ignored.
 
     Attributes:
-        received: the signal's name, or None.
+        received: the signal's name, or None. It is "SIGHUP" also where stdout's reader is gone.
+        failure: the error to end with once the run is saved, or None.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.failure: UserError | TrainingError | None = None
         self._deferred = False
-        self._received_at = 0.0
+        self._first: str | None = None  # the first signal that counts
+        self._first_at = 0.0
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to stop."""
+        return self.received is not None or self.failure is not None
+
+    def fail(self, error: UserError | TrainingError) -> None:
+        """Stop the run after the current step, save, and end with this error. The first counts."""
+        self.failure = self.failure or error
+
+    def output_lost(self, lost: OutputLost) -> None:
+        """For `output.when_lost`: stop the run after the current step, also before its first one.
+
+        A full disk is a failure. A reader or terminal that is gone is the same as SIGHUP.
+        """
+        if lost.is_full:
+            self.fail(lost.as_error())
+        elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and self.received is None:
+            self.received = signal.SIGHUP.name
+            print(f"Notice: nobody reads stdout ({lost.reason}): stopping", file=sys.stderr)
 
     @contextlib.contextmanager
     def listening(self, ignore_afterwards: bool = False) -> Iterator[None]:
@@ -37,12 +70,17 @@ class StopRequest:
         ignore_afterwards: a run that ended without an error ignores them from then on. For a rank
         that has nothing left to stop, but that other ranks still wait for.
         """
-        before = {number: signal.signal(number, self._handle) for number in ASKING}
+        handled = [
+            number
+            for number in ASKING
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        before = {number: signal.signal(number, self._handle) for number in handled}
         after = before
         try:
             yield
             if ignore_afterwards:
-                after = dict.fromkeys(ASKING, signal.SIG_IGN)
+                after = dict.fromkeys(handled, signal.SIG_IGN)
         finally:
             for number, handler in after.items():
                 signal.signal(number, handler)
@@ -58,13 +96,18 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if name == self.received and now - self._received_at < SECONDS_OF_ONE_SIGNAL:
+        if number == signal.SIGHUP:
+            if self.received is not None:
+                return
+        elif self._first is None:
+            self._first, self._first_at = name, now
+        elif name == self._first and now - self._first_at < SECONDS_OF_ONE_SIGNAL:
             return
-        if self.received is not None:
+        else:
             # End without clean-up, because the clean-up may be what takes too long.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.received, self._received_at = name, now
+        self.received = self.received or name
         if not self._deferred:
-            raise KeyboardInterrupt(self.received)
+            raise KeyboardInterrupt(name)

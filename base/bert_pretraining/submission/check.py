@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_pretraining.runtime.files import real
 from bert_pretraining.submission import official
 from bert_pretraining.submission.findings import Finding, warning
 from bert_pretraining.submission.log_checks import check_log
@@ -110,7 +111,7 @@ def own_findings(
         for log in logs:
             findings += check_log(log, ruleset)
         findings += check_series(system, logs, ruleset)
-        findings += check_description(system, logs, folder.resolve().name)
+        findings += check_description(system, logs, real(folder).name)
         findings += check_scaling(system, score(logs, ruleset).scale_factor)
         unconverged = {log.path for log in logs if log.status != "success"}
         failed |= unconverged if len(unconverged) == 1 else set()

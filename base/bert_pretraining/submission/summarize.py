@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _groups(paths: Sequence[Path]) -> list[tuple[str, list[ResultLog]]]:
     elif (first / "results").is_dir():
         groups = [(each.name, _logs(each)) for each in systems(first)]
     else:
-        groups = [(first.resolve().name, _logs(System(first.name, first, first)))]
+        groups = [(Path(os.path.abspath(first)).name, _logs(System(first.name, first, first)))]
     groups = [(name, logs) for name, logs in groups if logs]
     if not groups:
         raise UserError(

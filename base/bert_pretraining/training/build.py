@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bert_pretraining.checkpoint import load_weights
+from bert_pretraining.checkpoint.plausibility import suspicions
 from bert_pretraining.checkpoint.training_state import Saved
 from bert_pretraining.config import Config
 from bert_pretraining.kernels import DTYPES, fp8_linear
@@ -29,6 +30,7 @@ from bert_pretraining.optim import (
 from bert_pretraining.runtime import arithmetic, seeds
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks, check_replicas
+from bert_pretraining.training.evaluate import Evaluator
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
 from bert_pretraining.training.step_choice import Trained, prepared_step
@@ -59,14 +61,15 @@ class Setup:
 class Training:
     """What `build` makes.
 
-    module: the bare model, which holds the weights. fp8: the scales of its encoder, if it computes
-    in fp8.
+    module: the bare model, which holds the weights. evaluate: of its whole evaluation set. fp8: the
+    scales of its encoder, if it computes in fp8.
     """
 
     module: BertForPreTraining
     optimizer: Optimizer
     loss_scale: LossScale
     update: Update
+    evaluate: Evaluator
     fp8: Fp8State | None
 
 
@@ -115,7 +118,9 @@ def build(setup: Setup) -> Training:
         ranks=ranks,
         fp8=fp8,
     )
-    return Training(module, optimizer, loss_scale, update, fp8)
+    proves = config.proves_kernels_on(ranks.device.type)
+    evaluate = Evaluator(module, ranks, micro_step.pool, proves, fp8, log.say)
+    return Training(module, optimizer, loss_scale, update, evaluate, fp8)
 
 
 def _say_what_has_no_effect(setup: Setup) -> None:
@@ -163,8 +168,10 @@ def _model(setup: Setup, precision: str) -> BertForPreTraining:
     )
     log.built("CONVERT_MODEL", module, kernels=kernels.choice)
     if isinstance(setup.start, Path):
-        summary = load_weights(module, setup.start).summary()
-        log.say(f"Start weights: {setup.start} ({summary})")
+        loaded = load_weights(module, setup.start, config.missing_weights)
+        log.say(f"Start weights: {setup.start} ({loaded.summary()})")
+        for notice in suspicions(loaded.weights):
+            log.notice("start_weights_odd", f"{setup.start}: {notice}")
         log.weights_loaded(name for name, _ in module.named_parameters())
     elif setup.start is None:
         log.say(f"Start weights: random (seed {setup.seed})")

@@ -13,7 +13,9 @@ from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.kernels.reference import IGNORED
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import OBJECTIVES, LossSum
+from bert_pretraining.runtime import capture
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.device_types import Graph
 from bert_pretraining.training.static_batch import Budget, StaticBatch
 
 WARM_UP_STEPS = 3  # before a capture: lazy initialisation and autotuning do their work there
@@ -66,7 +68,7 @@ class MicroStep:
         self._model, self._device = model, device
         self._static = None if budget is None else StaticBatch(budget, device, IGNORED)
         self._weights = {name: torch.ones((), device=device) for name in losses}
-        self._capture: list[tuple[devices.Graph, dict[str, LossSum]]] = []  # one, once prepared
+        self._capture: list[tuple[Graph, dict[str, LossSum]]] = []  # one, once prepared
         self._graph = graph
         self._instead = instead
         self._fp8 = fp8
@@ -79,6 +81,11 @@ class MicroStep:
         sent to other ranks before it ends.
         """
         return self._graph
+
+    @property
+    def pool(self) -> object:
+        """The memory pool of the graph that is replayed; None without one. See `captured`."""
+        return self._capture[0][0].pool() if self._capture else None
 
     def __call__(self, batch: PackedBatch, weights: Mapping[str, Tensor]) -> dict[str, LossSum]:
         """As `forward_backward`; the result is overwritten by the next call."""
@@ -139,21 +146,18 @@ class MicroStep:
             self._capture = [self._captured_step(self._static)]
         zero_grad()
 
-    def _captured_step(self, static: StaticBatch) -> tuple[devices.Graph, dict[str, LossSum]]:
-        graphs = devices.graphs(self._device)
-        graph = graphs.create()
-        stream = devices.current_stream(self._device)
+    def _captured_step(self, static: StaticBatch) -> tuple[Graph, dict[str, LossSum]]:
+        def work() -> dict[str, LossSum]:
+            return forward_backward(self._model, static.batch, self._weights)
+
         try:
-            with graphs.capture(graph):
-                sums = forward_backward(self._model, static.batch, self._weights)
+            return capture.captured(self._device, work)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            devices.end_failed_capture(self._device, stream)
             raise UserError(
                 f"use_cuda_graph: these kernels and settings cannot be captured ({reason})",
                 "leave it out, or try --kernels triton without --checkpoint_activations",
             ) from error
-        return graph, sums
 
 
 def _dummies_only(static: StaticBatch) -> None:

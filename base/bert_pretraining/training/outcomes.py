@@ -97,6 +97,13 @@ class Outcomes:
         """Updates of which the host does not know yet whether they were made."""
         return len(self._unread)
 
+    @property
+    def updates_to_agree(self) -> int:
+        """How many more updates are made at most before all ranks know that one is to stop."""
+        if self._ranks.world_size == 1 or self._read_every == 1:
+            return 0
+        return COPY_EVERY * (2 if self._late else 1)
+
     def add(self, finite: Tensor, micro_batches: list[PackedBatch]) -> None:
         """Keep the flag of an update: 0-d bool on the device."""
         self._unread.append((finite, micro_batches))

@@ -9,9 +9,15 @@ from pathlib import Path
 import torch
 
 from bert_pretraining import progress
-from bert_pretraining.checkpoint import CheckpointWriter, read_checkpoint, training_state
+from bert_pretraining.checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    read_checkpoint,
+    training_state,
+)
 from bert_pretraining.checkpoint.training_state import DataOrder, Saved, TrainingState
 from bert_pretraining.config import Config
+from bert_pretraining.data import inputs
 from bert_pretraining.data.flat_shard import ShardInfo
 from bert_pretraining.data.inputs import DataPaths
 from bert_pretraining.data.loader import (
@@ -22,7 +28,7 @@ from bert_pretraining.data.loader import (
 )
 from bert_pretraining.data.order import SampleOrder
 from bert_pretraining.data.packing import on_device
-from bert_pretraining.data.shards import list_shards
+from bert_pretraining.data.shards import inspect_shards
 from bert_pretraining.logs.run_folder import versions
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.batch import PackedBatch
@@ -31,8 +37,11 @@ from bert_pretraining.optim import Schedule
 from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime import process_group, seeds
 from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime.signals import StopRequest
+from bert_pretraining.training.baseline import commonest_token
 from bert_pretraining.training.build import Setup, Training, build
-from bert_pretraining.training.evaluate import Evaluation, evaluate
+from bert_pretraining.training.evaluate import Evaluation
+from bert_pretraining.training.feed import Feed
 
 
 class Session:
@@ -74,7 +83,7 @@ class Session:
         # Of the shards, only the headers are read here: how many sequences each one holds. MLPerf's
         # training rules allow that before the clock starts: metadata is not data.
         self._shards: list[ShardInfo] = process_group.from_main(
-            lambda: list_shards(paths.train_dir)
+            lambda: inspect_shards(inputs.training_folder(config, paths), log.say)
         )
         sizes = [shard.num_sequences for shard in self._shards]
         lanes = config.data_lanes or (self._saved.lanes if self._saved else ranks.world_size)
@@ -115,13 +124,19 @@ class Session:
         process_group.barrier(self.ranks.device)
         self.log.clock_started()
         process_group.barrier(self.ranks.device)
-        self._evaluation_set = load_evaluation_set(
-            self._paths.eval_dir,
+        shards = process_group.from_main(
+            lambda: inspect_shards(inputs.evaluation_folder(self.config, self._paths), self.log.say)
+        )
+        evaluation_set = load_evaluation_set(
+            shards,
             self.config.num_eval_examples,
             dataclasses.replace(
                 self._loader_config(self.config.eval_batch_size), pin_for=self.ranks.device
             ),
-        ).near(self.ranks.device)
+        )
+        vocab_size = self._bert_config.vocab_size
+        self.log.evaluation_set_read(commonest_token(evaluation_set, vocab_size, self.ranks))
+        self._evaluation_set = evaluation_set.near(self.ranks.device)
 
     def begin(self) -> str | None:
         """Evaluate the start weights, or take over the saved run; then training begins.
@@ -140,16 +155,26 @@ class Session:
         self._saved.restore_generators(self.ranks)
         return self.stop_reason()
 
-    def micro_batches(self) -> Iterator[PackedBatch]:
-        """This rank's batches on its device, without end, from the first sample not yet seen."""
-        loader_config = dataclasses.replace(
-            self._loader_config(self.config.train_batch_size),
-            batching=self.config.resolved_batching,
-            samples_seen=self.run.samples_seen,
-            pin_for=self.ranks.device,
-        )
-        loader = TrainingLoader(self._shards, self.order, loader_config)
-        return on_device(iter(loader), self.ranks.device)
+    def micro_batches(self, stop: StopRequest) -> Iterator[PackedBatch]:
+        """This rank's batches on its device, without end, from the first sample not yet seen.
+
+        stop: is told where a shard cannot be read any more, see `Feed`.
+        """
+        config, ranks, samples_seen = self.config, self.ranks, self.run.samples_seen
+
+        def read_from(batch: int) -> Iterator[PackedBatch]:
+            loader_config = dataclasses.replace(
+                self._loader_config(config.train_batch_size),
+                batching=config.resolved_batching,
+                samples_seen=samples_seen + batch * config.train_batch_size * ranks.world_size,
+                pin_for=ranks.device,
+            )
+            return iter(TrainingLoader(self._shards, self.order, loader_config))
+
+        updates = 1 + self.training.update.outcomes.updates_to_agree
+        reserve = updates * config.gradient_accumulation_steps
+        feed = Feed(read_from, reserve, stop, ranks.rank if ranks.world_size > 1 else None)
+        return on_device(iter(feed), ranks.device)
 
     def _loader_config(self, batch_size: int) -> LoaderConfig:
         return LoaderConfig(
@@ -164,7 +189,7 @@ class Session:
         """Evaluate the model on the whole set, and keep the figures in `run`."""
         run, log = self.run, self.log
         log.evaluation_started(run)
-        result = evaluate(self.training.module, self._evaluation_set, self.ranks)
+        result = self.training.evaluate(self._evaluation_set)
         log.evaluation_stopped(run, result.mlm_accuracy)
         run.eval_loss, run.eval_mlm_accuracy = result.loss, result.mlm_accuracy
         run.eval_sequences = result.num_sequences
@@ -194,6 +219,12 @@ class Session:
     def report_saved(self, wait: bool = False) -> None:
         """Say what became of the checkpoints that were begun; wait for the last if asked to."""
         self._writer.report(self.log.say, wait=wait)
+
+    def is_saved(self) -> bool:
+        """Whether the checkpoint of this moment is complete; the same on every rank."""
+        return process_group.from_main(
+            lambda: checkpoint_path(self.log.folder, self.run.global_steps).is_file()
+        )
 
 
 def _triggers(config: Config) -> StepTriggers:

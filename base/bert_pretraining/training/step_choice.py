@@ -29,7 +29,12 @@ from bert_pretraining.runtime.gradient_sink import GradientSink
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
 from bert_pretraining.training.static_batch import Budget, usual_budget
-from bert_pretraining.training.step_proof import difference, sample_batch
+from bert_pretraining.training.step_proof import (
+    difference,
+    first_fault,
+    reason_of,
+    sample_batch,
+)
 
 FORMS = {"compiled": "torch.compile", "fused": "fused layers", "plain": "plain modules"}
 
@@ -160,10 +165,10 @@ def _prepare(
     The forward passes come first: they fail on a rank before other ranks wait for this rank's
     gradients in a backward pass. batch: to compile for if there is no constant shape.
     """
-    fault = _first_fault(lambda: step.forward(batch))
+    fault = first_fault(lambda: step.forward(batch))
     if fault:
         return fault, "use_cuda_graph" if way.forms[0] == "plain" else FORMS[way.forms[0]]
-    return _first_fault(lambda: step.prepare(trained.zero_grad)), str(way)
+    return first_fault(lambda: step.prepare(trained.zero_grad)), str(way)
 
 
 def _difference(
@@ -207,7 +212,7 @@ def _difference(
             say(f"Notice: {way} is not compared with the plain modules: too little memory for both")
             found.append(None)
 
-    fault = _first_fault(compare)
+    fault = first_fault(compare)
     return fault or next(filter(None, process_group.gather(found[0])), None)
 
 
@@ -219,23 +224,6 @@ def _training(module: nn.Module, mode: bool) -> Iterator[None]:
         yield
     finally:
         module.train(before)
-
-
-def _first_fault(action: Callable[[], None]) -> str | None:
-    """The error of the first rank on which the action fails, in one line, or None."""
-    reason = None
-    try:
-        action()
-    except Exception as error:  # compilers raise errors of many kinds
-        reason = _reason(error)
-    return next(filter(None, process_group.gather(reason)), None)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return error.problem
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _compile_failed(reason: str, config: Config, say: Callable[[str], None]) -> None:
@@ -292,7 +280,7 @@ def _make(
     way: Way, config: Config, trained: Trained, ranks: Ranks, say: Callable[[str], None]
 ) -> MicroStep:
     def instead(error: Exception) -> None:
-        _compile_failed(_reason(error), config, say)
+        _compile_failed(reason_of(error), config, say)
         trained.module.bert.form = PLAIN
 
     return MicroStep(

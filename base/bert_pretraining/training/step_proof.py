@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import LossSum
-from bert_pretraining.runtime import arithmetic
+from bert_pretraining.runtime import arithmetic, process_group
 
 # Rounding of compiled and eager gradients differs by so many units of the dtype, relative to the
 # root mean square of a parameter's gradient or of the largest one: a key's bias has a gradient of
@@ -88,6 +89,24 @@ def difference(
             f"{sizes[worst]:.2g} (norms; bound {bounds[worst]:.2g})"
         )
     return None
+
+
+def first_fault(action: Callable[[], None]) -> str | None:
+    """The error of the first rank on which the action fails, in one line, or None."""
+    reason = None
+    try:
+        action()
+    except Exception as error:  # compilers raise errors of many kinds
+        reason = reason_of(error)
+    return next(filter(None, process_group.gather(reason)), None)
+
+
+def reason_of(error: Exception) -> str:
+    """The error in one line."""
+    if isinstance(error, UserError):
+        return error.problem
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

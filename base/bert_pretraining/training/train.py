@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.data.inputs import data_paths
-from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, EXIT_STOPPED
+from bert_pretraining.errors import (
+    EXIT_CONVERGED,
+    EXIT_NOT_CONVERGED,
+    EXIT_STOPPED,
+    TrainingError,
+    UserError,
+)
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.losses import LossMeans
 from bert_pretraining.progress import RunState
 from bert_pretraining.report.after_run import report_on
-from bert_pretraining.runtime import arithmetic, process_group, rank_reports
+from bert_pretraining.runtime import arithmetic, output, process_group, rank_reports
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.signals import StopRequest
@@ -27,6 +34,7 @@ def main(resolved: Resolved) -> int:
     """
     config = resolved.config
     stop = StopRequest()
+    output.when_lost(stop.output_lost)
     # A launched rank that has finished waits for the others, which may still save. A signal now
     # would end it, and the launcher would then end them.
     with stop.listening(ignore_afterwards=rank_reports.is_launched()):
@@ -37,8 +45,9 @@ def main(resolved: Resolved) -> int:
         arithmetic.set_tf32(ranks.device, config.allow_tf32)
         config = _with_the_ranks_there_are(config, ranks)
         resolved = dataclasses.replace(resolved, config=config)
-        log = RunLog(resolved, ranks.rank, devices.name(ranks.device), ranks.world_size)
-        run = RunState()
+        device_name = devices.name(ranks.device)
+        log = RunLog(resolved, ranks.rank, device_name, ranks.world_size, stop.fail)
+        run, session = RunState(), None
         try:
             for notice in (*ranks.notices, *devices.shortcomings(ranks.device)):
                 log.say(f"Notice: {notice}")
@@ -47,15 +56,19 @@ def main(resolved: Resolved) -> int:
             session = Session(config, paths, ranks, log, run)
             session.start_the_clock()
             reason = train(session, stop)
-        except BaseException:
+        except BaseException as error:
             # The process group stays as it is: to leave it now would make the other ranks
             # fail, and report it, before this one has reported the cause.
             log.aborted(run)
+            if session is None and isinstance(error, UserError):
+                log.discard()
             raise
         finally:
             log.close()
     if config.report and ranks.is_main:
         print(report_on(log.folder), flush=True)
+    if stop.failure is not None:  # too late to matter: the run had its end
+        print(f"Warning: {stop.failure}", file=sys.stderr)
     if reason == "signal":
         return EXIT_STOPPED
     return EXIT_CONVERGED if run.converged else EXIT_NOT_CONVERGED
@@ -69,13 +82,16 @@ def _with_the_ranks_there_are(config: Config, ranks: Ranks) -> Config:
 
 
 def train(session: Session, stop: StopRequest) -> str:
-    """Train until the run ends, and return why: "target", "max_steps", ... or "signal"."""
-    config, ranks, log, run = session.config, session.ranks, session.log, session.run
+    """Train until the run ends, and return why: "target", "max_steps", ... or "signal".
+
+    Raises, on every rank, the error for which a rank asked to stop, once the run is saved.
+    """
+    config, log, run = session.config, session.log, session.run
     update, triggers, order = session.training.update, session.triggers, session.order
     outcomes = update.outcomes
     samples_per_step = config.global_batch_size
     reason = session.begin()
-    batches = session.micro_batches()
+    batches = session.micro_batches(stop)
     epoch = None
     with stop.deferred():
         while reason is None:
@@ -94,7 +110,7 @@ def train(session: Session, stop: StopRequest) -> str:
             # ---- the host does not wait for the device until something may be due
             expected = run.after(outcomes.num_unread, samples_per_step)
             learn = outcomes.read if triggers.anything_due(*expected) else outcomes.look
-            result = learn(run.global_steps, totals, stop.received is not None)
+            result = learn(run.global_steps, totals, stop.asked)
             if result is None:
                 continue
             step = run.account(result.updates, result.skipped, result.last_finite, samples_per_step)
@@ -134,17 +150,42 @@ def train(session: Session, stop: StopRequest) -> str:
             session.report_saved()
 
         batches.close()
-        if epoch is not None:
-            log.epoch_ended(epoch)
-        process_group.barrier(ranks.device)
-        log.trained(run)
-        # A run that had finished before has nothing new to save.
-        if epoch is not None and (config.save_checkpoint or reason == "signal"):
-            session.save()
-            session.report_saved(wait=True)
-        named = reason if reason != "signal" else f"signal {stop.received or 'to a rank'}"
-        log.finished(run, named)
+        _end(session, stop, reason, epoch)
     return reason
+
+
+def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) -> None:
+    """Save, and tell the end. epoch: None for a run that had finished before."""
+    run, log = session.run, session.log
+    if epoch is not None:
+        log.epoch_ended(epoch)
+    process_group.barrier(session.ranks.device)
+    log.trained(run)
+    # A run that had finished before has nothing new to save.
+    if epoch is not None and (session.config.save_checkpoint or reason == "signal"):
+        session.save()
+        session.report_saved(wait=True)
+    failure = _failure(session, stop) if reason == "signal" else None
+    log.finished(run, _named(reason, stop, failure))
+    if failure is not None:
+        raise failure
+
+
+def _failure(session: Session, stop: StopRequest) -> UserError | TrainingError | None:
+    """The error to end with after a stop, or None; the same on every rank."""
+    failure = next(filter(None, process_group.gather(stop.failure)), None)
+    if not session.is_saved():
+        lost = "what was trained since the last checkpoint is lost, because none can be written"
+        problem = lost if failure is None else f"{lost}; and {getattr(failure, 'problem', failure)}"
+        return UserError(problem, "free disk space, or pass another --output_dir")
+    return failure
+
+
+def _named(reason: str, stop: StopRequest, failure: Exception | None) -> str:
+    """Why training ended, in words."""
+    if failure is not None:
+        return "an error"
+    return reason if reason != "signal" else f"signal {stop.received or 'to a rank'}"
 
 
 def _step_figures(

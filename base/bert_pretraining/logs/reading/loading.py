@@ -14,6 +14,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.logs.reading.events import Event, read_log
 from bert_pretraining.logs.reading.run_of_events import reduce_run
 from bert_pretraining.logs.reading.runs import Run
+from bert_pretraining.runtime.files import real
 
 RUN_FILES = ("mllog.txt", "perflog.txt")
 MAX_DEPTH = 4  # ORGANIZATION/results/SYSTEM/bert/result_0.txt
@@ -76,7 +77,7 @@ def _distinct_names(runs: list[Path]) -> list[str]:
     the name of its folder.
     """
     parts = []
-    for run in map(Path.resolve, runs):
+    for run in map(real, runs):
         folder = run.parent.parts
         parts.append(folder if run.name in RUN_FILES else (*folder, run.stem))
     for count in range(1, max(map(len, parts), default=1)):

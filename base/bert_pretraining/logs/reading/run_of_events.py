@@ -116,7 +116,15 @@ def reduce_run(
         evaluations=evaluations,
         training=training,
         faults=tuple(faults),
+        commonest_share=_number(_entry(perf.value("EVALUATION_SET"), "commonest_share")),
+        notices=tuple(
+            text for event in perf.all("NOTICE") if (text := _text(_entry(event.value, "text")))
+        ),
     )
+
+
+def _entry(value: object, name: str) -> object:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def _first(*values: Value | None) -> Value | None:

@@ -44,6 +44,8 @@ class Run:
         run_seconds: from the start to the end of the clock; init_seconds: before its start.
         evaluations, training: in the order of samples, or of time if samples are unknown.
         faults: what is wrong with the logs, with file and line.
+        commonest_share: the accuracy of always guessing the commonest masked token.
+        notices: what the run itself said was going wrong.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Run:
     evaluations: tuple[EvaluationPoint, ...]
     training: tuple[TrainingPoint, ...]
     faults: tuple[str, ...]
+    commonest_share: float | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def target_point(self) -> EvaluationPoint | None:
