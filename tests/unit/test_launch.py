@@ -193,6 +193,11 @@ def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPat
         launch.run(plan("default", "V100x1x8"))
 
 
+def test_the_command_of_a_rank_is_not_for_users() -> None:
+    with pytest.raises(UserError, match="'rank' is a command of the launcher's own; use launch"):
+        launch.run_rank([])
+
+
 def test_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(rank_reports.FOLDER_VARIABLE, raising=False)
     assert rank_reports.record_finish(0, 3) is False

@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import NoReturn, TypedDict
 
+from bert_pretraining.errors import UserError
 from bert_pretraining.runtime import rank_reports
 
 
@@ -37,6 +38,8 @@ def trainer_command(command: str, flags: list[str]) -> list[str]:
 
 def run_rank(arguments: list[str]) -> NoReturn:
     """Become the bound trainer of this local rank: torchrun's agent runs this once for each."""
+    if SETUP_VARIABLE not in os.environ:
+        raise UserError("'rank' is a command of the launcher's own", "use launch, or train")
     setup = json.loads(os.environ[SETUP_VARIABLE])
     _end_with_the_launcher(setup["launcher"])
     if setup["one_stream"]:
