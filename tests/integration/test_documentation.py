@@ -216,7 +216,8 @@ def run(command: str, workplace: Path) -> int:
         return subprocess.run(shell, cwd=workplace, timeout=300, check=False).returncode
     words = []
     for word in shlex.split(PACKAGE_COMMAND.sub("", command)):
-        words += sorted(glob.glob(word)) if "*" in word else [word]
+        quoted = f"'{word}'" in command
+        words += sorted(glob.glob(word)) if "*" in word and not quoted else [word]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bert_pretraining", *words])
         return main()
