@@ -91,7 +91,7 @@ def test_training_and_evaluation_give_the_figures_of_a_cpu(
     assert (expected.returncode, found.returncode) == (3, 3), found.stderr
     assert len(figures(found.stdout)) == 2 + 4 * 3 + 2
     assert figures(found.stdout) == pytest.approx(figures(expected.stdout), rel=1e-4)
-    notices = [line for line in found.stdout.splitlines() if line.startswith("Notice: ")]
+    notices = [line for line in found.stdout.splitlines() if line.startswith("Notice: testdev ")]
     assert notices == [
         "Notice: testdev devices have no float64: long sums are computed in float32",
         "Notice: testdev devices have no streams: a step waits until its batch is copied",

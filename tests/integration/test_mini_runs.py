@@ -182,7 +182,10 @@ AT_LAUNCH = [
     ),
 ]
 ON_A_RANK = [
-    ("--init_checkpoint data/datasets/bert_mini/vocab.txt", "not a checkpoint of PyTorch"),
+    (
+        "--init_checkpoint data/datasets/bert_mini/vocab.txt",
+        "plain text that begins '[PAD]', not a checkpoint; pass",
+    ),
     ("--train_batch_size 10000000", "an update takes 10,000,000 sequences"),
     ("--output_dir /proc/nowhere", "cannot write to output_dir /proc/nowhere"),
     pytest.param(

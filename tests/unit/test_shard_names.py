@@ -155,9 +155,8 @@ def test_folders_of_other_names_are_proposed_where_they_hold_shards(tmp_path: Pa
         (tmp_path / name).touch()
     with pytest.raises(UserError) as caught:
         inputs.data_paths(settings(data_dir=tmp_path))
-    assert caught.value.fix == (
-        f"pass --train_dir {tmp_path / 'hdf5_train'} and --eval_dir {tmp_path / 'hdf5_test'} with it"
-    )
+    train, test = tmp_path / "hdf5_train", tmp_path / "hdf5_test"
+    assert caught.value.fix == f"pass --train_dir {train} and --eval_dir {test} with it"
     (tmp_path / "hdf5_train" / "a_0.hdf5").unlink()
     with pytest.raises(UserError) as caught:
         inputs.data_paths(settings(data_dir=tmp_path))

@@ -83,10 +83,7 @@ def folder_texts(
         if path.is_dir():
             reason: str | None = "a folder"
         else:
-            reason = why_no_text(path.name)
-            if reason is None:
-                _require_there(path)
-                reason = not_training(path)
+            reason = why_no_text(path.name) or not_training(path)
         if reason is None:
             files.append(path)
         else:
@@ -98,14 +95,6 @@ def folder_texts(
             f"make them with data segment, or pass another {flag}",
         )
     return FolderTexts(files, left_out)
-
-
-def _require_there(path: Path) -> None:
-    """Raise UserError for a link to nothing, or a file that the system refuses to show."""
-    try:
-        path.stat()
-    except OSError as error:
-        raise file_kind.cannot_read(path, error, NOT_TEXT) from error
 
 
 def expanded(inputs: Iterable[Path]) -> FolderTexts:
