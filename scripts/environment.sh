@@ -26,13 +26,15 @@ fail() {
 # old), torch_folder and missing (the required modules that this Python lacks). False if this
 # package does not run on it.
 look() {
-    local found
+    local found name
     # shellcheck disable=SC2086  # a list of words
     found=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" \
         $modules_needed ${extra_modules:-} 2>/dev/null) || {
         why_not=$("$1" "$root/scripts/installed.py" look "$root/pyproject.toml" 2>&1 >/dev/null |
             grep -i error | tail -n 1) || true
-        [ -z "$why_not" ] || [ -z "${PYTHONHOME:-}" ] || why_not="$why_not, with PYTHONHOME=$PYTHONHOME"
+        for name in PYTHONHOME PYTHONPATH PYTHONIOENCODING; do
+            [ -z "$why_not" ] || [ -z "${!name:-}" ] || why_not="$why_not, with $name=${!name}"
+        done
         return 1
     }
     {

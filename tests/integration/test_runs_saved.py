@@ -149,6 +149,23 @@ def test_a_disk_too_full_for_logs_and_checkpoint(mini_data: Path, tmp_path: Path
     assert "File too large" in line
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    mini_data: Path, tmp_path: Path
+) -> None:
+    words = ("train", *FLAGS, "--data_dir", mini_data, "--output_dir", tmp_path / "out",
+             "--max_steps", 2, "--save_checkpoint", "--target_mlm_accuracy", 0.0001)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 200; exec "$@"', "-", sys.executable, "-m", "bert_pretraining",
+         *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "base")}, capture_output=True, text=True,
+        timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = error_lines(done.stderr)
+    assert line.startswith("Error: what was trained since the last checkpoint is lost, because")
+    assert "Reached" in done.stdout or "target" in done.stdout
+
+
 def test_a_reader_that_goes_away_in_mid_run(mini_data: Path, tmp_path: Path) -> None:
     """The launcher and both ranks write to the same pipe."""
     words = ("launch", *FLAGS, "--data_dir", mini_data, "--output_dir", tmp_path / "out",

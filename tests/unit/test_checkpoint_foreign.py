@@ -69,6 +69,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty.pt": (lambda p: p.touch(), "an empty file, not a checkpoint; copy it again"),
     "link.pt": (lambda p: p.symlink_to("gone"), r"a link to nothing \(gone\); make the link again"),
     "directory": (lambda p: p.mkdir(), "a directory, not a checkpoint; "),
+    "model.safetensors.index.json": (lambda p: p.write_text("{}"), "in parts; pass its folder, "),
+    "pytorch_model-00001-of-00002.bin": (
+        lambda p: p.write_text("x"),
+        "in parts; pass its folder, ",
+    ),
     "model.ckpt-5.meta": (lambda p: p.touch() or p.write_text("x"), "one part of a TensorFlow"),
     "pipe.pt": (os.mkfifo, "no regular file, so no checkpoint"),
     "object.pt": (

@@ -118,7 +118,8 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
         ({**POD, "RANK": "2"}, r"RANK=2 is not below .*WORLD_SIZE=2"),
         ({**POD, "MASTER_PORT": "99999"}, r"MASTER_PORT=99999 is no port, 1 to 65535"),
         ({**POD, "MASTER_PORT": "tcp://10.0.0.1:80"}, r"MASTER_PORT='tcp://10.0.0.1:80' is not a"),
-        ({**TRAINER_POD, "PET_NNODES": "1:4"}, r"PET_NNODES='1:4' is not a whole number"),
+        ({**TRAINER_POD, "PET_NNODES": "1:4"}, r"PET_NNODES=1:4 is of an elastic job, .*fixed"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:29400"}, r"NNODES=2 .* says which one; set"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, r"NUM_TASKS=8 .*SLURM_PROCID is not set; .*srun"),
         ({"SLURM_STEP_NUM_TASKS": "x"}, r"SLURM_STEP_NUM_TASKS='x' is not"),
         ({"SLURM_STEP_NUM_NODES": "2"}, r"NUM_NODES=2 .*SLURM_STEP_NUM_TASKS is not set"),
@@ -168,6 +169,16 @@ def test_slurm_may_set_variables_of_mpi() -> None:
             "LOCAL_WORLD_SIZE are not set: this launch starts all ranks itself",
         ),
         (
+            {"OMPI_COMM_WORLD_RANK": "0"},
+            "ignoring OMPI_COMM_WORLD_RANK=0 of the environment: this launch starts all ranks "
+            "itself",
+        ),
+        (
+            {"NODE_RANK": "1", "NNODES": "2", "MV2_COMM_WORLD_RANK": "0"},
+            "ignoring MV2_COMM_WORLD_RANK=0, NODE_RANK=1 of the environment: this launch starts "
+            "all ranks itself",
+        ),
+        (
             {"OMP_NUM_THREADS": "abc"},
             "ignoring OMP_NUM_THREADS=abc of the environment, which is no number of threads, 1 or "
             "more: each rank gets as many as its CPUs",
@@ -180,6 +191,8 @@ def test_what_is_ignored_is_said(environment: dict[str, str], said: str) -> None
 
 @pytest.mark.parametrize(
     "environment", [{}, TORCHRUN, POD, A_RANK, {"RANK": "0", "WORLD_SIZE": "1"},
+                    {"NODE_RANK": "0", "NNODES": "1"}, {"PET_NNODES": "1:1"},
+                    {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"},
                     {"OMP_NUM_THREADS": "4,2"}],
 )  # fmt: skip
 def test_variables_that_are_right_need_no_word(environment: dict[str, str]) -> None:

@@ -173,6 +173,18 @@ def half_renamed(file: h5py.File) -> None:
     file.move("segment_ids", "token_type_ids")
 
 
+def fewer_predictions(file: h5py.File) -> None:
+    for key in ("masked_lm_positions", "masked_lm_ids"):
+        values = file[key][:3]
+        del file[key]
+        file[key] = values
+
+
+def names_without_mask(file: h5py.File) -> None:
+    half_renamed(file)
+    del file["attention_mask"]
+
+
 RECORDS = np.zeros((4, 16), [("a", "i2"), ("b", "i4")])
 REFUSED = {
     "group": (
@@ -198,6 +210,14 @@ REFUSED = {
     "fewer labels": (
         put("next_sentence_labels", lambda values: values[:3]),
         "'next_sentence_labels' has shape (3,), but 'input_ids' has (4, 16)",
+    ),
+    "fewer masked tokens": (
+        edit(fewer_predictions),
+        "but 'input_ids' has (4, 16)",
+    ),
+    "no mask": (
+        edit(names_without_mask),
+        "no dataset 'input_mask' or 'attention_mask' (has: ",
     ),
     "dangling soft link": (
         replace("input_ids", h5py.SoftLink("/gone")),

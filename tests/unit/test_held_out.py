@@ -64,6 +64,10 @@ def compressed(source: Path, target: Path) -> None:
     target.write_bytes(gzip.compress(source.read_bytes()))
 
 
+def other_case_and_accents(source: Path, target: Path) -> None:
+    target.write_text(source.read_text().upper().replace("E", "E\u0301"))
+
+
 def inside_a_part(source: Path, _: Path) -> None:
     part = source.parent / "texts" / "part-1"
     part.write_text(part.read_text() + source.read_text())
@@ -82,6 +86,7 @@ def one_document_inside(source: Path, _: Path) -> None:
         (os.link, "held (the evaluation text)"),
         (crlf, "held (the same documents as in {})"),
         (compressed, "held (the same documents as in {})"),
+        (other_case_and_accents, "held (the same documents as in {})"),
         (inside_a_part, "20 of the 40 documents of part-1 (also in {})"),
         (one_document_inside, "1 of the 21 documents of part-1 (also in {})"),
     ],

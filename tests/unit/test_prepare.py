@@ -114,6 +114,10 @@ def test_prepare_killed_and_rerun_gives_the_bytes_of_the_reference(
 
     again = command(*arguments, cwd=tmp_path)
     assert "finished already: nothing to do" in again.stdout
+    next(shards.iterdir()).rename(tmp_path / "elsewhere")
+    again = command(*arguments, cwd=tmp_path)
+    assert "files of the finished data set are gone: making it again" in again.stdout
+    assert {path.name: digest(path) for path in shards.iterdir()} == digests["shards_64"]
     other = command(*arguments, "--random_seed", 7, cwd=tmp_path)
     assert other.returncode == 2
     assert "is finished, and was made with --random_seed 12345, not 7; choose" in other.stderr

@@ -258,7 +258,12 @@ OF_JSON = "".join(f"A dog & a cat.\n{n} run.\nEnd {n}.\n\n" for n in range(3))
 
 def test_json_and_lists_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = f"[{','.join(JSON.splitlines())}]"
-    for name, text in (("lines", JSON), ("list", listed), ("pretty", listed.replace("{", "\n {"))):
+    for name, text in (
+        ("lines", JSON),
+        ("list", listed),
+        ("pretty", listed.replace("{", "\n {")),
+        ("objects", JSON.replace("{", "{\n  ").replace(', "', ',\n  "')),
+    ):
         (tmp_path / name).write_text(text)
         segment([tmp_path / name], tmp_path / f"{name}.out", 0, 1)
         assert (tmp_path / f"{name}.out" / "part-00000-of-00001").read_text() == OF_JSON
@@ -273,6 +278,8 @@ def test_json_and_lists_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture
         ('{"content": "One.", "id": 1}\n', 'line 1 has no text under "text" .it has: content, id.'),
         ('{"text": null}\n', 'line 1 has no text under "text" .it has: text.'),
         ('[{"text": "One."}, 2]', "object 2 is no JSON object"),
+        ('{\n"text": "One."\n}\n{\n"text":', "object 2 is no JSON object"),
+        ('{"data": [\n{"text": "One."}]}', 'object 1 has no text under "text" .it has: data.'),
     ],
 )
 def test_json_that_is_wrong_names_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -34,7 +34,7 @@ def rename(pattern: str) -> Spoil:
     def spoil(folder: Path) -> None:
         for number, path in enumerate(sorted(folder.iterdir())):
             target = folder / pattern.format(number)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
 
     return spoil
@@ -45,6 +45,11 @@ def rename(pattern: str) -> Spoil:
     [
         ("wikicorpus_en_training_{}.hdf5", "3 other files (wikicorpus_en_training_0", "'*.hdf5'"),
         ("{}.h5", "3 other files (0.h5, 1.h5, 2.h5)", "'*.h5'"),
+        (
+            "a/d{}/x.h5",
+            "3 other files in sub-folders (a/d0/x.h5, a/d1/x.h5, a/d2/x.h5)",
+            "'**/*.h5'",
+        ),
         ("d{}/x.h5", "3 other files in sub-folders (d0/x.h5, d1/x.h5, d2/x.h5)", "'*/*.h5'"),
         ("train-{}", "3 other files (train-0, train-1, train-2), the first of them an HDF5", "'*'"),
     ],

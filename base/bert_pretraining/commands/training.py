@@ -103,7 +103,7 @@ def _print_what_is_missing(plan: launching.Plan, lacks_mini_data: bool) -> None:
         found = inputs.faults(settings)
         notes = [f"a launch on this machine would be refused: {fault}" for fault in found]
     try:
-        checks.check_loopback(plan.flags.master_addr)
+        checks.check_network(plan)
     except UserError as refusal:
         notes.append(f"a launch on this machine would be refused: {refusal}")
     if packages.folder_of("torch") is not None:  # the plan needs no PyTorch

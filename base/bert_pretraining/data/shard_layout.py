@@ -115,6 +115,8 @@ def _sources(file: h5py.File, needed: list[str], path: Path) -> tuple[dict[str, 
         raise _half_renamed(path, others)
     first = next(key for key in needed if key not in file)
     hint = f", but '{others[first]}'" if first in others else ""
+    if not hint and (others or labels) and first in HUGGING_FACE:
+        hint = f" or '{HUGGING_FACE[first][0]}'"
     raise UserError(
         f"{shown(path)}: no dataset '{first}'{hint} (has: {', '.join(sorted(file)) or 'nothing'})",
         AGAIN,
@@ -148,14 +150,15 @@ def _without_ones(shape: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
 def _require_fit(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """Raise UserError where the datasets have other numbers of rows or columns than they should."""
     for key, shape in shapes.items():
-        like = "masked_lm_ids" if key == "masked_lm_positions" else "input_ids"
-        if shape[0] != shapes[like][0]:
-            like = "input_ids"
-        columns = len(shape) == 1 or key == "masked_lm_ids" or shape[1:] == shapes[like][1:]
-        if shape[0] != shapes["input_ids"][0] or not columns:
-            raise UserError(
-                f"{shown(path)}: '{key}' has shape {shape}, but '{like}' has {shapes[like]}", AGAIN
-            )
+        like = "input_ids"
+        if shape[0] == shapes[like][0]:
+            if key == "masked_lm_positions":
+                like = "masked_lm_ids"
+            if len(shape) == 1 or key == "masked_lm_ids" or shape[1:] == shapes[like][1:]:
+                continue
+        raise UserError(
+            f"{shown(path)}: '{key}' has shape {shape}, but '{like}' has {shapes[like]}", AGAIN
+        )
 
 
 def read_padded(file: h5py.File, layout: Layout, path: Path) -> dict[str, np.ndarray]:

@@ -235,11 +235,12 @@ def _no_shards(directory: Path, fix: str, pattern: str | None, others: list[str]
 
 
 def _below(directory: Path) -> list[str]:
-    """The names of HDF5 files one folder down."""
+    """The names of HDF5 files up to three folders down."""
     try:
         return sorted(
             str(path.relative_to(directory))
-            for path in directory.glob("*/*")
+            for pattern in ("*/*", "*/*/*", "*/*/*/*")
+            for path in directory.glob(pattern)
             if _is_hdf5_name(path.name) and not hidden(path.name) and path.is_file()
         )
     except OSError:
@@ -249,7 +250,8 @@ def _below(directory: Path) -> list[str]:
 def _pattern_for(names: Sequence[str]) -> str:
     """A shell pattern for the files, by the commonest ending of a name."""
     ending = Counter(Path(name).suffix for name in names).most_common(1)[0][0]
-    return ("*/*" if any(os.sep in name for name in names) else "*") + ending
+    depth = max(name.count(os.sep) for name in names)
+    return ("*", "*/*", "**/*")[min(depth, 2)] + ending
 
 
 def missing_shards(names: Sequence[str]) -> Missing | None:

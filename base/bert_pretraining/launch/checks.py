@@ -34,12 +34,17 @@ def fault(plan: Plan, check: Callable[[], None]) -> UserError | None:
     """The error that would stop every rank of this machine, if there is one."""
     try:
         check()
-        check_loopback(plan.flags.master_addr)
-        check_interface(os.environ)
+        check_network(plan)
         check_gpus(plan)
     except UserError as error:
         return error
     return None
+
+
+def check_network(plan: Plan) -> None:
+    """Raise UserError if the ranks of this machine could not reach each other."""
+    check_loopback(plan.flags.master_addr)
+    check_interface(os.environ)
 
 
 def check_loopback(master_addr: str | None) -> None:

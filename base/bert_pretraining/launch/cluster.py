@@ -28,6 +28,14 @@ _VARIABLES = {
     ),
     "MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+# Ranks of launchers that are not known here, or without their other variables -> number of ranks.
+_FOREIGN = {
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "MV2_COMM_WORLD_RANK": "MV2_COMM_WORLD_SIZE",
+    "PMIX_RANK": "PMIX_SIZE",
+    "NODE_RANK": "NNODES",
+}
 _SLURM_TASKS, _SLURM_NODES = "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"
 
 
@@ -128,9 +136,17 @@ def _pod(environment: Mapping[str, str], rank_name: str, size_name: str) -> Star
     An operator that is told how many ranks a pod has puts all ranks in WORLD_SIZE, and the pods in
     PET_NNODES.
     """
-    rank, size = whole_number(environment, rank_name), whole_number(environment, size_name)
-    if rank is None and size_name == "PET_NNODES" and size is not None:
+    of_torchrun = size_name == "PET_NNODES"
+    size = _machines(environment) if of_torchrun else whole_number(environment, size_name)
+    rank = whole_number(environment, rank_name)
+    if rank is None and of_torchrun and size is not None:
         rank_name, rank = "RANK", whole_number(environment, "RANK")
+        if rank is None and size > 1:
+            raise UserError(
+                f"the environment variable PET_NNODES={size} says that this is one of several "
+                "machines, but neither PET_NODE_RANK nor RANK says which one",
+                "set PET_NODE_RANK and PET_MASTER_ADDR on each machine, or run 'unset PET_NNODES'",
+            )
     if rank is None or size is None:
         return None
     check_below(environment, rank_name, rank, size_name, size)
@@ -147,10 +163,26 @@ def _pod(environment: Mapping[str, str], rank_name: str, size_name: str) -> Star
     )
 
 
+def _machines(environment: Mapping[str, str]) -> int | None:
+    """PET_NNODES, which may be MIN:MAX. UserError where these differ: ranks come and go then."""
+    least, colon, most = (text(environment, "PET_NNODES") or "").partition(":")
+    if colon and least.isdigit() and most.isdigit():
+        if int(least) == int(most):
+            return int(least)
+        raise UserError(
+            f"the environment variable PET_NNODES={least}:{most} is of an elastic job, whose "
+            "number of machines changes, and this program needs a fixed one",
+            "give the job a fixed number of workers, or run 'unset PET_NNODES' and pass --nnodes, "
+            "--node_rank and --master_addr on each machine",
+        )
+    return whole_number(environment, "PET_NNODES")
+
+
 def notices(environment: Mapping[str, str]) -> list[str]:
     """What the user should know of variables that are ignored."""
     found = (
         ignored_variables(environment),
+        foreign_variables(environment),
         wrong_threads(environment),
         torch_variables.notice(environment),
     )
@@ -169,6 +201,21 @@ def ignored_variables(environment: Mapping[str, str]) -> str | None:
         f"ignoring {said} of the environment, since {' and '.join(missing)} "
         f"{'is' if len(missing) == 1 else 'are'} not set: this launch starts all ranks itself"
     )
+
+
+def foreign_variables(environment: Mapping[str, str]) -> str | None:
+    """A notice of a rank's variables that no launcher known here sets, or not these alone."""
+    if external_rank(environment) or started_machine(environment):
+        return None
+    in_step_of_one = text(environment, _SLURM_TASKS) == "1"
+    given = [
+        f"{rank}={text(environment, rank)}"
+        for rank, size in _FOREIGN.items()
+        if text(environment, rank) is not None and text(environment, size) not in ("0", "1")
+    ]
+    if not given or in_step_of_one:
+        return None
+    return f"ignoring {', '.join(given)} of the environment: this launch starts all ranks itself"
 
 
 def user_set_threads(environment: Mapping[str, str]) -> bool:

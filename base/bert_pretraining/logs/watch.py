@@ -188,11 +188,12 @@ def faults_of_schedule(config: Config) -> list[tuple[str, str]]:
         found.append(("learning_rate_zero", text))
     last = steps - 1 - config.start_warmup_step  # updates of the warm-up before the last update
     if warmup and last < warmup:
+        length = "longer than" if warmup > steps else "as long as"
         found.append(
             (
                 "warmup_too_long",
-                f"the warm-up of {warmup:,} steps is longer than the run of {steps:,}: the "
-                f"learning rate ends at {rate * max(last, 0) / warmup:.4g}, and never reaches "
+                f"the warm-up of {warmup:,} steps is {length} the run of {steps:,}: the learning "
+                f"rate ends at {rate * max(last, 0) / warmup:.4g}, and never reaches "
                 f"{rate:g}; pass fewer --warmup_steps, or more --max_steps",
             )
         )

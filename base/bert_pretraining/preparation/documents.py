@@ -37,6 +37,7 @@ SMALL_FILE = 200_000  # bytes on average
 ONE_A_LINE = "give text with one sentence a line"
 EXTRACT_AGAIN = "extract the text again"
 _LINE_BREAK_TAG = re.compile(r"</?(?:br|p|div|li)\s*/?>", re.IGNORECASE)
+_NOT_BLANK = re.compile(r"\S")
 # A name, then attributes with "=": "a <b and c> d" is no tag.
 _TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|<!--.*?-->")
 
@@ -62,9 +63,7 @@ def form_of_line(line: str) -> str | None:
     """The form that the first line of a file tells: doc_tags, json, or None for plain text."""
     if _opens(line):
         return "doc_tags"
-    if line.startswith("{"):
-        return "json" if isinstance(_parsed(line), dict) or '"text":' in line else None
-    return "json" if re.match(r'\[\s*(\{\s*"|$)', line) else None
+    return "json" if re.match(r'(\[\s*)?\{\s*("|$)|\[$', line) else None
 
 
 def first_line(text: str) -> str:
@@ -111,7 +110,7 @@ def are_paragraphs(text: str) -> bool:
 
 
 def _opens(line: str) -> bool:
-    return line.lstrip().startswith("<doc ")
+    return re.match(r"\s*<doc[\s>]", line) is not None
 
 
 def _wiki_articles(lines: list[str], where: str) -> Iterator[list[str]]:
@@ -147,10 +146,14 @@ def _plain_articles(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _json_documents(lines: list[str], where: str) -> Iterator[list[str]]:
-    whole = _parsed("\n".join(lines)) if first_line("\n".join(lines)).startswith("[") else None
+    text = "\n".join(lines)
+    first = first_line(text)
+    whole = _parsed(text) if first.startswith("[") else None
+    unit = "object"
     if isinstance(whole, list):
         numbered = enumerate(whole, start=1)
-        unit = "object"
+    elif first.startswith("{") and not isinstance(_parsed(first), dict):
+        numbered = enumerate(_values(text), start=1)
     else:
         numbered = (
             (number, _parsed(line)) for number, line in enumerate(lines, start=1) if line.strip()
@@ -174,6 +177,18 @@ def _json_documents(lines: list[str], where: str) -> Iterator[list[str]]:
         if paragraphs and paragraphs[0].strip() == value.get("title"):
             del paragraphs[0]
         yield paragraphs
+
+
+def _values(text: str) -> Iterator[object]:
+    """JSON values that follow one another, over any lines; None in place of what is no JSON."""
+    decoder, place = json.JSONDecoder(), 0
+    while (start := _NOT_BLANK.search(text, place)) is not None:
+        try:
+            value, place = decoder.raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            yield None
+            return
+        yield value
 
 
 def _parsed(text: str) -> object:

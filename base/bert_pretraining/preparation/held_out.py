@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ LONG_SENTENCE = 5  # words; shorter ones are in every text
 SENTENCES_BY_CHANCE = 0.1
 EVAL_NAME = "eval.txt"
 IN_THIS_PROCESS = 64 << 20  # bytes of text that are compared sooner than processes start
+_ACCENT = re.compile("[\u0300-\u036f]")  # combining marks
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
@@ -164,7 +166,7 @@ def read_eval_text(path: Path) -> EvalText:
     """Read the evaluation text; UserError where it cannot be read or is no text."""
     text = read_sentences(path)
     sentences = frozenset(
-        line.strip() for line in text.split("\n") if len(line.split()) >= LONG_SENTENCE
+        line.strip() for line in alike(text).split("\n") if len(line.split()) >= LONG_SENTENCE
     )
     documents = frozenset(map(document_digest, documents_of(text)))
     return EvalText(documents, sentences, _digest(text))
@@ -175,7 +177,7 @@ def compare(path: Path, evaluation: EvalText) -> Comparison:
     text = read_sentences(path)
     digests = [document_digest(document) for document in documents_of(text)]
     shared = evaluation.documents.intersection(digests)
-    sentences = evaluation.sentences.intersection(map(str.strip, text.split("\n")))
+    sentences = evaluation.sentences.intersection(map(str.strip, alike(text).split("\n")))
     return Comparison(
         digest=_digest(text),
         documents=len(digests),
@@ -191,8 +193,15 @@ def documents_of(text: str) -> list[str]:
 
 
 def document_digest(document: str) -> str:
-    """The digest of a document; white space does not matter."""
-    return hashlib.blake2b(" ".join(document.split()).encode(), digest_size=16).hexdigest()
+    """The digest of a document; white space and what `alike` leaves out do not matter."""
+    words = " ".join(alike(document).split())
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+
+
+def alike(text: str) -> str:
+    """The text as a vocabulary without upper case sees it: lower case, without accents."""
+    text = text.lower()
+    return text if text.isascii() else _ACCENT.sub("", unicodedata.normalize("NFD", text))
 
 
 def repeated(digests: Mapping[str, str]) -> list[str]:

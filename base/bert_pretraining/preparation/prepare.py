@@ -236,7 +236,11 @@ def prepare(settings: PrepareSettings) -> list[str]:
     }
     messages = write_manifest(files, _manifest(settings, training), notes)
     if files.finished.is_file():
-        return [f"{settings.output_dir} is finished already: nothing to do"]
+        there = len(list(files.shards.glob("part*.hdf5")))
+        if there == settings.num_shards and files.picked(settings.num_eval_examples).is_file():
+            return [f"{settings.output_dir} is finished already: nothing to do"]
+        messages.append("files of the finished data set are gone: making it again")
+        files.finished.unlink()
 
     for directory in (files.work, files.shards, files.evaluation, files.eval_examples.parent):
         directory.mkdir(parents=True, exist_ok=True)

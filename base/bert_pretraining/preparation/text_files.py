@@ -131,17 +131,22 @@ def missing_parts(names: Iterable[str]) -> str | None:
 
     Names without "N-of-M" or "N_of_M" promise nothing.
     """
-    promised: dict[int, set[int]] = {}
+    promised: dict[tuple[str, int], set[int]] = {}
     for name in names:
         found = _PART.search(name)
         if found:
-            promised.setdefault(int(found[2]), set()).add(int(found[1]))
-    for total, numbers in sorted(promised.items()):
+            key = name[: found.start()], int(found[2])
+            promised.setdefault(key, set()).add(int(found[1]))
+    for (beginning, total), numbers in sorted(promised.items()):
         first = 1 if total in numbers and 0 not in numbers else 0
         absent = sorted(set(range(first, first + total)) - numbers)
         if absent:
             numbers_shown = listed([str(number) for number in absent])
-            return f"{total - len(absent)} of {total} parts are there (not number {numbers_shown})"
+            of_which = f" {beginning}*" if len(promised) > 1 else ""
+            return (
+                f"{total - len(absent)} of {total} parts{of_which} are there "
+                f"(not number {numbers_shown})"
+            )
     return None
 
 

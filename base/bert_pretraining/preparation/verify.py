@@ -117,7 +117,7 @@ def _find_files(
         found[path.name] = folder.names
         for name in folder.broken:
             line = str(broken_shards(path, [name])).replace(shown(path), path.name)
-            results.problem("no file", f"{path.name}/{name}: {line}")
+            results.problem("no file", line)
         unread = [*folder.other_shards, *folder.unfinished, *folder.unread]
         if folder.other_shards or folder.unfinished:
             line = f"{path.name}: training does not read {some(unread)}"

@@ -128,6 +128,11 @@ def checkpoint_kind(path: Path, fix: str = OTHER_CHECKPOINT) -> str:
     prefix = _tensorflow_prefix(path)
     if prefix is not None:
         raise UserError(f"{path}: one part of a TensorFlow checkpoint", f"pass {prefix}")
+    if re.fullmatch(r".+-\d{5}-of-\d{5}\.(bin|safetensors)|.+\.index\.json", path.name):
+        raise UserError(
+            f"{shown(path)}: one file of a Hugging Face checkpoint in parts",
+            f"pass its folder, {shown(path.parent)}",
+        )
     endings = {".index": "tensorflow", ".safetensors": "safetensors"}
     return endings.get(path.suffix, "torch")
 

@@ -92,7 +92,9 @@ def _failure(error: Exception) -> UserError | TrainingError:
     """The error that ends the run."""
     afterwards = "then go on with --resume auto"
     if isinstance(error, UserError):
-        return UserError(error.problem, f"{error.fix}, {afterwards}")
+        is_gone = isinstance(error.__cause__, OSError)  # the file may be sound, and its disk away
+        fix = "see that its folder and disk are there" if is_gone else error.fix
+        return UserError(error.problem, f"{fix}, {afterwards}")
     if isinstance(error, OSError):
         return UserError(
             f"cannot read the training data ({error})", f"see to its disk, {afterwards}"

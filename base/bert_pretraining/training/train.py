@@ -165,6 +165,9 @@ def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) ->
     if epoch is not None and (session.config.save_checkpoint or reason == "signal"):
         session.save()
         session.report_saved(wait=True)
+        if reason != "signal" and not session.is_saved():
+            log.finished(run, reason)
+            raise _lost(None)
     failure = _failure(session, stop) if reason == "signal" else None
     log.finished(run, _named(reason, stop, failure))
     if failure is not None:
@@ -174,11 +177,14 @@ def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) ->
 def _failure(session: Session, stop: StopRequest) -> UserError | TrainingError | None:
     """The error to end with after a stop, or None; the same on every rank."""
     failure = next(filter(None, process_group.gather(stop.failure)), None)
-    if not session.is_saved():
-        lost = "what was trained since the last checkpoint is lost, because none can be written"
-        problem = lost if failure is None else f"{lost}; and {getattr(failure, 'problem', failure)}"
-        return UserError(problem, "free disk space, or pass another --output_dir")
-    return failure
+    return failure if session.is_saved() else _lost(failure)
+
+
+def _lost(failure: UserError | TrainingError | None) -> UserError:
+    """The error of a run whose last checkpoint could not be written; failure: what ended it."""
+    lost = "what was trained since the last checkpoint is lost, because none can be written"
+    problem = lost if failure is None else f"{lost}; and {getattr(failure, 'problem', failure)}"
+    return UserError(problem, "free disk space, or pass another --output_dir")
 
 
 def _named(reason: str, stop: StopRequest, failure: Exception | None) -> str:
