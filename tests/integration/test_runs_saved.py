@@ -149,7 +149,7 @@ def test_a_disk_too_full_for_logs_and_checkpoint(mini_data: Path, tmp_path: Path
     assert "File too large" in line
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+def test_a_last_checkpoint_that_cannot_be_written_is_told_on_stderr(
     mini_data: Path, tmp_path: Path
 ) -> None:
     words = ("train", *FLAGS, "--data_dir", mini_data, "--output_dir", tmp_path / "out",
@@ -160,10 +160,11 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
         env={**os.environ, "PYTHONPATH": str(ROOT / "base")}, capture_output=True, text=True,
         timeout=300, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    (line,) = error_lines(done.stderr)
-    assert line.startswith("Error: what was trained since the last checkpoint is lost, because")
-    assert "Reached" in done.stdout or "target" in done.stdout
+    assert done.returncode == 0, done.stderr  # of the result
+    lost = (
+        "Warning: what was trained since the last checkpoint is lost, because none can be written"
+    )
+    assert done.stderr.count(lost) == 1
 
 
 def test_a_reader_that_goes_away_in_mid_run(mini_data: Path, tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) ->
     if epoch is not None and (session.config.save_checkpoint or reason == "signal"):
         session.save()
         session.report_saved(wait=True)
-        if reason != "signal" and not session.is_saved():
-            log.finished(run, reason)
-            raise _lost(None)
+        # The run has its result; only a run that was to go on is nothing without its checkpoint.
+        if reason != "signal" and not session.is_saved() and session.ranks.is_main:
+            print(f"Warning: {_lost(None)}", file=sys.stderr, flush=True)
     failure = _failure(session, stop) if reason == "signal" else None
     log.finished(run, _named(reason, stop, failure))
     if failure is not None:
