@@ -226,11 +226,11 @@ def test_what_is_wrong_with_the_python_that_is_named(checkout: Path, tmp_path: P
 
 
 def test_a_python_that_does_not_start(checkout: Path, tmp_path: Path) -> None:
-    (tmp_path / "random.py").write_text("")
+    (tmp_path / "email.py").write_text("")  # hides a package that every Python needs for this
     done = run(checkout, program="find_python", PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: PYTHON={sys.executable} (Python 3.")
-    assert str(tmp_path / "random.py") in done.stderr
+    assert f"'email' is not a package, with PYTHONPATH={tmp_path};" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
