@@ -59,6 +59,16 @@ def _train(flag: str, good: Path, bad: Path) -> list[object]:
     return [*TRAINING, "--data_dir", good, flag, bad, "--output_dir", good.parent / "output"]
 
 
+def _predict(
+    good: Path,
+    checkpoint: Path | str = CHECKPOINT,
+    sizes: Path | str = "bert_config.json",
+    words: Path | str = "vocab.txt",
+) -> list[object]:
+    flags = ["--bert_config", good / sizes, "--vocab", good / words]
+    return ["predict", good / checkpoint, "[MASK]", *flags]
+
+
 PACKED = frozenset({"gzip", "bzip2", "xz"})  # of the right kind: text may be packed
 
 
@@ -231,6 +241,16 @@ COMMANDS: dict[str, Command] = {
         ],
         "sizes.json",
         "bert_config.json",
+    ),
+    "predict": Command(lambda bad, good: _predict(good, bad), "start.pt", CHECKPOINT),
+    "predict --bert_config": Command(
+        lambda bad, good: _predict(good, sizes=bad), "sizes.json", "bert_config.json"
+    ),
+    "predict --vocab": Command(
+        lambda bad, good: _predict(good, words=bad),
+        "words.txt",
+        "vocab.txt",
+        taken=frozenset({"pipe", *PACKED}),
     ),
     "report": Command(
         lambda bad, good: ["report", bad, "--output_dir", "made"],

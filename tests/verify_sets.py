@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def rewrite(path: Path, key: str, change: Callable[[np.ndarray], object]) -> Non
         values = file[key][()]
         change(values)
         file[key][()] = values
+
+
+def put_sizes(data: Path, **sizes: int) -> None:
+    """Change sizes in bert_config.json; 0 takes a key out."""
+    values = json.loads((data / "bert_config.json").read_text()) | sizes
+    kept = {key: value for key, value in values.items() if value != 0 or key.endswith("prob")}
+    (data / "bert_config.json").write_text(json.dumps(kept))
 
 
 def put(place: object, value: object, values: np.ndarray) -> None:

@@ -145,7 +145,7 @@ def test_all_files_come_and_a_rerun_asks_for_nothing(site: Site, tmp_path: Path)
     lines = download(output, site.url + "/")
     assert len(lines) == 6
     assert lines[4] == f"downloaded {CHECKPOINT}: 307200 bytes, not checked: no md5 of it is known"
-    assert f"unpacked {ARCHIVE} into {DIRECTORY}/: 1 files" in lines
+    assert f"unpacked {ARCHIVE} into {DIRECTORY}/: 1 file" in lines
     assert set(names(output)) == {name for file in FILES for name in (file.name, file.leaves)}
     assert (output / CHECKPOINT).read_bytes() == BODY
     assert (output / DIRECTORY / "part_0.hdf5").read_bytes() == b"rows" * 500
@@ -343,7 +343,7 @@ def test_entries_beside_the_directory_are_left_out(tmp_path: Path) -> None:
     (tmp_path / f"{DIRECTORY}.partial").mkdir()  # what a killed run left
     assert download(tmp_path, None, [ARCHIVE]) == [
         f"{ARCHIVE} is already there",
-        f"unpacked {ARCHIVE} into {DIRECTORY}/: 1 files; 1 entries outside of it left out",
+        f"unpacked {ARCHIVE} into {DIRECTORY}/: 1 file; 1 entry outside of it left out",
     ]
     assert names(tmp_path) == [DIRECTORY, ARCHIVE]
     assert names(tmp_path / DIRECTORY) == ["deep", "empty"]

@@ -138,7 +138,7 @@ def test_other_forms_of_the_same_data_are_read_and_said_once(folder: Path, form:
     infos = list_shards(folder, say=said.append)
     assert [info.num_sequences for info in infos] == [4, 4, 4]
     expected = SAID.get(form)
-    assert said == ([f"Notice: {one(folder)} and 1 more shards: {expected}"] if expected else [])
+    assert said == ([f"Notice: {one(folder)} and 1 more shard: {expected}"] if expected else [])
     assert same(batch_of(one(folder)), before)
 
 
@@ -238,7 +238,7 @@ REFUSED = {
     "filter": (
         edit(unknown_filter),
         "'input_ids' is compressed with HDF5 filter 32026 (blosc2), which is not installed here; "
-        "install it: python -m pip install hdf5plugin, or",
+        f"install it: {sys.executable} -m pip install hdf5plugin, or",
     ),
     "half renamed": (
         edit(half_renamed),

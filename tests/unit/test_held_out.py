@@ -136,7 +136,7 @@ def test_repeats_by_chance_are_kept_and_told(
     part.write_text(first + part.read_text())
     stages.prepare(settings)
     told = capfd.readouterr().err
-    assert "Warning: 1 of 200 evaluation documents are training documents too, and are" in told
+    assert "Warning: 1 of 200 evaluation documents is in the training text too, and" in told
     assert "Left out" not in told
 
 

@@ -60,7 +60,10 @@ def test_no_data_at_all(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     with pytest.raises(UserError, match=r"no such data_dir: .*make-mini --output_dir .*a_mini$"):
         data_paths(settings(tmp_path / "a_mini"))
-    with pytest.raises(UserError, match=r"no such data_dir: .*absent; pass the folder with 2048_s"):
+    with pytest.raises(
+        UserError,
+        match=r"no such data_dir: .*absent; check the path, or pass the folder with 2048_s",
+    ):
         data_paths(settings(absent))
     with pytest.raises(UserError, match=r"^no data; pass --data_dir DIR \("):
         data_paths(settings(None))
@@ -71,6 +74,24 @@ def test_no_data_at_all(tmp_path: Path) -> None:
         data_paths(settings(absent))
     with pytest.raises(UserError, match=r"cannot read a+: the name is too long .*; "):
         data_paths(settings(Path("a" * 400)))
+
+
+def test_a_name_like_that_of_a_data_set_nearby(data_dir: Path, tmp_path: Path) -> None:
+    """The data set that is there is named, and no other is to be made under a wrong name."""
+    (tmp_path / "sets").mkdir()
+    right = data_dir.rename(tmp_path / "sets" / "bert_mini")
+    (tmp_path / "sets" / "bert_man").mkdir()  # holds no data set
+    for wrong in ("sets/bert_min", "set/bert_mini"):
+        with pytest.raises(UserError) as caught:
+            data_paths(settings(tmp_path / wrong))
+        hint = f"no such data_dir: {tmp_path / wrong}; did you mean {right}?"
+        assert caught.value.problem == hint
+    assert str(caught.value).startswith(f"{hint}; check the path, or make the mini data set with: ")
+    with pytest.raises(UserError) as caught:
+        data_paths(resolve({"name": "mini", "data_dir": str(tmp_path / "sets/bert_min")}).config)
+    assert caught.value.fix.startswith("check the path, or pass the folder with 2048_shards_unc")
+    with pytest.raises(UserError, match=r"^no such data_dir: [^;]*wikipedia; check the path"):
+        data_paths(settings(tmp_path / "sets/wikipedia"))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,29 @@ def test_shards_are_listed_and_never_opened(
     data_paths(settings(data_dir))
     assert seen
     assert [path for path in seen if "part_" in path] == []
+
+
+def test_of_the_ranks_one_on_each_machine_lists_the_folders(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others find out only whether the folders are there."""
+
+    def never(path: object) -> None:
+        raise AssertionError(f"{path} was listed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.scandir", never)
+        patched.setattr("os.listdir", never)
+        paths = data_paths(settings(data_dir), list_folders=False)
+    assert paths == data_paths(settings(data_dir))
+    (paths.eval_dir / "part_0.hdf5").unlink()
+    data_paths(settings(data_dir), list_folders=False)
+    with pytest.raises(UserError, match=r"no shards in .*eval_set_uncompressed"):
+        data_paths(settings(data_dir))
+    paths.eval_dir.rmdir()
+    for listing in (False, True):
+        with pytest.raises(UserError, match=r"no such data directory: .*eval_set_uncompressed; "):
+            data_paths(settings(data_dir), list_folders=listing)
 
 
 def test_the_trainer_lists_the_same_files(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import mini
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
-    Vocabulary,
     create_examples,
     pick,
     to_arrays,
@@ -29,6 +28,7 @@ from bert_pretraining.preparation.mini import (
     MiniSettings,
     make_mini,
 )
+from bert_pretraining.preparation.vocabulary import Vocabulary
 from helpers import REFERENCE, needs_reference
 
 

@@ -15,6 +15,7 @@ from bert_pretraining.preparation import held_out
 from bert_pretraining.preparation import prepare as stages
 from bert_pretraining.preparation.examples import ExampleSettings
 from bert_pretraining.preparation.prepare import PrepareSettings, TextSettings
+from bert_pretraining.runtime.words import counted
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 
@@ -61,7 +62,7 @@ def test_a_rerun_with_a_corrected_flag_goes_on(
         stages.prepare(dataclasses.replace(small_texts, **wrong))
     messages = stages.prepare(small_texts)
     assert any(flag in line for line in messages)
-    assert f"examples: {made_again} files made, {3 - made_again} there" in messages
+    assert f"examples: {counted(made_again, 'file')} made, {3 - made_again} there" in messages
     fresh = dataclasses.replace(small_texts, output_dir=tmp_path / "fresh")
     stages.prepare(fresh)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -76,7 +77,7 @@ def test_a_changed_text_is_made_again_with_the_shards(
     (tmp_path / "texts" / "part-1").write_text("h g\nf e\n\nd c\nb a\n" * 5)
     messages = stages.prepare(small_texts)
     assert any("other files in --text_dir" in line for line in messages)
-    assert {"examples: 1 files made, 2 there", "shards: 4 made, 0 there"} <= set(messages)
+    assert {"examples: 1 file made, 2 there", "shards: 4 made, 0 there"} <= set(messages)
     fresh = dataclasses.replace(small_texts, output_dir=tmp_path / "fresh")
     stages.prepare(fresh)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -94,7 +95,7 @@ def test_a_text_changed_to_another_of_the_same_size_is_made_again(
     assert part.stat().st_size == times.st_size
     messages = stages.prepare(small_texts)
     assert any("other files in --text_dir" in line for line in messages)
-    assert "examples: 1 files made, 2 there" in messages
+    assert "examples: 1 file made, 2 there" in messages
     fresh = dataclasses.replace(small_texts, output_dir=tmp_path / "fresh")
     stages.prepare(fresh)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -74,8 +74,8 @@ def test_wiki_extractor_output(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "eval.txt").read_bytes() == b""
     assert report == SegmentReport(tmp_path / "out", 1, 2, 0, 6, 1)
     assert describe(report) == (
-        f"Made {tmp_path / 'out'}: 2 articles in 1 parts to train on, 0 in eval.txt, "
-        "6 sentences in all\nLeft out 1 articles without text"
+        f"Made {tmp_path / 'out'}: 2 articles in 1 part to train on, 0 in eval.txt, "
+        "6 sentences in all\nLeft out 1 article without text"
     )
 
 
@@ -102,8 +102,8 @@ def test_plain_text_with_a_byte_order_mark_and_wrapped_lines(tmp_path: Path) -> 
         (WIKI.replace("</doc>\n<doc", "</doc>\nstray\n<doc", 1), "line 8 does not fit"),
         (WIKI.replace("</doc>\n<doc", "</doc>\n</doc>\n<doc", 1), "line 8 does not fit"),
         (" \n\n", "empty; give text"),
-        ("<doc >\nTitle\n</doc>\n", "0 articles with text, 1 of them wanted"),
-        ("Only one.\n", "no article is left for part-00000-of-00001"),
+        ("<doc >\nTitle\n</doc>\n", "0 documents with text, but 1 is wanted for evaluation alone;"),
+        ("Only one.\n", "1 document, and 1 is wanted for evaluation, so that none is left"),
     ],
 )
 def test_bad_text(tmp_path: Path, text: str, message: str) -> None:
@@ -142,16 +142,31 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
         segment([good], good / "out", 0, 1)
 
 
-def test_too_few_articles_name_the_file(tmp_path: Path) -> None:
+def test_too_few_documents_name_the_file(tmp_path: Path) -> None:
     for name, count in (("a", 9), ("b", 2), ("c", 9)):
         (tmp_path / name).write_text("".join(f"Number {index}.\n\n" for index in range(count)))
     paths = [tmp_path / name for name in "abc"]
     with pytest.raises(
-        UserError, match=r"b: 2 articles with text, 3 of them wanted for evaluation"
+        UserError,
+        match=r"b: 2 documents, but 3 are wanted for evaluation: each of 3 inputs gives its share",
     ):
         segment(paths, tmp_path / "out", 9, 1)
     assert not (tmp_path / "out").exists()
     assert segment(paths, tmp_path / "out", 4, 1).train_articles >= 16
+
+
+def test_too_few_documents_of_one_file_each_name_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "articles").mkdir()
+    for number in range(19):
+        (tmp_path / f"articles/a{number}.txt").write_text(f"Number {number}.\n")
+    said = (
+        f"{tmp_path}/articles: 19 documents, but 20 are wanted for evaluation alone; give more "
+        "text, or a smaller --num_eval_articles"
+    )
+    for inputs in ([tmp_path / "articles"], sorted((tmp_path / "articles").iterdir())):
+        with pytest.raises(UserError) as caught:
+            segment(inputs, tmp_path / "out", 20, 1)
+        assert str(caught.value) == said
 
 
 def write_corpus(directory: Path, counts: list[int]) -> list[Path]:
@@ -347,7 +362,7 @@ def test_copies_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     picked = [eval_choice(21, 2, seed) - {20} for seed in (1, 14)]
     copies, total = len(picked[0] ^ picked[1]), len(picked[0]) + len(picked[1])
     assert copies > 0
-    assert f"{copies} of {total} evaluation articles are training articles too" in told
+    assert f"{copies} of {total} evaluation articles are in the training text too" in told
     copy.unlink()
     os.link(path, copy)
     with pytest.raises(UserError, match=r"wiki_01: given twice, .* .the same file as .*wiki_00."):
@@ -365,7 +380,7 @@ def test_folders_and_missing_parts(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="is in the --input folder"):
         segment([tmp_path / "in"], tmp_path / "in" / "out", 0, 1)
     parts = tmp_path / "folder" / "part-00001-of-00002"
-    with pytest.raises(UserError, match=r"--input: 1 of 2 parts are there .not number 0.; copy"):
+    with pytest.raises(UserError, match=r"--input: 1 of 2 parts is there .not number 0.; copy"):
         segment([parts], tmp_path / "out", 0, 1)
     segment([parts], tmp_path / "out", 0, 1, allow_missing_parts=True)
-    assert "Warning: --input: 1 of 2 parts are there" in capsys.readouterr().err
+    assert "Warning: --input: 1 of 2 parts is there" in capsys.readouterr().err

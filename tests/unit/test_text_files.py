@@ -17,7 +17,6 @@ import pytest
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import text_files
-from bert_pretraining.preparation.examples import Vocabulary
 from bert_pretraining.preparation.text_files import (
     expanded,
     folder_texts,
@@ -26,6 +25,7 @@ from bert_pretraining.preparation.text_files import (
     read_text,
     require_all_parts,
 )
+from bert_pretraining.preparation.vocabulary import Vocabulary
 from helpers import in_process
 
 TEXT = "One sentence. Caf\u00e9s are two.\n"
@@ -203,7 +203,7 @@ def test_folders_of_inputs_are_read_with_their_folders(tmp_path: Path) -> None:
          r"2 of 500 parts are there \(not number 1, 2, 3, 4, 5 and 493 more\)"),
         (["part_0_of_3.hdf5", "part_2_of_3.hdf5"], r"2 of 3 parts are there \(not number 1\)"),
         (["speech-1", "speech-3"], None),
-        (["a-0-of-2", "a-1-of-2", "b-0-of-2"], r"1 of 2 parts b-\* are there \(not number 1\)"),
+        (["a-0-of-2", "a-1-of-2", "b-0-of-2"], r"1 of 2 parts b-\* is there \(not number 1\)"),
         (["a-0-of-4", "a-1-of-4", "b-2-of-4", "b-3-of-4"],
          r"2 of 4 parts a-\* are there \(not number 2, 3\)"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from bert_pretraining.preparation import prepare as stages
 from bert_pretraining.preparation.examples import ExampleSettings
 from bert_pretraining.preparation.prepare import TextSettings
-from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.preparation.text_statistics import TextStatistics, count_words
 from helpers import REFERENCE, in_process, needs_reference
 
 WORDS = "the dog sees a cat and one man runs to that old house".split()
@@ -60,6 +61,49 @@ WRAPPED = "\n".join(
 def test_what_real_text_never_has(tmp_path: Path, content: str, cause: str, fix: str) -> None:
     warnings = figures(tmp_path, content).warnings()
     assert [warning for warning in warnings if cause in warning and fix in warning], warnings
+
+
+def test_a_vocabulary_of_another_text(tmp_path: Path) -> None:
+    """Words in many pieces, one sentence a line: no paragraph is suspected."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "acdeghimnorstu"), "."]
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB[:5], *letters]) + "\n")
+    (tmp_path / "text").write_text(text(30, 20).replace(".", " was there as well of course."))
+    flags = "--vocab vocab.txt --max_seq_length 64 --max_predictions_per_seq 10 --dupe_factor 1"
+    done = in_process(
+        *f"data create-examples --input_file text --output_file o.hdf5 {flags}".split(),
+        cwd=tmp_path,
+    )
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Warning: "))
+    assert re.fullmatch(
+        r"Warning: text: [3-5]\.\d tokens a word: vocab\.txt \(46 pieces\) does not fit this "
+        r"text; is it the right vocabulary\?",
+        line,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("The dog, which sees a cat.", 6),
+        ("\u72d7\u770b\u89c1\u732b\u3002", 5),  # Chinese
+        ("PyTorch \u3067\u5b66\u7fd2\u3059\u308b", 6),  # Japanese
+        ("\ud55c\uad6d\uc5b4 \ubb38\uc7a5", 5),  # Korean
+        ("\u0e2b\u0e21\u0e32", 3),  # Thai
+    ],
+)
+def test_words_of_languages_without_spaces_are_characters(line: str, words: int) -> None:
+    """Their vocabularies hold characters, so that many tokens between spaces are usual."""
+    found = count_words([line])
+    assert found.words == words
+    usual = TextStatistics(words=words, tokens=2 * words, sentences=1, lines=1)
+    assert usual.warnings() == []
+
+
+def test_long_lines_that_hold_one_sentence_each() -> None:
+    found = TextStatistics(documents=9, sentences=90, tokens=9000, words=7000, lines=90)
+    (warning,) = found.warnings()
+    assert warning.startswith("a sentence has 100.0 tokens on average, where real text has about")
+    assert "paragraph" not in warning
 
 
 def test_figures_of_a_sound_text(tmp_path: Path) -> None:

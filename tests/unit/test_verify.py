@@ -12,7 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from bert_pretraining.data.shards import read_arrays, write_shard, write_varlength_shard
+from bert_pretraining.data import shard_index
+from bert_pretraining.data.shard_names import INDEX_NAME
+from bert_pretraining.data.shards import (
+    list_shards,
+    read_arrays,
+    write_shard,
+    write_varlength_shard,
+)
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation import verify as verify_module
 from bert_pretraining.preparation import verify_report
@@ -27,6 +34,7 @@ from verify_sets import (
     TRAIN,
     Arrays,
     put,
+    put_sizes,
     rewrite,
     shard,
     small_files,
@@ -81,10 +89,6 @@ def remove(name: str) -> Callable[[Path], object]:
     return lambda data: (data / name).unlink()
 
 
-def config(text: str) -> Callable[[Path], object]:
-    return lambda data: (data / "bert_config.json").write_text(text)
-
-
 def repeated(data: Path) -> None:
     """Rows of shard 0 once more in shard 1: 5% of all."""
     for key, array in read_arrays(data / shard(0)).items():
@@ -107,12 +111,12 @@ def leaked(data: Path, rows: int = 6) -> None:
     write_shard(data / shard(1), arrays)
 
 
-ONE = "1 sequences have "
+ONE = "1 sequence has "
 # a dataset of shard 1, its place to spoil, what to put there, and what is said of it
 VALUES = [
     ("input_ids", (7, 2), 30000, ONE + "a token outside the vocabulary"),
     ("input_ids", (7, 2), -5, ONE + "a token outside the vocabulary"),
-    ("input_ids", (7, 0), 9, "1 sequences do not begin with token 2"),
+    ("input_ids", (7, 0), 9, "1 sequence does not begin with token 2"),
     ("input_ids", (slice(5), -1), 9, "sequences do not end with token 3"),
     ("input_ids", (slice(None), 0), 9, "[9 ... 3], in the other files [2 ... 3]"),
     ("masked_lm_ids", (7, 0), 30000, ONE + "a label outside the vocabulary"),
@@ -137,7 +141,7 @@ def test_spoiled_values(data: Path, key: str, place: object, value: int, words: 
     report = verify(data)
     assert not report.ok
     (line,) = (line for line in report.problems if line.startswith(shard(1)) and words in line)
-    assert ("row 7" in line) == ("1 sequences" in line)
+    assert ("row 7" in line) == ("1 sequence " in line)
 
 
 SPOILED = {
@@ -161,11 +165,7 @@ SPOILED = {
     "leak": (leaked, f"{EVAL}/part_eval.hdf5", "6 of 60 (10.00%) sequences are in training too"),
     "missing": (remove(shard(1)), TRAIN, "1 of 4 shards missing: part_00001_of_00004.hdf5;"),
     "no evaluation set": (remove(f"{EVAL}/part_eval.hdf5"), EVAL, "no shards in "),
-    "no configuration": (remove("bert_config.json"), "bert_config.json", "cannot be read"),
-    "bad configuration": (config('{"vocab_size": 9}'), "bert_config.json", "no JSON object with"),
     "no dataset": (replaced("segment_ids", None), shard(1), "no dataset 'segment_ids'"),
-    "short model": (config('{"vocab_size": 2000, "max_position_embeddings": 60}'), shard(1),
-                    "longer than max_position_embeddings"),
 }  # fmt: skip
 
 
@@ -257,6 +257,26 @@ def test_few_repeats_and_leaks_are_notes(data: Path, mini_data: Path) -> None:
     assert "1 of 240 (0.42%) sequences repeat others" in notes
 
 
+def test_an_index_that_says_other_numbers_is_a_problem(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_index, "FEWEST", SHARDS)
+    for number in range(SHARDS):
+        os.utime(data / shard(number), ns=(10**18, 10**18))
+    list_shards(data / TRAIN)
+    report = verify(data)
+    assert report.ok, report.problems
+    assert not any("does not read" in note for note in report.notes)
+    index = data / TRAIN / INDEX_NAME
+    index.write_text(index.read_text().replace(f", {ROWS}, 64, []]", f", {ROWS + 1}, 64, []]", 1))
+    (line,) = verify(data).problems
+    name = Path(shard(0)).name
+    assert line == (
+        f"{TRAIN}/{INDEX_NAME} says other numbers of sequences than {name} have; delete it, and "
+        "a run makes it again"
+    )
+
+
 def test_uneven_and_unnumbered_files_are_told(data: Path) -> None:
     arrays = read_arrays(data / shard(1))
     write_shard(data / shard(1), {key: array[:40] for key, array in arrays.items()})
@@ -315,7 +335,7 @@ def test_published_md5s(
     paths["eval"] = f"{EVAL}/part_eval_10k.hdf5"
     files[paths["eval"]] = small[f"{EVAL}/part_eval.hdf5"]
     data = write_set(tmp_path / "set", files, mini_data, "fixed")
-    config('{"vocab_size": 30522, "max_position_embeddings": 512}')(data)
+    put_sizes(data, vocab_size=30522, max_position_embeddings=512)
     lists = tmp_path / "lists"
     lists.mkdir()
     lines = [

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import packages
 from bert_pretraining.runtime.file_kind import (
     cannot_read,
     cannot_write,
@@ -77,7 +78,8 @@ def dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     """The dataset of integers of this name, with one dimension or more, which can be read.
 
     Raises UserError that says what stands in its place: nothing, a link to nothing, a group, a
-    single value, texts, records, floats, values of a filter that is not installed.
+    single value, texts, records, floats, values of a filter that is not installed; or why the
+    system cannot read it.
     """
     where = f"{shown(path)}: '{name}'"
     link = file.get(name, getlink=True)
@@ -85,9 +87,11 @@ def dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
         has = ", ".join(sorted(file)) or "nothing"
         raise UserError(f"{shown(path)}: no dataset '{name}' (has: {has})", AGAIN)
     try:
-        found = file.get(name)
-    except _H5PY_ERRORS:
-        found = None  # links that lead back to themselves
+        found = file[name]
+    except _H5PY_ERRORS as error:
+        if errno_of(error) and isinstance(link, h5py.HardLink):
+            raise cannot_read(path, error) from error
+        found = None  # links to nothing, or that lead back to themselves
     if found is None:
         target = ":".join(
             part for part in (getattr(link, "filename", ""), getattr(link, "path", "")) if part
@@ -141,8 +145,8 @@ def _require_filters(found: h5py.Dataset, where: str) -> None:
             raise UserError(
                 f"{where} is compressed with HDF5 filter {code} "
                 f"({_FILTERS.get(code, own) or 'no name'}), which is not installed here",
-                "install it: python -m pip install hdf5plugin, or on a machine that has it write "
-                "the file without: h5repack -f NONE IN OUT",
+                f"install it: {packages.how_to_install(['hdf5plugin'])}, or on a machine that has "
+                "it write the file without: h5repack -f NONE IN OUT",
             )
 
 

@@ -1,20 +1,21 @@
 """Where the files are that a run reads, and whether they exist and are of the right kind.
 
-The launcher checks before it starts any rank, and each rank checks again. `--dry_run`
-reports all faults at once. No shard is opened, and no large package is imported.
+The launcher checks before it starts any rank, and each rank checks again; of the ranks, one on each
+machine lists the shards. `--dry_run` reports all faults at once. No shard is opened, and no large
+package is imported.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from bert_pretraining.config import Config
+from bert_pretraining.config import Config, nearest
+from bert_pretraining.config.trackers import modules_of, split_names
 from bert_pretraining.data.shard_names import (
     NoShardsError,
     ShardFolder,
@@ -23,19 +24,14 @@ from bert_pretraining.data.shard_names import (
     some,
 )
 from bert_pretraining.errors import UserError
-from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.bert_config import BERT_CONFIG_NAME, BertConfig
+from bert_pretraining.runtime import packages
 from bert_pretraining.runtime.file_kind import cannot_read, shown
 from bert_pretraining.runtime.files import checkpoint_kind, require_directory
 
 DEFAULT_CHECKPOINT = "model.ckpt-28252.apex.pt"
 TRAIN_NAME = "2048_shards_uncompressed"
 EVAL_NAME = "eval_set_uncompressed"
-BERT_CONFIG_NAME = "bert_config.json"
-# A setting, the package that it needs, and the extra of pyproject.toml with that package.
-PACKAGES_OF_SETTINGS = (
-    ("tensorboard_dir", "tensorboard", "tensorboard"),
-    ("report", "matplotlib", "report"),
-)
 
 
 @dataclass(frozen=True)
@@ -48,30 +44,48 @@ class DataPaths:
     init_checkpoint: Path | None
 
 
-def data_paths(config: Config) -> DataPaths:
+def data_paths(config: Config, *, list_folders: bool = True) -> DataPaths:
     """The directories and files that `data_dir` and its overrides name.
+
+    list_folders: also look for shards in the folders. One process of a machine is enough for that.
 
     Raises UserError for the first one that is missing or of the wrong kind.
     """
     paths = _choose(config)
-    for check in _checks(config, paths):
+    for check in _checks(config, paths, list_folders):
         check()
     return paths
 
 
 def faults(config: Config) -> list[UserError]:
     """All faults for which `data_paths` would raise."""
+    return examined(config).faults
+
+
+class Examined(NamedTuple):
+    """What a run would read. folders: of training, then of evaluation shards; () with faults."""
+
+    faults: list[UserError]
+    folders: tuple[ShardFolder, ...] = ()
+    init_checkpoint: Path | None = None
+
+
+def examined(config: Config) -> Examined:
+    """All faults for which `data_paths` would raise, and what there is. It lists a folder once."""
     try:
         paths = _choose(config)
     except UserError as error:
-        return [error]
-    found = []
+        return Examined([error])
+    found, results = [], []
     for check in _checks(config, paths):
         try:
-            check()
+            results.append(check())
         except UserError as error:
             found.append(error)
-    return found
+    if found:
+        return Examined(found)
+    folders = tuple(one for one in results if isinstance(one, ShardFolder))
+    return Examined([], folders, paths.init_checkpoint)
 
 
 def _choose(config: Config) -> DataPaths:
@@ -99,11 +113,17 @@ def _choose(config: Config) -> DataPaths:
     )
 
 
-def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
+def _checks(
+    config: Config, paths: DataPaths, list_folders: bool = True
+) -> Iterator[Callable[[], object]]:
     """The checks, each of which raises UserError if one file, directory or package is missing."""
-    for name, package, extra in PACKAGES_OF_SETTINGS:
-        if getattr(config, name):
-            yield partial(_require_package, name, package, extra)
+    if config.report:
+        yield partial(_require_modules, "report", ("matplotlib",), "report")
+    for tracker in config.trackers:
+        asked_by = f"track {tracker}"
+        if tracker not in split_names(config.track):
+            asked_by = "tensorboard_dir"
+        yield partial(_require_modules, asked_by, modules_of(tracker), tracker)
     if paths.init_checkpoint is not None:
         yield partial(checkpoint_kind, paths.init_checkpoint)
     yield partial(BertConfig.load, paths.bert_config)
@@ -116,7 +136,10 @@ def _checks(config: Config, paths: DataPaths) -> Iterator[Callable[[], object]]:
             fix = f"pass the right --{flag}"
             if config.data_dir:
                 fix += f", or leave it out to take {Path(config.data_dir) / name}"
-        yield partial(choose, directory, fix, config.shard_pattern)
+        if list_folders:
+            yield partial(choose, directory, fix, config.shard_pattern)
+        else:
+            yield partial(require_directory, directory, "data directory", fix)
     yield partial(_require_two_sets, paths)
 
 
@@ -154,12 +177,12 @@ def _require_layout(root: Path, config: Config) -> None:
     The message says what is there instead, and which folder nearby would be right.
     """
     if not os.path.isdir(root):
-        _require_existing(root, config)
+        _require_existing(root)
     if config.train_dir and config.eval_dir:
         return
     if has_set(root):
         return
-    raise layout_fault(root, _how_to_get(config, root))
+    raise layout_fault(root, _how_to_get(root))
 
 
 def layout_fault(root: Path, fix: str, flag: str = "--data_dir ") -> UserError:
@@ -215,7 +238,7 @@ def has_set(directory: Path) -> bool:
     return any(os.path.isdir(directory / name) for name in (TRAIN_NAME, EVAL_NAME))
 
 
-def _require_existing(root: Path, config: Config) -> None:
+def _require_existing(root: Path) -> None:
     """Raise UserError: `data_dir` is a file, or nothing."""
     if os.path.isfile(root):
         owner = next((one for one in root.absolute().parents if has_set(one)), None)
@@ -225,12 +248,28 @@ def _require_existing(root: Path, config: Config) -> None:
             if owner
             else f"pass the directory that holds {TRAIN_NAME}/ and {EVAL_NAME}/",
         )
-    require_directory(root, "data_dir", _how_to_get(config, root))
+    try:
+        require_directory(root, "data_dir", f"check the path, or {_how_to_get(root)}")
+    except UserError as error:
+        raise UserError(f"{error.problem}{_similar(root)}", error.fix) from error
 
 
-def _how_to_get(config: Config, root: Path) -> str:
-    """What to do where there is no data set: the mini configurations' can be made."""
-    if config.name == "mini" or "mini" in root.name:
+def _similar(root: Path) -> str:
+    """ "; did you mean X?" with a data set whose path differs in one name; "" if there is none."""
+    missing = root
+    while missing != missing.parent and not os.path.isdir(missing.parent):
+        missing = missing.parent
+    folder, below = missing.parent, root.relative_to(missing)
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if has_set(folder / name / below)]
+    except OSError:
+        return ""  # the folder cannot be read: nothing to suggest
+    return nearest(missing.name, names, lambda name: shown(folder / name / below))
+
+
+def _how_to_get(root: Path) -> str:
+    """What to do where there is no data set: one whose name says so is the mini data set."""
+    if "mini" in root.name:
         return (
             "make the mini data set with: "
             f"python -m bert_pretraining data make-mini --output_dir {shown(root)}"
@@ -241,11 +280,14 @@ def _how_to_get(config: Config, root: Path) -> str:
     )
 
 
-def _require_package(name: str, package: str, extra: str) -> None:
-    if find_spec(package) is None:
+def _require_modules(asked_by: str, modules: tuple[str, ...], extra: str) -> None:
+    """Raise UserError if a module is missing. asked_by: the flag. extra: of pyproject.toml."""
+    missing = [packages.package_of(name) for name in modules if packages.folder_of(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f"--{name}: {package} is not installed",
-            f"leave it out, or: {sys.executable} -m pip install {package} (the extra [{extra}])",
+            f"--{asked_by}: {' and '.join(missing)} {verb} not installed",
+            f"leave it out, or: {packages.how_to_install(missing)} (the extra [{extra}])",
         )
 
 

@@ -22,6 +22,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.seeds import derive
+from bert_pretraining.runtime.words import counted
 
 PACKED_TOGETHER = 32  # batches in a group; smaller groups cost more calls and thread switches
 GROUPS_AHEAD = 2  # groups of batches that are packed before training asks for them
@@ -250,8 +251,9 @@ def load_evaluation_set(
             )
     if masked == 0:
         raise UserError(
-            f"{shards[0].path.parent}: no masked token in the first {num_examples - remaining} "
-            "evaluation sequences, so the accuracy would be that of nothing",
+            f"{shards[0].path.parent}: no masked token in the first "
+            f"{counted(num_examples - remaining, 'evaluation sequence')}, so the accuracy "
+            "would be that of nothing",
             "make the evaluation set again, or raise num_eval_examples",
         )
     return EvaluationSet(count, mine)

@@ -43,10 +43,10 @@ class SampleOrder:
             raise ValueError(f"lanes must be at least 1, not {lanes}")
         self.seed = seed
         self.lanes = lanes
-        sizes = [len(range(lane, self.num_sequences, lanes)) for lane in range(lanes)]
+        sizes = np.maximum(-(-(self.num_sequences - np.arange(lanes)) // lanes), 0)
         self._lane_starts = np.concatenate([[0], np.cumsum(sizes)])
         self._epoch_shards = lru_cache(maxsize=4)(self._shuffle_shards)
-        self._shard_rows = lru_cache(maxsize=4 * lanes + 4)(self._shuffle_rows)
+        self._rows: dict[tuple[int, int], np.ndarray] = {}  # of the latest samples' shards
 
     def epoch(self, sample: int) -> int:
         """The epoch that sample number `sample` belongs to."""
@@ -65,9 +65,11 @@ class SampleOrder:
         """Find the given samples in the shards.
 
         samples: (n,) int64 sample numbers. Returns the shard of each sample and its row in
-        that shard, both (n,) int64.
+        that shard, both (n,) int64. The shuffled rows of their shards stay in memory until the
+        next call, which usually asks for most of them again.
         """
         shard_of, row_of = np.empty_like(samples), np.empty_like(samples)
+        before, self._rows = self._rows, {}
         epochs = samples // self.num_sequences
         for epoch in np.unique(epochs).tolist():
             mine = np.flatnonzero(epochs == epoch)
@@ -77,30 +79,32 @@ class SampleOrder:
             index = np.searchsorted(ends, position, side="right")
             shard_of[mine] = shards[index]
             row = position - (ends - self.shard_sizes[shards])[index]
-            for which in np.unique(index).tolist():
-                here = index == which
-                rows = self._shard_rows(epoch, int(shards[which]))
+            together = np.argsort(index, kind="stable")
+            used, starts = np.unique(index[together], return_index=True)
+            parts = np.split(together, starts[1:])
+            for shard, here in zip(shards[used].tolist(), parts, strict=True):
+                rows = before.get((epoch, shard))
+                if rows is None:
+                    rows = self._shuffle_rows(epoch, shard)
+                self._rows[epoch, shard] = rows
                 row_of[mine[here]] = rows[row[here]]
         return shard_of, row_of
 
     def following_shards(self, samples: np.ndarray) -> list[int]:
         """The next shard of each lane that these samples belong to, for prefetching."""
-        following = []
         epoch = int(samples[-1]) // self.num_sequences
         in_epoch = samples[samples // self.num_sequences == epoch] - epoch * self.num_sequences
+        in_epoch = in_epoch[::-1]  # so that the first of a lane is its latest
         shards, ends = self._epoch_shards(epoch)
-        for lane in np.unique(in_epoch % self.lanes):
-            last = in_epoch[in_epoch % self.lanes == lane][-1]
-            position = self._lane_starts[lane] + last // self.lanes
-            next_start = ends[np.searchsorted(ends, position, side="right")]
-            if next_start < self._lane_starts[lane + 1]:
-                following.append(int(shards[np.searchsorted(ends, next_start, side="right")]))
-            else:
-                next_shards, next_ends = self._epoch_shards(epoch + 1)
-                start = self._lane_starts[lane]
-                which = np.searchsorted(next_ends, start, side="right")
-                following.append(int(next_shards[min(which, len(next_shards) - 1)]))
-        return following
+        lanes, latest = np.unique(in_epoch % self.lanes, return_index=True)
+        position = self._lane_starts[lanes] + in_epoch[latest] // self.lanes
+        next_start = ends[np.searchsorted(ends, position, side="right")]
+        following = _shards_at(next_start, shards, ends)
+        ended = next_start >= self._lane_starts[lanes + 1]
+        if ended.any():
+            starts = self._lane_starts[lanes[ended]]
+            following[ended] = _shards_at(starts, *self._epoch_shards(epoch + 1))
+        return following.tolist()
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         # NumPy never changes the numbers of RandomState (NEP 19), so that a run resumes in the
@@ -112,3 +116,9 @@ class SampleOrder:
     def _shuffle_rows(self, epoch: int, shard: int) -> np.ndarray:
         random = np.random.RandomState(derive(self.seed, "rows", epoch, shard))
         return random.permutation(int(self.shard_sizes[shard]))
+
+
+def _shards_at(positions: np.ndarray, shards: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The shard at each position of an epoch; the last one for positions behind the end."""
+    which = np.searchsorted(ends, positions, side="right")
+    return shards[np.minimum(which, len(shards) - 1)]

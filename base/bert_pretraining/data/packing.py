@@ -78,9 +78,10 @@ def pack(
             tensor = devices.pinned(tensor, pin_for)
         parts.append(tensor.split(sizes.tolist()))
     longest = np.maximum.reduceat(lengths, first_rows).tolist()
+    pairs = np.add.reduceat(lengths * lengths, first_rows).tolist()
     return [
-        PackedBatch(**dict(zip(common, tensors, strict=True)), max_seqlen=max_seqlen)
-        for *tensors, max_seqlen in zip(*parts, longest, strict=True)
+        PackedBatch(**dict(zip(common, tensors, strict=True)), max_seqlen=most, token_pairs=squares)
+        for *tensors, most, squares in zip(*parts, longest, pairs, strict=True)
     ]
 
 

@@ -11,13 +11,14 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import cannot_read, hidden, kind_of, shown, unfinished
-from bert_pretraining.runtime.files import PARTIAL_SUFFIX, require_directory
+from bert_pretraining.runtime.files import PARTIAL_SUFFIX, in_threads, require_directory
+from bert_pretraining.runtime.words import counted, plural
 
 NAME_PATTERN = re.compile(r"part[-_](\d+)[-_]of[-_](\d+)\.(hdf5|h5)")
 WORD = "part"  # in the name of a shard where no pattern is given
@@ -36,6 +37,8 @@ SIDE_FILES = (
     ".xml",
 )
 SHOWN = 3  # names in a message
+# What `shard_index` keeps beside the shards; while it is written, its name has a longer ending.
+INDEX_NAME = ".shard_index.json"
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,11 @@ class ShardFolder:
             )
         missing = missing_shards(self.names)
         if missing:
+            absent = len(missing.names)
+            there = missing.count - absent
             found.append(
-                f"{place}: {missing.count - len(missing.names)} of {missing.count} shards are "
-                f"here; {len(missing.names)} are missing ({some(missing.names)})"
+                f"{place}: {there} of {missing.count} shards {plural(there, 'is')} here; "
+                f"{absent} {plural(absent, 'is')} missing ({some(missing.names)})"
             )
         return found
 
@@ -143,10 +148,15 @@ def shard_folder(
 def _scan(directory: Path) -> dict[str, str]:
     """Each name in the folder, and what it is: "file", "folder" or "other" (as a link to nothing).
 
-    Where an entry is no link, the listing says what it is, without a look at the file.
+    Where an entry is no link, most listings say what it is, without a look at the file.
     """
-    with os.scandir(directory) as entries:
-        return {entry.name: _kind(entry) for entry in entries}
+    with os.scandir(directory) as listing:
+        entries = [entry for entry in listing if not entry.name.startswith(INDEX_NAME)]
+    return _with_kinds({entry.name: entry for entry in entries})
+
+
+def _with_kinds(entries: Mapping[str, os.DirEntry | Path]) -> dict[str, str]:
+    return dict(zip(entries, in_threads(_kind, list(entries.values())), strict=True))
 
 
 def _kind(entry: os.DirEntry | Path) -> str:
@@ -167,7 +177,7 @@ def _matching(directory: Path, pattern: str) -> dict[str, str]:
             f"--shard_pattern {quoted(pattern)}: no pattern of names below a folder ({error})",
             "pass a pattern such as '*.hdf5'",
         ) from error
-    return {str(path.relative_to(directory)): _kind(path) for path in paths}
+    return _with_kinds({str(path.relative_to(directory)): path for path in paths})
 
 
 def _is_shards_name(name: str, pattern: str | None) -> bool:
@@ -194,8 +204,8 @@ def _is_hdf5_name(name: str) -> bool:
 def broken_shards(directory: Path, names: list[str]) -> UserError:
     """The error for names of shards that are no files: links to nothing, folders, pipes."""
     path, more = directory / names[0], ""
-    if len(names) > 1:
-        more = f" (and {len(names) - 1} more that are no files: {some(names[1:])})"
+    if rest := len(names) - 1:
+        more = f" (and {rest} more that {plural(rest, 'is')} no files: {some(names[1:])})"
     try:
         what = kind_of(path)
     except OSError as error:
@@ -281,4 +291,4 @@ def quoted(pattern: str) -> str:
 
 
 def _count(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what}{'s' * (len(names) > 1)}"
+    return counted(len(names), what)

@@ -15,11 +15,13 @@ A variable-length HDF5 shard (NVIDIA's, from MLPerf 2.0 on) holds the same datas
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from bert_pretraining.data import shard_index
 from bert_pretraining.data.flat_shard import (
     AGAIN,
     FlatShard,
@@ -29,6 +31,7 @@ from bert_pretraining.data.flat_shard import (
     flatten,
 )
 from bert_pretraining.data.hdf5 import open_hdf5, write_hdf5
+from bert_pretraining.data.headers import read_headers
 from bert_pretraining.data.shard_layout import (
     IGNORED,
     LABELS,
@@ -39,8 +42,9 @@ from bert_pretraining.data.shard_layout import (
     find_layout,
     read_padded,
 )
-from bert_pretraining.data.shard_names import ShardFolder, shard_folder
+from bert_pretraining.data.shard_names import INDEX_NAME, ShardFolder, shard_folder
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import counted
 
 REMAKE = "make a data set with: python -m bert_pretraining data make-mini"
 
@@ -55,7 +59,10 @@ def list_shards(
 def inspect_shards(
     folder: ShardFolder, say: Callable[[str], None] | None = None
 ) -> list[ShardInfo]:
-    """Read the header of every shard of a folder.
+    """What the header of every shard of a folder says.
+
+    Where that takes long, they are read in processes of their own: see `headers`. Those of many
+    shards are kept in the folder's index for the next start: see `shard_index`.
 
     say: gets one line for each thing that a user should know: files that are not read, shards
     that are missing, another form of the datasets than this package's.
@@ -63,7 +70,11 @@ def inspect_shards(
     Raises UserError if one cannot be read, if they differ in sequence length, or if they hold no
     sequence.
     """
-    infos = [format_of(path).inspect(path) for path in folder.shards]
+    read = partial(read_headers, inspect=inspect_shard, say=say)
+    if len(folder.shards) < shard_index.FEWEST:
+        infos = read(folder.shards)
+    else:
+        infos = shard_index.inspect_indexed(folder, read, say)
     if not any(info.num_sequences for info in infos):
         raise UserError(
             f"the shards in {folder.directory} hold no sequences", "make the data set again"
@@ -87,10 +98,16 @@ def _form_notices(infos: list[ShardInfo]) -> list[str]:
     for info in infos:
         for form in info.forms:
             having.setdefault(form, []).append(info)
-    return [
-        f"{found[0].path}{f' and {len(found) - 1} more shards' if len(found) > 1 else ''}: {form}"
-        for form, found in having.items()
-    ]
+    return [f"{found[0].path}{_and_more(len(found) - 1)}: {form}" for form, found in having.items()]
+
+
+def _and_more(number: int) -> str:
+    return f" and {counted(number, 'more shard')}" if number else ""
+
+
+def inspect_shard(path: Path) -> ShardInfo:
+    """What the header of one shard of any format says; UserError if it cannot be read."""
+    return format_of(path).inspect(path)
 
 
 def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -> FlatShard:
@@ -110,9 +127,10 @@ def read_shard(path: Path, vocab_size: int, max_seq_length: int | None = None) -
         )
     if shard.num_sequences and not len(shard.masked_labels):
         raise UserError(
-            f"{path}: no masked token in its {shard.num_sequences} sequences, so there is nothing "
-            "to learn or to evaluate",
-            "make it again with masked tokens (data create-examples masks 15%)",
+            f"{path}: no masked token in its {counted(shard.num_sequences, 'sequence')}, so "
+            "there is nothing to learn or to evaluate",
+            "make it again with masked tokens ('python -m bert_pretraining data create-examples' "
+            "masks 15%)",
         )
     return shard
 
@@ -122,9 +140,10 @@ def read_listed(info: ShardInfo, vocab_size: int, max_seq_length: int | None = N
     shard = read_shard(info.path, vocab_size, max_seq_length)
     if shard.num_sequences != info.num_sequences:
         raise UserError(
-            f"{info.path}: it has {shard.num_sequences} sequences now, and had "
+            f"{info.path}: it has {counted(shard.num_sequences, 'sequence')} now, and had "
             f"{info.num_sequences} when the run began",
-            "leave the shards as they are while a run reads them, and start it again",
+            "leave the shards as they are while a run reads them, and start it again; if it fails "
+            f"in the same way, delete {INDEX_NAME} in that data set first",
         )
     return shard
 

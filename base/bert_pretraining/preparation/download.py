@@ -29,6 +29,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import counted
 
 BASE_URL = "http://files.deepspark.org.cn:880/deepspark/bert_mini/"
 ATTEMPTS = 4  # connections for each file, in all
@@ -308,8 +309,8 @@ def _unpack(archive: Path, output_dir: Path, leaves: str) -> str:
         raise UserError(f"{archive}: damaged ({reason})", "delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    left_out = f"; {outside} entries outside of it left out" if outside else ""
-    return f"unpacked {archive.name} into {leaves}/: {inside} files{left_out}"
+    left_out = f"; {counted(outside, 'entry')} outside of it left out" if outside else ""
+    return f"unpacked {archive.name} into {leaves}/: {counted(inside, 'file')}{left_out}"
 
 
 def _extract(archive: Path, directory: Path, leaves: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from bert_pretraining.preparation.documents import read_sentences
 from bert_pretraining.preparation.processes import run_in_processes
 from bert_pretraining.preparation.text_files import FolderTexts
 from bert_pretraining.runtime.file_kind import require_regular
+from bert_pretraining.runtime.words import plural
 
 BY_CHANCE = 0.01  # of the evaluation documents
 LONG_SENTENCE = 5  # words; shorter ones are in every text
@@ -153,8 +154,9 @@ def training_texts(
             )
     if shared and not without:
         warnings.append(
-            f"{len(shared):,} of {len(evaluation.documents):,} evaluation documents are training "
-            "documents too, and are kept: texts repeat themselves so often by chance"
+            f"{len(shared):,} of {len(evaluation.documents):,} evaluation documents "
+            f"{plural(len(shared), 'is')} in the training text too, and kept: texts repeat "
+            "themselves so often by chance"
         )
     warnings += _shared_sentences(evaluation, [comparisons[path] for path in kept], bool(without))
     warnings += repeated({path.name: comparisons[path].digest for path in kept})
@@ -306,6 +308,7 @@ def _shared_sentences(
         return []
     return [
         f"{len(found):,} of {len(evaluation.sentences):,} evaluation sentences of {LONG_SENTENCE} "
-        "words or more are in the training text too, in other documents: the accuracy will be too "
-        "good. Is the evaluation text a piece of a training text? Take it out there"
+        f"words or more {plural(len(found), 'is')} in the training text too, in other documents: "
+        "the accuracy will be too good. Is the evaluation text a piece of a training text? Take it "
+        "out there"
     ]

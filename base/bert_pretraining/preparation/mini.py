@@ -19,15 +19,16 @@ from bert_pretraining.preparation import text_sources, text_statistics
 from bert_pretraining.preparation.baselines import baselines
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
-    Vocabulary,
     create_examples,
     to_arrays,
 )
 from bert_pretraining.preparation.grammar import Grammar, vocabulary
 from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.preparation.vocabulary import Vocabulary
 from bert_pretraining.runtime.file_kind import shown
 from bert_pretraining.runtime.files import whole_folder
 from bert_pretraining.runtime.seeds import derive
+from bert_pretraining.runtime.words import counted
 
 TRAIN_DOCUMENTS = 4000
 EVAL_DOCUMENTS = 300
@@ -139,7 +140,7 @@ def _content(settings: MiniSettings) -> _Content:
     num_train, num_eval = (len(part["input_mask"]) for part in (train, evaluation))
     if num_eval < MIN_EVAL_SEQUENCES:
         raise UserError(
-            f"{_name(settings)} gives {num_eval} evaluation sequences, fewer than "
+            f"{_name(settings)} gives {counted(num_eval, 'evaluation sequence')}, fewer than "
             f"{MIN_EVAL_SEQUENCES}",
             "give more --text",
         )
@@ -207,9 +208,9 @@ def describe(report: MiniReport, target: float = 0.72) -> str:
     if not report.made:
         return f"{report.output_dir} holds this data set already, complete: nothing to do"
     lines = [
-        f"Made {report.output_dir}: {report.train_sequences} training and "
-        f"{report.eval_sequences} evaluation sequences of {report.mean_length:.1f} tokens on "
-        f"average, {report.vocab_size} word pieces",
+        f"Made {report.output_dir}: {report.train_sequences:,} training and "
+        f"{report.eval_sequences:,} evaluation sequences of {report.mean_length:.1f} tokens on "
+        f"average, {counted(report.vocab_size, 'word piece')}",
         "Masked-token accuracy without a network, on the evaluation set: "
         + ", ".join(f"{name} {value:.3f}" for name, value in report.baselines.items())
         + f"; MLPerf's target {target:g}",
@@ -260,7 +261,8 @@ def _corpus(settings: MiniSettings) -> tuple[str, str, list[str]]:
         documents = text_sources.standard_library_documents()
     if len(documents) < 2 * EVAL_SHARE:
         raise UserError(
-            f"{_name(settings)} has {len(documents)} documents (separated by blank lines)",
+            f"{_name(settings)} has {counted(len(documents), 'document')} (separated by blank "
+            "lines)",
             f"give at least {2 * EVAL_SHARE}",
         )
     held_out = [_held_out(document) for document in documents]

@@ -39,7 +39,6 @@ from bert_pretraining.preparation import held_out, text_statistics
 from bert_pretraining.preparation.documents import ONE_A_LINE, read_sentences
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
-    Vocabulary,
     create_examples,
     pick,
     to_arrays,
@@ -54,7 +53,9 @@ from bert_pretraining.preparation.processes import run_in_processes
 from bert_pretraining.preparation.text_files import listed, read_bytes
 from bert_pretraining.preparation.text_statistics import TextStatistics
 from bert_pretraining.preparation.verify_report import md5_of
+from bert_pretraining.preparation.vocabulary import Vocabulary
 from bert_pretraining.runtime.files import write_whole
+from bert_pretraining.runtime.words import counted, plural
 
 REFERENCE_SEED = 12345
 
@@ -115,7 +116,8 @@ def create_file(
     generator = random.Random(settings.seed)
     examples = create_examples(documents, vocabulary, settings.examples, generator)
     arrays = to_arrays(examples, settings.examples)
-    statistics += text_statistics.count_lines(lines) + text_statistics.count_examples(arrays)
+    statistics += text_statistics.count_lines(lines) + text_statistics.count_words(lines)
+    statistics += text_statistics.count_examples(arrays)
     if figures is not None:
         write_whole(figures, json.dumps(dataclasses.asdict(statistics)) + "\n")
     write_shard(output, arrays)
@@ -130,7 +132,8 @@ def pick_file(source: Path, output: Path, num_examples: int, flag: str = "--num_
     available = shard_rows(source)
     if not 1 <= num_examples <= available:
         raise UserError(
-            f"{source} has {available} examples, {num_examples} are wanted",
+            f"{source} has {counted(available, 'example')}, "
+            f"{num_examples:,} {plural(num_examples, 'is')} wanted",
             f"give more text, or a smaller {flag}",
         )
     arrays = pick(read_arrays(source), num_examples)
@@ -153,7 +156,7 @@ def shard_sizes(num_examples: int, num_shards: int, flag: str = "--num_shards") 
     excess = num_shards * nominal - num_examples
     if nominal < 2:
         raise UserError(
-            f"{num_examples} examples do not fill {num_shards} shards",
+            f"{counted(num_examples, 'example')} cannot fill {counted(num_shards, 'shard')}",
             f"give more text, or a smaller {flag}",
         )
     return [nominal - 1] + [nominal - (excess > 0)] * (num_shards - 1)
@@ -188,7 +191,7 @@ def shard(
             statistics += text_statistics.count_examples(arrays)
             if not skip:
                 write_shard(path, arrays)
-        text_statistics.tell(f"the {num_shards} shards", statistics)
+        text_statistics.tell(f"the {counted(num_shards, 'shard')}", statistics)
     return there.count(False), there.count(True)
 
 
@@ -225,7 +228,8 @@ def prepare(settings: PrepareSettings) -> list[str]:
     found = held_out.candidates(
         settings.text_dir, settings.eval_text, vocab, settings.allow_missing_parts
     )
-    Vocabulary.load(vocab, settings.text.lower_case)  # before any work, as it may be wrong
+    # before any work, as it may be wrong
+    vocabulary = Vocabulary.load(vocab, settings.text.lower_case)
     training = held_out.training_texts(found, settings.eval_text, read_notes(files), settings.jobs)
     if training.left_out:
         print(f"Left out of the training text: {listed(training.left_out, 10)}", file=sys.stderr)
@@ -250,30 +254,34 @@ def prepare(settings: PrepareSettings) -> list[str]:
     missing = {text: output for text, output in tasks.items() if not output.is_file()}
     without = {text.path: text.without for text in training.texts}
     _create_all(missing, without, settings)
-    messages.append(f"examples: {len(missing)} files made, {len(tasks) - len(missing)} there")
-    _tell_figures("the training text", inputs)
-    _tell_figures("the evaluation text", [files.eval_examples])
+    messages.append(
+        f"examples: {counted(len(missing), 'file')} made, {len(tasks) - len(missing)} there"
+    )
+    _tell_figures("the training text", inputs, str(vocabulary))
+    _tell_figures("the evaluation text", [files.eval_examples], str(vocabulary))
     picked = files.picked(settings.num_eval_examples)
     if not picked.is_file():
         pick_file(files.eval_examples, picked, settings.num_eval_examples, "--num_eval_examples")
     made, there = shard(inputs, files.shards, settings.num_shards, "--shards")
     messages.append(f"shards: {made} made, {there} there")
     kept = sum(shard_sizes(sum(shard_rows(path) for path in inputs), settings.num_shards))
-    messages.append(f"{kept} training examples in {settings.num_shards} shards")
-    messages.append(f"{settings.num_eval_examples} evaluation examples: {picked}")
+    messages.append(
+        f"{counted(kept, 'training example')} in {counted(settings.num_shards, 'shard')}"
+    )
+    messages.append(f"{counted(settings.num_eval_examples, 'evaluation example')}: {picked}")
     write_whole(settings.output_dir / "vocab.txt", read_bytes(settings.text.vocab))
     write_whole(files.finished, json.dumps({"training_examples": kept}) + "\n")
     shutil.rmtree(files.work)
     return messages
 
 
-def _tell_figures(what: str, outputs: Sequence[Path]) -> None:
+def _tell_figures(what: str, outputs: Sequence[Path], vocabulary: str) -> None:
     """Print the figures that `create_file` kept."""
     kept = [path for path in map(figures_of, outputs) if path.is_file()]
     figures = [TextStatistics(**json.loads(path.read_text(encoding="utf-8"))) for path in kept]
     if len(figures) < len(outputs):  # made by a version that kept none
-        what += f" ({len(figures)} of {len(outputs)} files)"
-    text_statistics.tell(what, sum(figures, TextStatistics()))
+        what += f" ({len(figures)} of {counted(len(outputs), 'file')})"
+    text_statistics.tell(what, sum(figures, TextStatistics()), vocabulary=vocabulary)
 
 
 def _manifest(settings: PrepareSettings, training: held_out.TrainingTexts) -> dict:

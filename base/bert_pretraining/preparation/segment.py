@@ -22,7 +22,9 @@ from bert_pretraining.preparation import documents, text_files, text_statistics
 from bert_pretraining.preparation.held_out import document_digest, repeated
 from bert_pretraining.preparation.sentences import sentences
 from bert_pretraining.preparation.text_statistics import TextStatistics
+from bert_pretraining.runtime.file_kind import shown
 from bert_pretraining.runtime.files import real, whole_folder
+from bert_pretraining.runtime.words import counted, plural
 
 PART_BYTES = 32 << 20  # of the parts that files of one document each are gathered into
 FEW_SENTENCES = 6  # of a document, where each paragraph is taken for one
@@ -113,11 +115,12 @@ def segment(
 def describe(report: SegmentReport) -> str:
     """The lines that `data segment` prints."""
     lines = [
-        f"Made {report.output_dir}: {report.train_articles} articles in {report.num_parts} parts "
-        f"to train on, {report.eval_articles} in eval.txt, {report.sentences} sentences in all"
+        f"Made {report.output_dir}: {counted(report.train_articles, 'article')} in "
+        f"{counted(report.num_parts, 'part')} to train on, {report.eval_articles:,} in eval.txt, "
+        f"{counted(report.sentences, 'sentence')} in all"
     ]
     if report.without_text:
-        lines.append(f"Left out {report.without_text} articles without text")
+        lines.append(f"Left out {counted(report.without_text, 'article')} without text")
     return "\n".join(lines)
 
 
@@ -153,7 +156,7 @@ def _require_different(paths: Sequence[Path]) -> None:
 def _tell_guess(forms: dict[Path, str]) -> None:
     counts = Counter(forms.values())
     guessed = ", ".join(
-        f"{form} ({text_statistics.counted(count, 'file')})" for form, count in counts.most_common()
+        f"{form} ({counted(count, 'file')})" for form, count in counts.most_common()
     )
     print(
         f"Documents: {guessed}, guessed by the files; --documents says otherwise", file=sys.stderr
@@ -174,6 +177,34 @@ def _groups(paths: Sequence[Path], forms: dict[Path, str]) -> list[list[Path]]:
         if forms[path] == "file":
             size += path.stat().st_size
     return groups
+
+
+def _too_few(paths: Sequence[Path], there: str, wanted: int, num_groups: int) -> UserError:
+    """The error for files with fewer documents than are wanted of them for evaluation."""
+    share = f": each of {num_groups:,} inputs gives its share" if num_groups > 1 else " alone"
+    return UserError(
+        f"{_name(paths, num_groups)}: {there}, but {wanted:,} "
+        f"{plural(wanted, 'is')} wanted for evaluation{share}",
+        "give more text, or a smaller --num_eval_articles",
+    )
+
+
+def _none_left(paths: Sequence[Path], there: str, wanted: int, num_groups: int) -> UserError:
+    """The error for files whose documents are all for evaluation, or without text."""
+    taken = f", and {wanted:,} {plural(wanted, 'is')} wanted for evaluation" if wanted else ""
+    return UserError(
+        f"{_name(paths, num_groups)}: {there}{taken}, so that none is left to train on",
+        "give more text, or a smaller --num_eval_articles or --num_parts",
+    )
+
+
+def _name(paths: Sequence[Path], num_groups: int) -> str:
+    """What a message calls files: one by itself, all by their folder, some by the outer two."""
+    if len(paths) == 1:
+        return shown(paths[0])
+    if num_groups == 1:
+        return shown(os.path.commonpath([path.parent for path in paths]) or "--input")
+    return f"{shown(paths[0])} to {shown(paths[-1])}"
 
 
 class _Writer:
@@ -213,17 +244,14 @@ class _Writer:
     ) -> None:
         every = [article for path in paths for article in self._articles(path)]
         kept = [article for article in every if article]
+        there = counted(len(kept), "document") + " with text" * (len(kept) < len(every))
         self.without_text += len(every) - len(kept)
         self.num_sentences += sum(len(article) for article in kept)
         before, behind = (
             count * self.num_eval_articles // num_groups for count in (number, number + 1)
         )
         if behind - before > len(kept):
-            raise UserError(
-                f"{paths[0]}: {len(kept)} articles with text, {behind - before} of them wanted "
-                "for evaluation",
-                "give longer files, or a smaller --num_eval_articles",
-            )
+            raise _too_few(paths, there, behind - before, num_groups)
         # There is one more piece than articles: the empty one behind the last blank line.
         chosen = eval_choice(len(kept) + 1, behind - before, self.seed + number * _FILE_SEED_STEP)
         part = number * self.num_parts // num_groups
@@ -236,10 +264,7 @@ class _Writer:
                 self._count("evaluation" if held_out else "training", article, text)
         self.trained[part] += len(kept) - len(chosen - {len(kept)})
         if not self.trained[part] and (number + 1) * self.num_parts // num_groups != part:
-            raise UserError(
-                f"{paths[0]}: no article is left for {name}",
-                "give longer files, or a smaller --num_eval_articles or --num_parts",
-            )
+            raise _none_left(paths, there, behind - before, num_groups)
 
     def _articles(self, path: Path) -> Iterator[list[str]]:
         """The sentences of each article of a file."""
@@ -259,14 +284,14 @@ class _Writer:
 
     def tell(self, guessed: bool) -> None:
         """Print the figures and what is wrong with them on stderr."""
-        for which, counted in self.statistics.items():
-            if not counted.documents:
+        for which, counts in self.statistics.items():
+            if not counts.documents:
                 continue
             # Each article was counted as a corpus of its own.
-            lone = int(counted.documents == 1 and which == "training")
+            lone = int(counts.documents == 1 and which == "training")
             one = TextStatistics(
-                corpora=1, lone=lone, documents=counted.documents, sentences=counted.sentences,
-                tokens=counted.tokens, of_one_sentence=counted.of_one_sentence,
+                corpora=1, lone=lone, documents=counts.documents, sentences=counts.sentences,
+                tokens=counts.tokens, of_one_sentence=counts.of_one_sentence,
             )  # fmt: skip
             text_statistics.tell(f"the {which} text", one, "words")
         text_statistics.warn(
@@ -278,13 +303,13 @@ class _Writer:
         )
 
     def _of_paragraphs(self) -> list[str]:
-        counted = self.statistics["training"]
-        if not self.paragraphs_taken or counted.sentences >= FEW_SENTENCES * counted.documents:
+        counts = self.statistics["training"]
+        if not self.paragraphs_taken or counts.sentences >= FEW_SENTENCES * counts.documents:
             return []
         return [
-            f"each paragraph of {text_statistics.counted(self.paragraphs_taken, 'plain file')} "
+            f"each paragraph of {counted(self.paragraphs_taken, 'plain file')} "
             "became a document, of "
-            f"{counted.sentences / counted.documents:.1f} sentences on average. If each file is a "
+            f"{counts.sentences / counts.documents:.1f} sentences on average. If each file is a "
             "document, pass --documents file; if not, put two blank lines between documents"
         ]
 
@@ -299,7 +324,7 @@ class _Writer:
         if not copies:
             return []
         return [
-            f"{copies:,} of {len(evaluated):,} evaluation articles are training articles too, "
-            "because the text has them twice: data prepare leaves such training articles out if "
-            "they are more than 1%"
+            f"{copies:,} of {len(evaluated):,} evaluation articles {plural(copies, 'is')} in the "
+            "training text too, because the text has them twice: data prepare leaves such training "
+            "articles out if they are more than 1%"
         ]

@@ -21,6 +21,7 @@ from typing import IO
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime import file_kind
 from bert_pretraining.runtime.packages import how_to_install
+from bert_pretraining.runtime.words import plural
 
 HEAD_BYTES = 1 << 16  # enough to tell what a file is
 # Kinds of runtime/file_kind.py that may be text. What has no kind may be text in another encoding.
@@ -92,7 +93,7 @@ def folder_texts(
         found = f", only {listed(left_out)}" if left_out else ""
         raise UserError(
             f"no text files in {folder}{found}; expected part-00000-of-00500 and so on",
-            f"make them with data segment, or pass another {flag}",
+            f"make them with python -m bert_pretraining data segment, or pass another {flag}",
         )
     return FolderTexts(files, left_out)
 
@@ -143,8 +144,9 @@ def missing_parts(names: Iterable[str]) -> str | None:
         if absent:
             numbers_shown = listed([str(number) for number in absent])
             of_which = f" {beginning}*" if len(promised) > 1 else ""
+            there = total - len(absent)
             return (
-                f"{total - len(absent)} of {total} parts{of_which} are there "
+                f"{there} of {total} parts{of_which} {plural(there, 'is')} there "
                 f"(not number {numbers_shown})"
             )
     return None

@@ -8,6 +8,7 @@ documents with one sentence, and half of the next-sentence labels are 1.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from bert_pretraining.preparation.sentences import sentences
+from bert_pretraining.runtime.words import counted
 
 SAMPLED_LINES = 2000  # of a file, for what needs a look at each line
 LOOKED_AT = 4000  # characters of a line
@@ -23,11 +25,19 @@ LEAST_CAPITALS = 0.05
 MOST_OF_ONE_SENTENCE = 0.5
 MOST_TOKENS_A_SENTENCE = 80
 MOST_UNKNOWN = 0.1
+MOST_TOKENS_A_WORD = 2.5
 MOST_LINES_OF_SEVERAL = 0.3
 MOST_BROKEN_LINES = 0.3
 LABELS_ONE = (0.35, 0.7)
 FEWEST_EXAMPLES = 50  # fewer say little about the labels
 SEGMENT = "python -m bert_pretraining data segment"
+# A word is what stands between white space; in scripts that put none between words (Thai to Khmer,
+# Chinese, Japanese) and in Korean, whose words BERT's vocabularies hold in pieces, a character.
+_WITHOUT_SPACES = (
+    "\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\s{_WITHOUT_SPACES}]+")
 BLANK_LINES = "Put a blank line between documents, and none between the sentences of one"
 
 
@@ -39,6 +49,7 @@ class TextStatistics:
         corpora: texts whose documents are "random next" to each other.
         lone: corpora of one document.
         documents, sentences, tokens: word pieces, or words where no vocabulary is at hand.
+        words: words of the text, where `tokens` are word pieces.
         of_one_sentence: documents with one sentence.
         unknown: tokens that are [UNK].
         lines, lines_of_several, broken_lines: lines that were looked at; those that hold several
@@ -52,6 +63,7 @@ class TextStatistics:
     documents: int = 0
     sentences: int = 0
     tokens: int = 0
+    words: int = 0
     of_one_sentence: int = 0
     unknown: int = 0
     lines: int = 0
@@ -87,8 +99,8 @@ class TextStatistics:
             ]
         return ", ".join(parts)
 
-    def warnings(self, tokens: str = "tokens") -> list[str]:
-        """What real text never has: the cause, and what to do."""
+    def warnings(self, tokens: str = "tokens", vocabulary: str = "the vocabulary") -> list[str]:
+        """What real text never has: the cause, and what to do. vocabulary: what to call it."""
         found = [*self._of_documents(), *self._of_sentences(tokens)]
         ones = _ratio(self.random_next, self.examples)
         explained = self.lone or _ratio(self.of_one_sentence, self.documents) > MOST_OF_ONE_SENTENCE
@@ -104,7 +116,16 @@ class TextStatistics:
                 f"{_ratio(self.unknown, self.tokens):.1%} of the tokens are [UNK]: the vocabulary "
                 "is not made for this text. Pass the --vocab of its language"
             )
+        elif not self._vocabulary_fits:
+            found.append(
+                f"{_ratio(self.tokens, self.words):.1f} tokens a word: {vocabulary} does not fit "
+                "this text; is it the right vocabulary?"
+            )
         return found
+
+    @property
+    def _vocabulary_fits(self) -> bool:
+        return _ratio(self.tokens, self.words) <= MOST_TOKENS_A_WORD
 
     def _of_documents(self) -> list[str]:
         if self.lone == 1 and self.corpora == 1:
@@ -132,11 +153,16 @@ class TextStatistics:
         found = []
         several = _ratio(self.lines_of_several, self.lines)
         length = _ratio(self.tokens, self.sentences)
-        if several > MOST_LINES_OF_SEVERAL or length > MOST_TOKENS_A_SENTENCE:
+        if several > MOST_LINES_OF_SEVERAL:
             found.append(
                 f"a line has {length:.1f} {tokens} on average and {several:.0%} of the lines hold "
                 "several sentences: a paragraph a line? One sentence a line is needed: split the "
                 f"text with {SEGMENT}"
+            )
+        elif length > MOST_TOKENS_A_SENTENCE and self._vocabulary_fits:
+            found.append(
+                f"a sentence has {length:.1f} {tokens} on average, where real text has about 30: "
+                "does no full stop end its sentences? Put one sentence on each line"
             )
         if _ratio(self.broken_lines, self.lines) > MOST_BROKEN_LINES:
             found.append(
@@ -172,6 +198,11 @@ def count_examples(arrays: Mapping[str, np.ndarray]) -> TextStatistics:
     )
 
 
+def count_words(lines: Iterable[str]) -> TextStatistics:
+    """The words of a text."""
+    return TextStatistics(words=sum(len(_WORD.findall(line)) for line in lines))
+
+
 def count_lines(lines: Sequence[str]) -> TextStatistics:
     """Look at up to SAMPLED_LINES lines that are not blank, spread evenly over a text."""
     looked_at = several = broken = capital = 0
@@ -189,15 +220,15 @@ def count_lines(lines: Sequence[str]) -> TextStatistics:
     )
 
 
-def counted(number: int, what: str) -> str:
-    """A number with the thing that it counts: 1 document, 1,234 documents."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def tell(what: str, statistics: TextStatistics, tokens: str = "tokens") -> None:
-    """Print the figures and the warnings on stderr."""
+def tell(
+    what: str,
+    statistics: TextStatistics,
+    tokens: str = "tokens",
+    vocabulary: str = "the vocabulary",
+) -> None:
+    """Print the figures and the warnings on stderr. vocabulary: what to call it."""
     print(f"Summary of {what}: {statistics.describe(tokens)}", file=sys.stderr)
-    warn(f"{what}: {warning}" for warning in statistics.warnings(tokens))
+    warn(f"{what}: {warning}" for warning in statistics.warnings(tokens, vocabulary))
 
 
 def warn(warnings: Iterable[str]) -> None:

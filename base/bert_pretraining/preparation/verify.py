@@ -9,7 +9,6 @@ a thousand.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,14 +18,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bert_pretraining.data import inputs
-from bert_pretraining.data.shard_names import NoShardsError, broken_shards, shard_folder, some
+from bert_pretraining.data import inputs, shard_index
+from bert_pretraining.data.shard_names import (
+    INDEX_NAME,
+    NoShardsError,
+    broken_shards,
+    shard_folder,
+    some,
+)
+from bert_pretraining.errors import UserError
+from bert_pretraining.model.bert_config import BERT_CONFIG_NAME, BertConfig
 from bert_pretraining.preparation import verify_report as report
 from bert_pretraining.preparation.verify_content import check_content
 from bert_pretraining.preparation.verify_file import Task, check_file
 from bert_pretraining.preparation.verify_report import FIX, CheckResults, FileSummary, VerifyReport
 from bert_pretraining.runtime.file_kind import cannot_read, shown
 from bert_pretraining.runtime.files import require_directory
+from bert_pretraining.runtime.words import counted
 
 
 def verify(directory: Path, jobs: int = 1, pattern: str | None = None) -> VerifyReport:
@@ -41,7 +49,7 @@ def verify(directory: Path, jobs: int = 1, pattern: str | None = None) -> Verify
     require_directory(directory, "data set", "name the directory that holds the data set")
     results = CheckResults(not_checked=list(report.NEVER_CHECKED))
     names = _find_files(directory, results, pattern)
-    vocab_size, max_positions = _read_config(directory / "bert_config.json", results)
+    vocab_size, max_positions = _read_config(directory / BERT_CONFIG_NAME, results)
     known = np.empty(0, np.uint64)
     checked: dict[str, list[FileSummary]] = {}
     roles = {name: "evaluation" if _is_eval(name) else "training" for name in names}
@@ -63,6 +71,7 @@ def verify(directory: Path, jobs: int = 1, pattern: str | None = None) -> Verify
         ]
         files = _check_files(name, tasks, jobs, results)
         checked[name] = files
+        _compare_index(directory / name, files, results)
         report.compare_files(name, files, results)
         check_content(name, files, results)
         report.check_duplicates(name, files, results)
@@ -124,7 +133,7 @@ def _find_files(
             fix = "rename them, or pass --shard_pattern GLOB; delete what is unfinished"
             results.problem("shards of other names", f"{line}; {fix}")
         elif unread:
-            line = f"{path.name}: {len(unread)} files that training does not read"
+            line = f"{path.name}: {counted(len(unread), 'file')} that training does not read"
             results.notes.append(line)
     if not found:
         fix = "name the directory that holds 2048_shards_uncompressed/"
@@ -139,20 +148,23 @@ def _find_files(
 
 
 def _read_config(path: Path, results: CheckResults) -> tuple[int | None, int | None]:
-    """vocab_size and max_position_embeddings; None where the file does not say."""
+    """vocab_size and max_position_embeddings; None where a launch would refuse the file."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        values = [config[key] for key in ("vocab_size", "max_position_embeddings")]
-        if all(type(value) is int and value > 0 for value in values):
-            return values[0], values[1]
-        fault = f"vocab_size and max_position_embeddings are {values}, not two sizes"
-    except OSError as error:
-        fault = f"cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f"no JSON object with vocab_size and max_position_embeddings ({error!r})"
-    results.problem("bert_config.json", f"{path.name}: {fault}; take the data set's own")
+        config = BertConfig.load(path)  # as a launch does
+        return config.vocab_size, config.max_position_embeddings
+    except UserError as error:
+        results.problem(path.name, str(error).replace(shown(path), path.name))
     results.not_checked.append("vocabulary: whether token ids are in it; bert_config.json fails")
     return None, None
+
+
+def _compare_index(folder: Path, files: Sequence[FileSummary], results: CheckResults) -> None:
+    """Report an index by which a run would expect other numbers of sequences than there are."""
+    counts = {file.name.partition("/")[2]: file.num_sequences for file in files if file.readable}
+    wrong = shard_index.contradictions(folder, counts)
+    if wrong:
+        line = f"{folder.name}/{INDEX_NAME} says other numbers of sequences than {some(wrong)} have"
+        results.problem("index", f"{line}; delete it, and a run makes it again")
 
 
 def _check_files(
@@ -171,6 +183,7 @@ def _check_files(
                 for kind, line in summary.problems:
                     results.problem(kind, line)
         except BrokenProcessPool:
-            line = f"{name}: a process died, {len(tasks) - len(summaries)} files not checked"
+            unchecked = counted(len(tasks) - len(summaries), "file")
+            line = f"{name}: a process died, {unchecked} not checked"
             results.problem("process died", f"{line}; run again with fewer --jobs")
     return summaries

@@ -19,10 +19,13 @@ from bert_pretraining.data.shard_layout import (
     read_padded,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.bert_config import BERT_CONFIG_NAME
 from bert_pretraining.preparation import verify_report as report
 from bert_pretraining.preparation.verify_report import FIX, FileSummary
 from bert_pretraining.runtime.file_kind import shown
+from bert_pretraining.runtime.words import SINGULAR, counted
 
+FIT_CONFIG = "use data and a bert_config.json that fit together"
 BLOCK_ROWS = 2048  # a block's arrays stay in the processor's cache
 
 
@@ -83,10 +86,12 @@ def check_file(task: Task) -> FileSummary:
         return summary
     faults = _Faults()
     _summarize(summary, arrays, task, faults)
-    summary.problems += [
-        (fault, f"{task.name}: {count} sequences {fault} (the first: row {first}); {FIX}")
-        for fault, (count, first) in faults.items()
-    ]
+    for fault, (count, first) in faults.items():
+        verb, _, rest = fault.partition(" ")
+        words = f"{SINGULAR[verb] if count == 1 else verb} {rest}"
+        fix = FIT_CONFIG if BERT_CONFIG_NAME in fault else FIX
+        line = f"{task.name}: {counted(count, 'sequence')} {words} (the first: row {first}); {fix}"
+        summary.problems.append((fault, line))
     return summary
 
 
@@ -239,11 +244,11 @@ def _check_block(
 
     if task.vocab_size is not None:
         for what, values, run_ends in (("token", ids, ends), ("label", labels, mask_ends)):
-            fault = f"have a {what} outside the vocabulary of bert_config.json"
+            fault = f"have a {what} outside the vocabulary of {BERT_CONFIG_NAME}"
             add(fault, (values < 0) | (values >= task.vocab_size), run_ends)
     if task.max_positions is not None:
         longer = block.lengths > task.max_positions
-        faults.add("are longer than max_position_embeddings of bert_config.json", rows[longer])
+        faults.add(f"are longer than max_position_embeddings of {BERT_CONFIG_NAME}", rows[longer])
     cls, sep = special_tokens
     faults.add(f"do not begin with token {cls}, as most do", rows[ids[ends - block.lengths] != cls])
     faults.add(f"do not end with token {sep}, as most do", rows[ids[ends - 1] != sep])

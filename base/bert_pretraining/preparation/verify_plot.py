@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.preparation.verify_report import VerifyReport
+from bert_pretraining.runtime import packages
 from bert_pretraining.runtime.file_kind import cannot_write
 from bert_pretraining.runtime.files import write_whole
 
@@ -42,7 +43,8 @@ def _figure() -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "the plot needs matplotlib", "install it: python -m pip install matplotlib"
+            "the plot needs matplotlib",
+            f"install it: {packages.how_to_install(['matplotlib'])}",
         ) from error
     return Figure(figsize=(8, 4.5), layout="constrained")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_pretraining.data.shard_names import NAME_PATTERN, missing_shards, some
+from bert_pretraining.runtime.words import counted, plural
 
 PUBLISHED_VOCAB_SIZE = 30522
 PUBLISHED_COUNTS = (2048, 4320)
@@ -96,8 +97,8 @@ class SetSummary:
     def describe(self) -> str:
         length = self.max_seq_length
         return (
-            f"  {self.name} ({self.role}): {self.files} files, {self.sequences} sequences, mean "
-            f"length {self.mean_length:.1f}, "
+            f"  {self.name} ({self.role}): {counted(self.files, 'file')}, "
+            f"{counted(self.sequences, 'sequence')}, mean length {self.mean_length:.1f}, "
             + ("variable length" if length is None else f"padded to {length}")
         )
 
@@ -149,11 +150,13 @@ class VerifyReport:
     def describe(self) -> str:
         """At most 40 lines: the result, counts, the first problems of each kind, notes."""
         count = len(self.problems)
-        verdict = "good" if self.ok else f"NOT good: {count} problem{'s' * (count > 1)}"
+        verdict = "good" if self.ok else f"NOT good: {counted(count, 'problem')}"
         lines = [f"{self.directory}: {verdict}"]
         lines += _first([part.describe() for part in self.sets], SHOWN_SETS)
         if self.eval_md5:
-            lines.append(f"  evaluation fingerprint: {self.eval_md5}, {self.eval_sequences} rows")
+            lines.append(
+                f"  evaluation fingerprint: {self.eval_md5}, {counted(self.eval_sequences, 'row')}"
+            )
         if self.published[0]:
             lines.append(f"  published md5s: {self.published[1]} of {self.published[0]} match")
         for title, items, limit in (
@@ -306,11 +309,12 @@ def check_overlap(
         return
     wanted = np.concatenate([file.text_hashes for file in evaluation])
     found = np.isin(wanted, np.concatenate([file.text_hashes for file in shared]))
+    count = int(found.sum())
     line = (
-        f"{evaluation[0].name}: {_share(int(found.sum()), len(found))} sequences are in training "
-        f"too, the first in {shared[0].name}"
+        f"{evaluation[0].name}: {_share(count, len(found))} sequences {plural(count, 'is')} in "
+        f"training too, the first in {shared[0].name}"
     )
-    if found.sum() > TOLERATED_SHARE * len(found):
+    if count > TOLERATED_SHARE * len(found):
         results.problem("evaluation in training", f"{line}; take them out of training")
     else:
         results.notes.append(line)
@@ -349,7 +353,9 @@ def list_unread(files: Sequence[FileSummary], results: CheckResults) -> None:
     """Count the files whose content could not be checked."""
     unread = sum(not file.readable for file in files)
     if unread:
-        results.not_checked.append(f"content of {unread} files that could not be read (above)")
+        results.not_checked.append(
+            f"content of {counted(unread, 'file')} that could not be read (above)"
+        )
 
 
 def check_published(
