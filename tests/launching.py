@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers import ROOT
 
-TIMEOUT = 120.0  # seconds; on an idle machine every wait takes a few
+TIMEOUT = 300.0  # seconds; on an idle machine every wait takes a few
 
 # Every Python reads sitecustomize at its start: a rank's trainer becomes the test's program.
 _REPLACE_TRAINER = """

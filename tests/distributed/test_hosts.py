@@ -20,6 +20,7 @@ def checkpoint(output_dir: Path) -> Path:
     return next(output_dir.glob("run-*/model.ckpt-5.pt"))
 
 
+@pytest.mark.slow
 def test_two_hosts_train_to_the_same_weights_as_one(mini_data: Path, tmp_path: Path) -> None:
     # The order of sums inside a rank depends on its number of threads.
     flags = [*SHORT, "--data_dir", mini_data, "--bind", "none", "--output_dir"]
@@ -39,6 +40,7 @@ def test_two_hosts_train_to_the_same_weights_as_one(mini_data: Path, tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_killed_on_another_host(mini_data: Path, tmp_path: Path) -> None:
     with hosts.Hosts(2) as both:
         first, second = both.launch_all(

@@ -12,14 +12,7 @@ import pytest
 
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_USAGE
 from bert_pretraining.launch.port import free_port
-from bert_pretraining.launch.rendezvous import (
-    FINISHED_HEARTBEAT,
-    LONGEST_SILENCE,
-    Heartbeats,
-    MachineReport,
-    Rendezvous,
-    RendezvousSettings,
-)
+from bert_pretraining.launch.rendezvous import Rendezvous, RendezvousSettings
 from launching import Launch, assert_gone, end_all, wait_until
 
 
@@ -75,27 +68,6 @@ def test_both_machines_restart(mini_data: Path, tmp_path: Path) -> None:
         assert "Restart 1 of 1" in errors
 
 
-def test_which_end_came_first() -> None:
-    killed = MachineReport(False, 20.0, 1, "rank 9 was killed")
-    lost = MachineReport(True, 10.0, 0, "connection closed")
-    assert min([lost, killed]) is killed, "clocks differ, and a loss may be a consequence"
-
-
-def test_machines_without_a_new_heartbeat_are_silent() -> None:
-    heartbeats = Heartbeats()
-    assert heartbeats.silent(LONGEST_SILENCE, 1e8) == [], "no contact yet"
-    heartbeats.read(2, b"1", 90.0)
-    heartbeats.read(0, b"1", 90.0)
-    heartbeats.read(2, b"1", 100.0)  # the same heartbeat is no news
-    heartbeats.read(0, b"2", 100.0)
-    heartbeats.round_ended(100.0)
-    assert heartbeats.silent(LONGEST_SILENCE, 100.0 + LONGEST_SILENCE / 2 - 1) == []
-    assert heartbeats.silent(LONGEST_SILENCE, 90.5 + LONGEST_SILENCE) == [2]
-    assert heartbeats.silent(LONGEST_SILENCE, 100.5 + LONGEST_SILENCE) == [0], "it has the store"
-    heartbeats.read(2, FINISHED_HEARTBEAT, 90.0)
-    assert heartbeats.silent(LONGEST_SILENCE, 90.5 + LONGEST_SILENCE) == []
-
-
 def test_no_machine_is_lost_before_the_first_contact() -> None:
     rendezvous = Rendezvous(RendezvousSettings("127.0.0.1", 1, 1, 3, 0, timeout=1e9), {})
     assert rendezvous.fault(1e8) is None
@@ -114,4 +86,4 @@ def test_a_second_launcher_of_one_machine_leaves_the_job_alone() -> None:
     assert again.fault(now).exit_code == EXIT_USAGE
     assert "is --node_rank 0 of the job at 127.0.0.1" in again.fault(now).message
     assert here.fault(now) is None
-    here.close(finished=False)
+    here.close()

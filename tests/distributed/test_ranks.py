@@ -145,39 +145,52 @@ def test_bad_data_ends_all_ranks_with_one_line(
     assert done.returncode == 2, done.stderr
     (line,) = error_lines(done.stderr)
     assert line.startswith("Error: ")
-    logs = [path.read_text() for path in (tmp_path / "out").glob("run-*/mllog.txt")]
-    # Before the clock starts, nothing stays of the run.
-    assert len(logs) == (0 if fault is damaged_shard else 1)
-    assert all('"status": "aborted"' in log or "run_start" not in log for log in logs)
+    assert list((tmp_path / "out").glob("run-*")) == [], "nothing stays of a refused run"
 
 
-def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
+def test_what_differs_between_ranks_is_named(tmp_path: Path) -> None:
+    """Settings and weights; and what else ranks find out, by real messages."""
     program = tmp_path / "ranks.py"
     program.write_text(
-        "import sys\n"
+        "import os, sys\n"
         "import torch\n"
-        "from bert_pretraining.runtime import process_group\n"
+        "from bert_pretraining.errors import UserError\n"
+        "from bert_pretraining.runtime import agreement, process_group, replicas\n"
+        "rank = int(os.environ['RANK'])\n"
+        "try:\n"
+        "    process_group.start('cpu', 'gloo', {'seed': rank // 2})\n"
+        "except UserError as error:\n"
+        "    found = [str(error).split(' (')[0]]\n"
         "ranks = process_group.start('cpu', 'gloo')\n"
+        "cpu = ranks.device\n"
         "named = {'same': torch.ones(5), 'moved': torch.arange(7.0)}\n"
         "named['half'] = torch.ones(3).half()\n"
-        "same = process_group.differing_replica(named)\n"
-        "if ranks.rank == 1:\n"
+        "found += [replicas.differing_replica(named)]\n"
+        "if rank == 1:\n"
         "    named['moved'] = named['moved'].flip(0)  # the same numbers in other places\n"
         "    named['half'][1] = 2.0\n"
-        "line = f'{ranks.rank} {same} {process_group.differing_replica(named)}\\n'\n"
-        "sys.stdout.write(line)\n"
+        "found += [replicas.differing_replica(named)]\n"
+        "found += [process_group.total([rank, 0.5], cpu), process_group.largest([rank], cpu)]\n"
+        "found += [process_group.smallest([rank], cpu)]\n"
+        "found += [agreement.median([4.0, 1.5, 2.5][rank], cpu)]\n"
+        "found += [agreement.first_said([None, 'one', 'two'][rank], cpu)]\n"
+        "found += [agreement.distinct([['a'], ['b', 'a'], []][rank], cpu)]\n"
+        "gathered = process_group.gather_to_main(rank)\n"
+        "assert gathered == ([0, 1, 2] if rank == 0 else None)\n"
+        "sys.stdout.write(repr(found) + '\\n')\n"
         "process_group.stop()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3",
          str(program)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "base")}, capture_output=True, text=True,
         timeout=120, check=True,
     )  # fmt: skip
-    assert sorted(done.stdout.split("\n"))[1:] == [
-        "0 None moved on rank 1",
-        "1 None moved on rank 1",
-    ]
+    expected = [
+        "--seed is 0 on rank 0", None, "moved on rank 1", [3.0, 1.5], [2.0], [0.0], 2.5, "one",
+        ["a", "b"],
+    ]  # fmt: skip
+    assert done.stdout.splitlines() == [repr(expected)] * 3
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -59,6 +59,7 @@ def test_the_first_failure_ends_all_and_is_shown_last(mini_data: Path, tmp_path:
     assert_gone(launch.wait_for("rank0", "rank1", "child0", "child1"))
 
 
+@pytest.mark.slow
 def test_a_rank_killed_at_any_moment(mini_data: Path, tmp_path: Path) -> None:
     launch = Launch(tmp_path, mini_data, STUBBORN + FOREVER, ranks=3)
     pids = launch.wait_for("rank0", "rank1", "rank2")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import time
 from pathlib import Path
 
 import pytest
 
-from bert_pretraining.launch.hang import both
+from bert_pretraining.launch.hang import LONGEST_PAUSE, HangDetector, both
 from bert_pretraining.launch.hang_verdict import (
     WAITING_FILE,
     WAITING_FUNCTIONS,
     RankView,
     judge,
 )
+from bert_pretraining.launch.processes import RankProcesses
 from bert_pretraining.launch.result import explain
 from bert_pretraining.runtime import rank_reports
 from helpers import ROOT
@@ -208,3 +210,20 @@ def test_a_heartbeat_tells_the_updates(tmp_path: Path, monkeypatch: pytest.Monke
     last = rank_reports.read_heartbeats(tmp_path)[3]
     assert (first.updates, last.updates) == (0, 2)
     assert last.time >= first.time
+
+
+def test_a_launcher_that_stood_still_says_so_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other machines have given it up, and what it sees of them is a consequence."""
+    detector = HangDetector(RankProcesses(tmp_path), 600.0, True, several_machines=True)
+    now = time.monotonic()
+    detector.look_at_the_clock(now + LONGEST_PAUSE - 1)
+    assert capsys.readouterr().err == ""
+    detector.look_at_the_clock(now + LONGEST_PAUSE - 1 + 30)
+    assert " stood still for 30 s: it was stopped (SIGSTOP" in capsys.readouterr().err
+    detector.check(now + LONGEST_PAUSE + 29)
+    assert capsys.readouterr().err == "", "once"
+    crowded = HangDetector(RankProcesses(tmp_path), 600.0, True, False, "100 ranks compute on 2")
+    crowded.look_at_the_clock(now + 1000.0)
+    assert capsys.readouterr().err.endswith("or memory for it (100 ranks compute on 2)\n")

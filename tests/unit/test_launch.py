@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining import config, launch
+from bert_pretraining import config, launch, topology
 from bert_pretraining.commands import submission
 from bert_pretraining.doctor import run
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import LaunchFlags, checks, network
 from bert_pretraining.launch.port import port_holder
 from bert_pretraining.launch.result import explain
+from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import rank_reports
+from helpers import in_process
 
 FLAGS = LaunchFlags()
 
@@ -181,8 +184,75 @@ def test_a_busy_port_is_a_user_error_that_names_the_holder() -> None:
         with pytest.raises(UserError, match=f"--master_port {port} cannot be used .*{held}"):
             launch.run(plan("mini", "CPUx1x2", master_port=port))
     assert port_holder(port) is None
-    with pytest.raises(UserError, match="--master_port 99999 cannot be used"):
-        launch.run(plan("mini", "CPUx1x2", master_port=99999))
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+@pytest.mark.parametrize("port", ["99999", "-3", "abc"])
+def test_a_wrong_port_is_refused_also_by_a_dry_run(
+    tmp_path: Path, port: str, more: list[str]
+) -> None:
+    words = ["launch", "--name", "mini", "--config", "CPUx1x2", f"--master_port={port}"]
+    done = in_process(*words, *more, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"Error: argument --master_port: {port} is no port, 1 to 65535; see "
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+@pytest.mark.parametrize(
+    ("port", "words"),
+    [("99999", "MASTER_PORT=99999 is no port, 1 to 65535"), ("abc", "'abc' is not a whole number")],
+)
+def test_a_wrong_port_of_another_launcher_is_refused_also_by_a_dry_run(
+    tmp_path: Path, port: str, words: str, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**variables, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--name", "mini", "--config", "CPUx1x2", "--data_dir", "x", *more]
+    done = in_process("launch", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_shows_the_port_of_another_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**variables, "MASTER_PORT": "29517"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--name", "mini", "--config", "CPUx1x2", "--data_dir", "x", "--dry_run"]
+    assert "MASTER_PORT=29517" in in_process("launch", *flags, cwd=tmp_path).stdout
+
+
+def test_far_too_many_ranks_for_the_cpus_get_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = (topology.Core((0,), 0), topology.Core((1,), 0))
+    machine = topology.Machine(cores, (topology.Node(0, True, {}),))
+    monkeypatch.setattr(topology, "read_machine", lambda *_: machine)
+    flags = ("--name", "mini", "--config", "GPUx1x1", "--data_dir", tmp_path, "--dry_run")
+
+    def notices(*more: object) -> list[str]:
+        done = in_process("launch", *flags, *more, cwd=tmp_path)
+        assert done.returncode == 0
+        return [line for line in done.stderr.splitlines() if " ranks compute on " in line]
+
+    (told,) = notices("--nproc_per_node", 9, "--device", "cpu")
+    assert told == (
+        f"Notice: 9 ranks compute on the 2 CPUs of {os.uname().nodename}: they will be very slow, "
+        "and each takes memory of its own; pass --nproc_per_node 2 to train, or at most 8 to try "
+        "things"
+    )
+    assert notices("--nproc_per_node", 8, "--device", "cpu") == []
+    monkeypatch.setattr(devices, "seen", lambda: None)
+    assert notices("--nproc_per_node", 9, "--device", "auto") == [told]
+    monkeypatch.setattr(devices, "seen", lambda: "cuda")
+    assert notices("--nproc_per_node", 9, "--device", "auto") == []
+    half = dataclasses.replace(machine, cpu_quota=0.5)
+    monkeypatch.setattr(topology, "read_machine", lambda *_: half)
+    (told,) = notices("--nproc_per_node", 3, "--device", "cpu")
+    assert "on the 0.5 CPUs" in told and "--nproc_per_node 1 to train, or at most 2 to" in told
 
 
 def test_too_few_gpus_is_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +11,10 @@ from collections.abc import Callable, Mapping
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import network
 from bert_pretraining.launch.plan import INTERFACE_VARIABLE, Plan
+from bert_pretraining.runtime import packages
 from bert_pretraining.runtime.rank_variables import text
+
+MOST_RANKS_OF_A_CPU = 4  # more of them get a notice: such runs are to try things, and not to train
 
 
 def check_address(plan: Plan) -> None:
@@ -92,6 +96,66 @@ def check_gpus(plan: Plan) -> None:
             f"{settings.gradient_accumulation_steps * -(-wanted // found)} to keep the global "
             "batch size, or --device cpu",
         )
+
+
+def connections(machines: int, ranks: int) -> int:
+    """Most connections at once at machine 0's store, with some files and sockets to spare.
+
+    One for each rank while it trains, and one more when it has finished; one for each launcher, and
+    one for each machine's torchrun agent.
+    """
+    return 2 * ranks + 2 * machines + 256
+
+
+def allow_connections(machines: int, ranks: int) -> None:
+    """Raise this process's limit of open files as far as machine 0's store needs it.
+
+    Prints a notice if the system does not allow so many; the launch goes on with what it has.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections(machines, ranks)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    except (ValueError, OSError):  # macOS: an endless limit of the process, and one of the kernel
+        allowed = soft
+    if allowed < needed:
+        print(
+            f"Notice: this machine, {os.uname().nodename}, allows a process {allowed} open files, "
+            f"and the store for {ranks} ranks on {machines} machines may need {needed}; raise "
+            "nofile in limits.conf (on macOS: kern.maxfilesperproc)",
+            file=sys.stderr,
+        )
+
+
+def crowding(plan: Plan) -> str | None:
+    """ "100 ranks compute on the 2 CPUs of HOST", where that is far too many; else None.
+
+    None also where PyTorch, which knows whether there is an accelerator, is not installed.
+    """
+    settings = plan.resolved.config
+    ranks = settings.nproc_per_node
+    if ranks <= MOST_RANKS_OF_A_CPU * plan.cpus or settings.device not in ("auto", "cpu"):
+        return None
+    knows = settings.device == "cpu" or packages.folder_of("torch") is not None
+    if not knows or not computes_on_cpu(plan):
+        return None
+    cpus = "CPU" if plan.cpus == 1 else f"{plan.cpus:g} CPUs"
+    return f"{ranks} ranks compute on the {cpus} of {os.uname().nodename}"
+
+
+def crowding_notice(plan: Plan) -> str | None:
+    """What the user should know before far too many ranks start; None if they are not."""
+    crowded = crowding(plan)
+    if crowded is None:
+        return None
+    most = max(1, int(MOST_RANKS_OF_A_CPU * plan.cpus))
+    return (
+        f"{crowded}: they will be very slow, and each takes memory of its own; pass "
+        f"--nproc_per_node {max(1, int(plan.cpus))} to train, or at most {most} to try things"
+    )
 
 
 def computes_on_cpu(plan: Plan) -> bool:

@@ -15,6 +15,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.runtime import torch_variables
 from bert_pretraining.runtime.rank_variables import check_below, port, text, whole_number
+from bert_pretraining.runtime.words import counted
 
 # Launcher -> its variables for rank, ranks, rank on its machine, ranks on its machine.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -248,8 +249,8 @@ def check_size(started: ExternalRank, nnodes: int, nproc_per_node: int) -> None:
     launcher, here = started.launcher, started.local_world_size
     if (started.world_size, here) != (nnodes * nproc_per_node, nproc_per_node):
         raise UserError(
-            f"{launcher} has started {started.world_size} ranks, {here} of them on this machine, "
-            f"but the configuration wants {nnodes} x {nproc_per_node}",
+            f"{launcher} has started {counted(started.world_size, 'rank')}, {here} of them on "
+            f"this machine, but the configuration wants {nnodes} x {nproc_per_node}",
             f"start as many, or pass --nnodes {-(-started.world_size // here)} "
             f"--nproc_per_node {here}",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import time
 
 from bert_pretraining.errors import EXIT_CRASH
@@ -23,15 +25,21 @@ class HangDetector:
     """Remembers when each rank last made progress."""
 
     def __init__(
-        self, ranks: RankProcesses, timeout: float, on_cpu: bool, several_machines: bool
+        self,
+        ranks: RankProcesses,
+        timeout: float,
+        on_cpu: bool,
+        several_machines: bool,
+        crowding: str | None = None,
     ) -> None:
         """timeout: seconds without progress that count as a hang; 0: never.
 
-        on_cpu: whether the ranks compute on the CPU.
+        on_cpu: whether the ranks compute on the CPU. crowding: what to say of too many of them.
         """
         self._ranks = ranks
         self._timeout = timeout
         self._on_cpu, self._several_machines = on_cpu, several_machines
+        self._crowding = crowding
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> heartbeat, when it was new
         self._checked = time.monotonic()
         self._found_at: float | None = None  # when a hang was found whose cause is not certain
@@ -42,9 +50,7 @@ class HangDetector:
 
         A hang is looked for from the first heartbeat of any rank on. now: monotonic seconds.
         """
-        if now - self._checked > LONGEST_PAUSE:
-            self._seen.clear()
-        self._checked = now
+        self.look_at_the_clock(now)
         unfinished = self._ranks.unfinished()
         beats = rank_reports.read_heartbeats(self._ranks.folder)
         for rank, beat in beats.items():
@@ -80,6 +86,23 @@ class HangDetector:
             self._look_at = now + SECONDS_FOR_OTHERS
             return None
         return self._describe(verdict, max(silent.values()), states, stacks)
+
+    def look_at_the_clock(self, now: float) -> None:
+        """Say so where this process itself stood still: other machines may have given it up.
+
+        now: monotonic seconds; to be called all the time.
+        """
+        pause = now - self._checked
+        self._checked = now
+        if pause > LONGEST_PAUSE:
+            self._seen.clear()
+            crowded = f" ({self._crowding})" if self._crowding else ""
+            print(
+                f"Notice: the launcher on {socket.gethostname()} stood still for {pause:.0f} s: it "
+                "was stopped (SIGSTOP, a debugger), or the machine was suspended or had no CPU or "
+                f"memory for it{crowded}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     def waited_for(self) -> dict[int, str]:
         """The ranks that hold up the others now, with the evidence; {} unless that is certain.

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bert_pretraining.runtime.words import counted
+
 # State letters of /proc/PID/stat in which a rank cannot go on.
 HELD = {
     "": "is gone",
@@ -124,7 +126,7 @@ def _described(view: RankView) -> str:
 def _behind(views: Mapping[int, RankView]) -> dict[int, str]:
     most = max(view.updates for view in views.values())
     return {
-        rank: f"is behind, with {view.updates} updates of {most}: {place(view)}"
+        rank: f"is behind, with {counted(view.updates, 'update')} of {most}: {place(view)}"
         for rank, view in views.items()
         if view.updates < most
     }

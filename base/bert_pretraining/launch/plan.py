@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from bert_pretraining import config as configuration
 from bert_pretraining import topology
@@ -18,7 +19,8 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.launch import cluster, network
 from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.launch.rank import EXIT_ZERO_FLAG, RankSetup, trainer_command
-from bert_pretraining.runtime import rank_variables
+from bert_pretraining.runtime import rank_variables, screen
+from bert_pretraining.runtime.words import counted, plural
 
 DEFAULT_PORT = 29500
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -61,6 +63,7 @@ class Plan:
     trainer_flags: list[str]
     environment: dict[str, str]
     notices: tuple[str, ...] = ()  # what the user should know before the launch
+    cpus: float = float("inf")  # that the ranks of this machine share
 
     @property
     def first_rank(self) -> int:
@@ -87,8 +90,25 @@ class Plan:
         }
 
     def table(self) -> str:
-        """The map of ranks to CPUs, as printed at the start."""
+        """The map of ranks to CPUs."""
         return topology.table(self.bindings, self.first_rank, self.binder)
+
+    def summary(self) -> str:
+        """The same in one line, for people."""
+        count = len(self.bindings)
+        threads = [binding.threads for binding in self.bindings]
+        fewest, most = min(threads), max(threads)
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        each = " each" if count > 1 else ""
+        return (
+            f"Binding: {self.binder}, {counted(count, 'rank')} of {number} "
+            f"{plural(most, 'thread')}{each} (--dry_run shows the CPUs)"
+        )
+
+    def print_bindings(self, stream: TextIO) -> None:
+        """The table where programs read the stream, one line where people do."""
+        text = self.summary() if screen.is_watched(stream) else self.table()
+        print(text, file=stream, flush=True)
 
 
 def add_launch_flags(parser: configuration.FlagParser) -> None:
@@ -101,7 +121,7 @@ def add_launch_flags(parser: configuration.FlagParser) -> None:
     add("--master_addr", metavar="ADDRESS",
         help="name or address of machine 0 (default: Slurm's first machine or the pod's "
         f"MASTER_ADDR, else {LOCAL_ADDRESS})")  # fmt: skip
-    add("--master_port", type=int, metavar="PORT",
+    add("--master_port", type=_port, metavar="PORT",
         help="TCP port on machine 0, 1 to 65535 (default: a free one; with several machines "
         f"{DEFAULT_PORT})")  # fmt: skip
     add("--bind", choices=("auto", "none", "required"), default="auto",
@@ -142,6 +162,12 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= rank_variables.HIGHEST_PORT):
+        raise argparse.ArgumentTypeError(f"{text} is no port, 1 to {rank_variables.HIGHEST_PORT}")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     if not 0 <= float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
@@ -178,6 +204,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         topology.visible_devices(os.environ),
     )
     bindings = topology.place_ranks(machine, settings.nproc_per_node, use_gpus, flags.hyper_threads)
+    num_cpus = sum(len(core.threads) for core in machine.cores)
     binder = "none" if flags.bind == "none" else "numactl"
     fault = topology.numactl_fault(bindings) if binder == "numactl" else None
     if fault:
@@ -193,6 +220,7 @@ def make_plan(resolved: Resolved, flags: LaunchFlags, arguments: list[str]) -> P
         trainer_flags=arguments,
         environment=rank_environment(settings.nnodes, flags.master_addr),
         notices=tuple(filter(None, [numactl, *cluster.notices(os.environ)])),
+        cpus=min(num_cpus, machine.cpu_quota or num_cpus),
     )
 
 
@@ -201,8 +229,8 @@ def describe(plan: Plan) -> str:
     settings, flags = plan.resolved.config, plan.flags
     port = flags.master_port or (DEFAULT_PORT if settings.nnodes > 1 else "a free port")
     lines = [
-        f"# {settings.world_size} ranks: {settings.nnodes} machines x {settings.nproc_per_node}; "
-        f"this is machine {flags.node_rank}",
+        f"# {counted(settings.world_size, 'rank')}: {counted(settings.nnodes, 'machine')} x "
+        f"{settings.nproc_per_node}; this is machine {flags.node_rank}",
         f"MASTER_ADDR={flags.master_addr} MASTER_PORT={port} WORLD_SIZE={settings.world_size}",
         *(f"{name}={value}" for name, value in plan.environment.items()),
         "",

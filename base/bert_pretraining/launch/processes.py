@@ -9,7 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_pretraining.runtime import rank_reports
+from bert_pretraining.runtime import process_stat, rank_reports
+from bert_pretraining.runtime.process_stat import PARENT, SESSION, STATE
 
 _ENDED = ("", "Z")  # no such process, or ended and not yet waited for by torchrun
 
@@ -81,10 +82,8 @@ def _state(pid: int) -> str:
 
 def _status(pid: int) -> tuple[str, int, int]:
     """(state, parent, session) from /proc/PID/stat; ("", 0, 0) if there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    found = process_stat.fields(pid)
+    if not found:
         return "", 0, 0
-    # The process name stands in parentheses and may itself contain spaces and parentheses.
-    state, parent, _, session, *_ = stat.rpartition(")")[2].split()
+    state, parent, session = (found[at] for at in (STATE, PARENT, SESSION))
     return state, int(parent), int(session)

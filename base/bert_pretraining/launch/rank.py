@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ from typing import NoReturn, TypedDict
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime import rank_reports
+from bert_pretraining.runtime.parent import end_with_parent
 
 
 class RankSetup(TypedDict):
@@ -28,7 +28,6 @@ class RankSetup(TypedDict):
 
 SETUP_VARIABLE = "BERT_PRETRAINING_RANK_SETUP"
 EXIT_ZERO_FLAG = "--exit_zero_without_target"
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>; it stays set after exec
 
 
 def trainer_command(command: str, flags: list[str]) -> list[str]:
@@ -41,7 +40,7 @@ def run_rank(arguments: list[str]) -> NoReturn:
     if SETUP_VARIABLE not in os.environ:
         raise UserError("'rank' is a command of the launcher's own", "use launch, or train")
     setup = json.loads(os.environ[SETUP_VARIABLE])
-    _end_with_the_launcher(setup["launcher"])
+    end_with_parent(setup["launcher"])
     if setup["one_stream"]:
         os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
     # Exec keeps the process id, so the launcher's signals reach the trainer.
@@ -60,11 +59,3 @@ def become_trainer(setup: RankSetup, arguments: list[str]) -> NoReturn:
         os.sched_setaffinity(0, setup["cpus"])
     command = [*setup["prefix"], *trainer_command("train", arguments)]
     os.execvp(command[0], command)
-
-
-def _end_with_the_launcher(launcher: int) -> None:
-    """Ask Linux to end this rank when the launcher dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
-    if os.getppid() != launcher:  # the launcher died before the line above
-        os._exit(1)

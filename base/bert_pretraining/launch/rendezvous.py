@@ -2,30 +2,37 @@
 
 It uses the TCP store that torchrun's agent keeps on machine 0 at the master port, so no other
 port is needed. The heartbeats are for a network link that is cut: gloo and nccl notice only a
-process that ends.
+process that ends. `board` has what is exchanged, `observer` how machine 0 judges.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore
 
 from bert_pretraining.errors import EXIT_CRASH, EXIT_USAGE
 from bert_pretraining.launch import network
+from bert_pretraining.launch.board import Arrival, Board, Heartbeat, MachineReport
+from bert_pretraining.launch.observer import LONGEST_SILENCE, Observer, Silence
 from bert_pretraining.launch.result import AttemptResult
 from bert_pretraining.runtime import consistency
 
 HEARTBEAT_INTERVAL = 0.5  # seconds
-LONGEST_SILENCE = 20.0  # seconds without a heartbeat after which a machine counts as lost
 SECONDS_TO_EXCHANGE = 3.0  # how long a machine that ends waits for the others' reports
-FINISHED_HEARTBEAT = b"finished"  # the last heartbeat of a machine whose ranks have finished
+SHORTEST_INTERVAL = 0.1  # seconds between two rounds until all have met: a start should be quick,
+SECONDS_A_MACHINE = 0.001  # but the more machines meet, the less often each one asks
+WAIT = 0.1  # seconds between two looks of the main thread at what this one has read
 
 
 @dataclass(frozen=True)
@@ -43,49 +50,6 @@ class RendezvousSettings:
     timeout: float
 
 
-@dataclass(frozen=True, order=True)
-class MachineReport:
-    """Why a machine's ranks ended. The least of all machines' reports is the first cause.
-
-    consequence: whether another machine's end may have caused this one.
-    """
-
-    consequence: bool
-    time: float
-    node: int
-    text: str
-    exit_code: int = EXIT_CRASH
-
-
-class Heartbeats:
-    """When each other machine last sent a new heartbeat, by this machine's monotonic clock."""
-
-    def __init__(self) -> None:
-        self._newest: dict[int, tuple[bytes, float]] = {}  # machine -> heartbeat, when it was new
-        self._last_round: float | None = None
-
-    def read(self, node: int, heartbeat: bytes, now: float) -> None:
-        """The store holds this heartbeat of that machine."""
-        if self._newest.get(node, (b"", 0.0))[0] != heartbeat:
-            self._newest[node] = (heartbeat, now)
-
-    def round_ended(self, now: float) -> None:
-        """The store has answered all questions of one round."""
-        self._last_round = now
-
-    def silent(self, seconds: float, now: float) -> list[int]:
-        """The machines that have sent heartbeats, but none for `seconds`."""
-        if self._last_round is None:
-            return []
-        if now - self._last_round > seconds:
-            return [0]  # the store is on machine 0
-        return [
-            node
-            for node, (heartbeat, since) in self._newest.items()
-            if heartbeat != FINISHED_HEARTBEAT and now - since > seconds
-        ]
-
-
 class Rendezvous(threading.Thread):
     """This machine's part in the rendezvous, in a thread that may block in the store for ever."""
 
@@ -93,60 +57,73 @@ class Rendezvous(threading.Thread):
         """described: what must be the same on all machines, see `runtime.consistency`."""
         super().__init__(name="rendezvous", daemon=True)
         self._settings, self._described = settings, described
+        self._host = socket.gethostname()
         self._began = time.monotonic()
-        self._connected = self._closed = self._finished = False
+        self._connected = self._closed = False
+        self._broken = ""  # the traceback of an error in this code, which ended the thread
+        self._at_once = threading.Event()  # there is something to tell before the next round is due
         self._mine: MachineReport | None = None
         self._duplicate: str | None = None  # another launcher's host, same node_rank
-        self._hosts: dict[int, str] = {}
-        self._difference: str | None = None
-        self._reports: dict[int, MachineReport] = {}
-        self._heartbeats = Heartbeats()
+        self._board = Board()
+        self._silence = Silence()  # of machine 0, whose boards this machine reads
+        self._observer = Observer(settings.num_nodes, self._digest())  # used on machine 0 alone
 
     def run(self) -> None:
         """Exchange heartbeats and reports until `close`, or until the store is gone."""
-        at = self._settings
         try:
-            store = TCPStore(
-                at.host, at.port, None, at.node == 0, timedelta(seconds=at.timeout + 60),
-                wait_for_workers=False,
-                multi_tenant=True,  # on machine 0 the agent and this thread share one server
-            )  # fmt: skip
-            mine = PrefixStore(f"launchers/{at.attempt}", store)
+            shared = PrefixStore(f"launchers/{self._settings.attempt}", self._connect())
             self._connected = True
-            if self._introduce(mine):
-                while not self._closed:
-                    self._round(mine)
-                    time.sleep(HEARTBEAT_INTERVAL)
-                if self._finished:
-                    mine.set(f"alive/{at.node}", FINISHED_HEARTBEAT)
+            if not self._introduce(shared):
+                return
+            exchange = self._observe if self._settings.node == 0 else self._take_part
+            beat = 0
+            while True:
+                last = self._closed
+                beat += 1
+                exchange(shared, Heartbeat(beat, self._mine, last))
+                if last:
+                    return
+                self._at_once.wait(self._interval())
+                self._at_once.clear()
         except RuntimeError:
-            return  # the store is gone; `fault` will report missing heartbeats
+            return  # the store is gone; `fault` will report that machine 0 is silent
+        except Exception:
+            self._broken = traceback.format_exc()  # `fault` will tell
 
-    def close(self, finished: bool) -> None:
-        """End the thread, unless it blocks, and with it this machine's connection to the store."""
-        self._finished, self._closed = finished, True
+    def close(self) -> None:
+        """Say that this launcher ends. End the thread, unless it blocks, and its connection."""
+        self._closed = True
+        self._at_once.set()
         self.join(4 * HEARTBEAT_INTERVAL)
 
     @property
     def complete(self) -> bool:
         """Whether all machines are here, with the same settings and code."""
-        return len(self._hosts) == self._settings.num_nodes and self._difference is None
+        return self._board.complete
 
     def awaited(self) -> str:
         """The machines that are not here yet, for a notice to the user."""
-        at = self._settings
-        absent = [node for node in range(at.num_nodes) if node not in self._hosts]
-        names = ", ".join(str(node) for node in absent) if self._connected else "0"
+        at, board = self._settings, self._board
+        known = at.num_nodes - board.here if board.here else 1  # without a board, machine 0 alone
+        names = _named([str(node) for node in board.absent], known)
         return f"machine {names} of {at.num_nodes}, at {at.host} port {at.port}"
 
     def fault(self, now: float) -> AttemptResult | None:
         """Why the ranks here must end: another machine ended, is lost or did not come; or None.
 
-        A machine can be lost only after its first heartbeat. now: monotonic time in seconds.
+        A machine can be lost only after its first heartbeat. now: monotonic time in seconds; ask
+        several times a second, since what passes between two calls may be a pause of this process.
         """
-        if self._reports:
-            return self._result_of(min(self._reports.values()))
-        at = self._settings
+        at, board = self._settings, self._board
+        self._silence.look(now)
+        if self._broken:
+            return AttemptResult(
+                EXIT_CRASH,
+                f"the rendezvous on machine {at.node} ({self._host}) failed, see above; check that "
+                "all machines have the same version of this package",
+                self._broken,
+                is_certain=True,
+            )
         if self._duplicate is not None:
             return AttemptResult(
                 EXIT_USAGE,
@@ -154,16 +131,20 @@ class Rendezvous(threading.Thread):
                 f"{at.host} port {at.port} already; give each machine its own --node_rank",
                 node=at.node,
             )
-        if self._difference is not None:
-            return AttemptResult(EXIT_USAGE, f"{self._difference}; {consistency.FIX}")
-        if not self.complete and now - self._began > at.timeout:
+        if board.difference is not None:
+            return AttemptResult(EXIT_USAGE, f"{board.difference}; {consistency.FIX}")
+        if board.first_cause is not None and board.lost is None:
+            return self._result_of(board.first_cause)
+        if not board.complete and now - self._began > at.timeout:
             return AttemptResult(EXIT_CRASH, self._absence())
-        silent = self._heartbeats.silent(LONGEST_SILENCE, now)
-        if not silent:
+        lost = board.lost
+        if lost is None and 0 in self._silent(LONGEST_SILENCE):
+            lost = 0
+        if lost is None:
             return None
         return AttemptResult(
             EXIT_CRASH,
-            f"{self._label(silent[0])} has not been heard of for {LONGEST_SILENCE:.0f} s, so all "
+            f"{board.label(lost)} has not been heard of for {LONGEST_SILENCE:.0f} s, so all "
             "ranks here were ended; check that machine, and the network to "
             f"{at.host} port {at.port}",
         )
@@ -174,47 +155,65 @@ class Rendezvous(threading.Thread):
             consequence, time.time(), self._settings.node, result.message, result.exit_code
         )
         self._mine = mine
-        self.linger()
-        first = min([mine, *self._reports.values()])
-        if first is not mine:
-            return self._result_of(first)
-        gone = (
-            self._heartbeats.silent(SECONDS_TO_EXCHANGE * 0.8, time.monotonic())
-            if consequence
-            else []
-        )
+        self._at_once.set()
+        self._linger()
+        first = min([mine, *filter(None, [self._board.first_cause])])
+        gone = self._gone(first)
+        return gone if gone is not None or first.node == mine.node else self._result_of(first)
+
+    def settle(self, result: AttemptResult) -> AttemptResult:
+        """Another machine's result, or the first cause that is known a little later."""
+        self._linger()
+        first = self._board.first_cause
+        if first is None or result.node == self._settings.node:
+            return result
+        return self._gone(first) or self._result_of(first)
+
+    def _gone(self, first: MachineReport) -> AttemptResult | None:
+        """The result where the first report is a consequence, and its cause reported nothing."""
+        gone = self._silent(SECONDS_TO_EXCHANGE * 0.8) if first.consequence else []
         if not gone:
             return None
         return AttemptResult(
-            result.exit_code,
-            f"{self._label(gone[0])} is gone without a report; check its network and its launcher",
+            first.exit_code,
+            f"{self._board.label(gone[0])} is gone without a report; check its network and its "
+            "launcher",
             node=gone[0],
         )
 
-    def linger(self) -> None:
+    def _linger(self) -> None:
         """Give the other machines the time to read this machine's report and to write theirs."""
-        if self._hosts.keys() - {self._settings.node}:
-            time.sleep(SECONDS_TO_EXCHANGE)
+        if self._board.here > 1:
+            self._wait(lambda: False, SECONDS_TO_EXCHANGE)
 
     def wait_for_all(self, seconds: float) -> None:
         """Wait until all machines are here, at most `seconds`."""
-        deadline = time.monotonic() + seconds
-        while len(self._hosts) < self._settings.num_nodes and time.monotonic() < deadline:
-            time.sleep(HEARTBEAT_INTERVAL / 5)
+        self._wait(lambda: self._board.here == self._settings.num_nodes, seconds)
 
-    def _label(self, node: int) -> str:
-        return f"machine {node} ({self._hosts[node]})" if node in self._hosts else f"machine {node}"
+    def _wait(self, over: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not over() and time.monotonic() < deadline:
+            time.sleep(WAIT)
+            self._silence.look(time.monotonic())
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The machines that have been silent for more than `seconds`; machine 0 has the store."""
+        board = self._board
+        since_board = 0.0 if board.ended else self._silence.of(0)
+        if since_board > seconds:
+            return [0]
+        return [node for node, silent in board.quiet if silent + since_board > seconds]
 
     def _result_of(self, report: MachineReport) -> AttemptResult:
         return AttemptResult(
             report.exit_code,
-            f"{self._label(report.node)} ended: {report.text}",
+            f"{self._board.label(report.node)} ended: {report.text}",
             by_signal=report.exit_code > 128,
             node=report.node,
         )
 
     def _absence(self) -> str:
-        at = self._settings
+        at, board = self._settings, self._board
         where = f"{at.host} port {at.port} (--master_addr, --master_port)"
         if not self._connected:
             why = network.connection_fault(at.host, at.port)
@@ -223,44 +222,94 @@ class Rendezvous(threading.Thread):
                 "; start the same command there with --node_rank 0, check that the address is "
                 "machine 0's and that no firewall blocks the port, or pass --rendezvous_timeout"
             )
-        absent = next(node for node in range(at.num_nodes) if node not in self._hosts)
-        present = ", ".join(self._label(node) for node in sorted(self._hosts))
+        present = [board.label(node) for node in board.present]
+        here = _named(present or [f"machine {at.node} ({self._host})"], board.here)
         return (
-            f"machine {absent} did not come to {where} within {at.timeout:g} s; here are "
-            f"{present}; start the same command there with --node_rank {absent}, check that it "
-            "reaches that address, or pass --rendezvous_timeout"
+            f"machine {board.absent[0]} did not come to {where} within {at.timeout:g} s; here are "
+            f"{here}; start the same command there with --node_rank {board.absent[0]}, check that "
+            "it reaches that address, or pass --rendezvous_timeout"
         )
 
+    def _digest(self) -> str:
+        text = json.dumps(dict(self._described), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _interval(self) -> float:
+        """Seconds until the next round; not the same on all machines, lest all ask at once."""
+        until_met = max(SHORTEST_INTERVAL, SECONDS_A_MACHINE * self._settings.num_nodes)
+        usual = HEARTBEAT_INTERVAL if self.complete else min(until_met, HEARTBEAT_INTERVAL)
+        return usual * random.uniform(0.8, 1.2)
+
+    def _connect(self) -> TCPStore:
+        """The store of machine 0, once it has answered.
+
+        A port forwarder (of a container, of a tunnel) takes a connection before machine 0 is up,
+        and drops it then: PyTorch 2.4.1 counts that as connected, and fails at the first message.
+        """
+        at = self._settings
+        while True:
+            try:
+                store = TCPStore(
+                    at.host, at.port, None, at.node == 0, timedelta(seconds=at.timeout + 60),
+                    wait_for_workers=False,
+                    multi_tenant=True,  # on machine 0 the agent and this thread share one server
+                )  # fmt: skip
+                store.check(["an answer"])
+                return store
+            except RuntimeError:
+                if at.node == 0 or self._closed:
+                    raise
+            self._at_once.wait(HEARTBEAT_INTERVAL)
+
     def _introduce(self, store: PrefixStore) -> bool:
-        """Register this machine; False if another launcher has its number already."""
-        node, host = self._settings.node, socket.gethostname()
-        if store.add(f"launchers_of/{node}", 1) > 1:
-            self._duplicate = json.loads(store.get(f"here/{node}"))["host"]
+        """Register this machine; False if another launcher has its number already.
+
+        The first heartbeat comes before the arrival, so that a launcher that ends in between is
+        either absent or seen to be silent.
+        """
+        node = self._settings.node
+        own = json.dumps({"host": self._host, "launcher": uuid.uuid4().hex})
+        first = store.compare_set(f"launcher_of/{node}", "", own).decode()
+        if first != own:
+            self._duplicate = json.loads(first)["host"]
             return False
-        store.set(f"here/{node}", json.dumps({"host": host, "described": self._described}))
+        store.set(f"described/{node}", json.dumps(dict(self._described)))
+        store.set(f"alive/{node}", Heartbeat(0).text())
+        store.append("arrivals", Arrival(node, self._host, self._digest()).line())
         return True
 
-    def _round(self, store: PrefixStore) -> None:
-        at = self._settings
-        store.set(f"alive/{at.node}", str(time.monotonic()))
-        if self._mine is not None:
-            store.set(f"report/{at.node}", json.dumps(asdict(self._mine)))
-        if not self.complete:
-            self._read_presence(store)
-        for node in range(at.num_nodes):
-            if node == at.node:
-                continue
-            if store.check([f"alive/{node}"]):
-                self._heartbeats.read(node, store.get(f"alive/{node}"), time.monotonic())
-            if store.check([f"report/{node}"]):
-                self._reports[node] = MachineReport(**json.loads(store.get(f"report/{node}")))
-        self._heartbeats.round_ended(time.monotonic())
+    def _take_part(self, store: PrefixStore, heartbeat: Heartbeat) -> None:
+        """A round of any other machine than machine 0: two messages."""
+        store.set(f"alive/{self._settings.node}", heartbeat.text())
+        self._read(Board.read(store.get("board")))
 
-    def _read_presence(self, store: PrefixStore) -> None:
-        nodes = range(self._settings.num_nodes)
-        here = [node for node in nodes if store.check([f"here/{node}"])]
-        said = {node: json.loads(store.get(f"here/{node}")) for node in here}
-        hosts = {node: answer["host"] for node, answer in said.items()}
-        described = [(f"machine {node} ({hosts[node]})", said[node]["described"]) for node in said]
-        self._difference = consistency.difference(described)
-        self._hosts = hosts
+    def _observe(self, store: PrefixStore, heartbeat: Heartbeat) -> None:
+        """A round of machine 0: two messages, and until all have come two or three more."""
+        observer = self._observer
+        observer.look(time.monotonic())
+        if not observer.complete:
+            for arrival in Arrival.read_all(store.get("arrivals")):
+                observer.arrive(arrival)
+            while (node := observer.unexplained()) is not None:
+                theirs = json.loads(store.get(f"described/{node}"))
+                places = [(observer.label(0), self._described), (observer.label(node), theirs)]
+                observer.explain(node, consistency.difference(places))
+        observer.hear(0, heartbeat)
+        others = [node for node in observer.nodes if node != 0]
+        if others:
+            sent = store.multi_get([f"alive/{node}" for node in others])
+            for node, text in zip(others, sent, strict=True):
+                observer.hear(node, Heartbeat.read(text))
+        board = observer.board(heartbeat.ended)
+        store.set("board", board.text())
+        self._read(board)
+
+    def _read(self, board: Board) -> None:
+        self._silence.hear(0, board.beat)
+        self._board = board
+
+
+def _named(names: list[str], of: int) -> str:
+    """The names, and how many more there are of `of` in all."""
+    more = of - len(names)
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")

@@ -33,7 +33,7 @@ from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.processes import RankProcesses
 from bert_pretraining.launch.rank import SETUP_VARIABLE
 from bert_pretraining.launch.result import AttemptResult, explain, timed_out
-from bert_pretraining.runtime import consistency, rank_reports
+from bert_pretraining.runtime import consistency, rank_reports, screen
 
 if TYPE_CHECKING:
     from bert_pretraining.launch.rendezvous import Rendezvous
@@ -61,6 +61,9 @@ def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
     several = plan.resolved.config.nnodes > 1
     if several:
         checks.check_address(plan)
+        if plan.flags.node_rank == 0:  # it keeps the store
+            config = plan.resolved.config
+            checks.allow_connections(config.nnodes, config.world_size)
         os.environ.update(plan.environment)  # torch reads its log level when it is imported
     fault = checks.fault(plan, check)
     if fault is not None and not several:
@@ -70,7 +73,7 @@ def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
             port = _master_port(plan, attempt)
             log_paths = _log_paths(plan) if fault is None else {}
             if attempt == 0 and fault is None:
-                print(plan.table(), flush=True)
+                plan.print_bindings(sys.stdout)
             with tempfile.TemporaryDirectory(prefix="bert_pretraining_") as folder:
                 job = _Attempt(plan, Path(folder), log_paths, received, attempt)
                 result = job.run(port) if fault is None else job.refuse(port, fault)
@@ -117,6 +120,7 @@ class _Attempt:
             self._plan.flags.hang_timeout,
             checks.computes_on_cpu(self._plan),
             several_machines=self._rendezvous is not None,
+            crowding=checks.crowding(self._plan),
         )
         while not self._rendezvous_is_over():
             time.sleep(CHECK_INTERVAL)
@@ -137,6 +141,7 @@ class _Attempt:
                 self._check_ranks(time.monotonic())
         if agent.exit_codes:
             self._ranks.kill()  # also the processes that a failed rank has started
+        screen.clean()
         result = self._report_to_others(self._own_result(agent.exit_codes, agent.error))
         # torchrun's store listens at the master port until it is garbage-collected.
         del agent
@@ -205,6 +210,7 @@ class _Attempt:
 
         Ranks that are being started end together with this process, see `rank`.
         """
+        screen.clean()
         print(_ended_by(signum), file=sys.stderr, flush=True)
         sys.stdout.flush()
         if self._rendezvous is not None:
@@ -225,6 +231,7 @@ class _Attempt:
 
     def _check_ranks(self, now: float) -> None:
         """Kill the ranks if one hangs, or if the job has ended on another machine."""
+        self._hang_detector.look_at_the_clock(now)
         if self._decided is not None or self._failed_at is not None:
             return
         self._decided = self._hang_detector.check(now)
@@ -243,7 +250,7 @@ class _Attempt:
         if self._rendezvous is None:
             return result
         if result.node is not None:
-            self._rendezvous.linger()
+            result = self._rendezvous.settle(result)
         elif result.exit_code not in FINISHED:
             reported = (
                 result
@@ -257,7 +264,7 @@ class _Attempt:
             if first is not None and result is not self._decided:
                 here = f"Error here: {result.message}\n" if result.message else ""
                 result = dataclasses.replace(first, detail=f"{result.detail}{here}")
-        self._rendezvous.close(finished=result.exit_code in FINISHED)
+        self._rendezvous.close()
         return result
 
     def _kill(self) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.utils.store import barrier as barrier_in_store
 
 from bert_pretraining.errors import TrainingError, UserError
 from bert_pretraining.runtime import compat, consistency, rank_reports, rank_variables
@@ -96,11 +97,20 @@ def start(device: str, dist_backend: str, settings: Mapping[str, object] | None 
                 raise TrainingError(absent(rank, world_size, error), f"{error}\n") from error
             raise TrainingError(unreachable(backend, error), f"{error}\n") from error
         if settings is not None:
-            name = f"rank {rank} ({socket.gethostname()})"
-            fault = consistency.difference(gather((name, consistency.describe(settings))))
-            if fault is not None:
-                raise UserError(fault, consistency.FIX)
+            _check_consistency(rank, settings, chosen)
     return Ranks(rank, world_size, chosen, notices)
+
+
+def _check_consistency(rank: int, settings: Mapping[str, object], device: torch.device) -> None:
+    """Raise UserError on every rank unless all have the same settings, code and versions.
+
+    Only if a hash differs, every rank is sent what all ranks have, to name the difference.
+    """
+    described = consistency.describe(settings)
+    if is_same(repr(sorted(described.items())).encode(), device):
+        return
+    name = f"rank {rank} ({socket.gethostname()})"
+    raise UserError(consistency.difference(gather((name, described))), consistency.FIX)
 
 
 def _connect(backend: str, device: torch.device) -> None:
@@ -169,18 +179,21 @@ def wait_for_all_to_finish(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     world_size = rank_variables.read(os.environ).world_size
     if world_size == 1:
         return
-    deadline = time.monotonic() + timeout.total_seconds()
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], rank_variables.port(os.environ),
             timeout=CONNECT_TIMEOUT, wait_for_workers=False,
         )  # fmt: skip
-        finished = dist.PrefixStore("finished_ranks", store)
-        finished.add("count", 1)
-        while finished.add("count", 0) < world_size and time.monotonic() < deadline:
-            time.sleep(0.02)
+        # Three messages a rank: torch's barrier counts, and then waits in the store.
+        barrier_in_store(
+            dist.PrefixStore("finished_ranks", store),
+            world_size,
+            "all",
+            barrier_timeout=timeout.total_seconds(),
+        )
     except dist.DistError:
-        # The launcher that keeps the count has ended: its job is over, on every machine.
+        # The launcher that keeps the count has ended, so its job is over on every machine; or the
+        # time is up.
         return
 
 
@@ -221,10 +234,13 @@ class InProgress:
             self._into.copy_(self._received)
 
 
-def all_reduce(values: Tensor) -> InProgress:
-    """Begin to sum `values` elementwise over the ranks, in place; until `wait`, leave them."""
+def all_reduce(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> InProgress:
+    """Begin to sum `values` elementwise over the ranks, in place; until `wait`, leave them.
+
+    operation: another member of dist.ReduceOp than the sum, if asked for.
+    """
     sent = sendable(values)
-    return InProgress(dist.all_reduce(sent, async_op=True), sent, values)
+    return InProgress(dist.all_reduce(sent, op=operation, async_op=True), sent, values)
 
 
 def reduce_scatter(piece: Tensor, values: Tensor) -> InProgress:
@@ -253,8 +269,60 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def total(values: Sequence[float], device: torch.device) -> list[float]:
+    """Elementwise the sum of all ranks' values; waits for the device, which is the caller's."""
+    return _reduced(values, device, dist.ReduceOp.SUM)
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """Elementwise the largest of all ranks' values; waits for the device, which is the caller's."""
+    return _reduced(values, device, dist.ReduceOp.MAX)
+
+
+def smallest(values: Sequence[float], device: torch.device) -> list[float]:
+    """As `largest`, but the smallest of all ranks' values."""
+    return _reduced(values, device, dist.ReduceOp.MIN)
+
+
+def _reduced(values: Sequence[float], device: torch.device, operation: Any) -> list[float]:
+    """Numbers keep at least 24 binary digits, so that those of ranks and bytes are exact."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    numbers = torch.tensor(values, dtype=devices.wide(device)).to(device)
+    all_reduce(numbers, operation).wait()
+    return numbers.tolist()
+
+
+def is_same(content: bytes, device: torch.device) -> bool:
+    """Whether all ranks gave the same bytes; ten numbers are exchanged, a hash of 120 bits."""
+    digest = hashlib.sha256(content).digest()
+    parts = [int.from_bytes(digest[start : start + 3], "big") for start in range(0, 15, 3)]
+    found = largest([*parts, *(-part for part in parts)], device)
+    return all(high == -low for high, low in zip(found[:5], found[5:], strict=True))
+
+
+def gather_rows(row: Sequence[float], device: torch.device) -> list[list[float]]:
+    """The rows of all ranks, in the order of ranks; waits for the device.
+
+    Every rank holds all rows after. So it is for measurements of their own, not for training.
+
+    row: of the same length on every rank. device: of the calling rank. Numbers have at least 24
+    binary digits.
+    """
+    if not dist.is_initialized():
+        return [list(row)]
+    piece = torch.tensor(row, dtype=devices.wide(device)).to(device)
+    rows = torch.empty(dist.get_world_size() * len(row), dtype=piece.dtype, device=device)
+    all_gather(rows, piece).wait()
+    return rows.view(-1, len(row)).tolist()
+
+
 def gather(item: Made) -> list[Made]:
-    """The objects of all ranks, in the order of ranks; every rank gets all of them."""
+    """The objects of all ranks, in the order of ranks; every rank gets all of them.
+
+    Their size grows with the number of ranks: never between two log lines. See `agreement` for
+    less.
+    """
     if not dist.is_initialized():
         return [item]
     items: list = [None] * dist.get_world_size()
@@ -262,46 +330,15 @@ def gather(item: Made) -> list[Made]:
     return items
 
 
-def differing_replica(tensors: dict[str, Tensor]) -> str | None:
-    """The first tensor that differs between rank 0 and another rank, and that rank; or None.
+def gather_to_main(item: Made) -> list[Made] | None:
+    """The objects of all ranks on rank 0, in the order of ranks; None on the others.
 
-    Two checksums of each tensor's bits are compared; one depends on the order of the elements.
-
-    tensors: floating-point, with the same names and shapes on every rank.
+    They are sent to every rank, and dropped there. PyTorch's gather makes rank 0 open a connection
+    to each other rank on NCCL, which fails with thousands of ranks (pytorch/pytorch#188193), and
+    HCCL has none.
     """
-    if not dist.is_initialized():
-        return None
-    digests = torch.stack([_digest(tensor) for tensor in tensors.values()]).cpu()
-    for rank, other in enumerate(gather(digests)):
-        if rank == 0:
-            first = other
-        elif not torch.equal(first, other):
-            index = int((first != other).any(dim=1).nonzero()[0])
-            return f"{list(tensors)[index]} on rank {rank}"
-    return None
-
-
-def check_replicas(weights: dict[str, Tensor], updates: int) -> None:
-    """Raise TrainingError on every rank unless all ranks' weights are equal to the last bit."""
-    differing = differing_replica(weights)
-    if differing is not None:
-        raise TrainingError(
-            f"the ranks hold different weights after {updates} updates: first "
-            f"{differing}; check for ranks that started from other checkpoints or have faulty "
-            "memory, another device or another library version"
-        )
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    """(2,) int64, two checksums of a tensor's bits: their sum, and one weighted by position."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
-    total = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), 2**20):  # in pieces, to use little memory
-        piece = bits[start : start + 2**20].long()
-        places = torch.arange(start + 1, start + 1 + piece.numel(), device=bits.device) % 65521
-        total += torch.stack([piece.sum(), (piece * places).sum()])
-    return total
+    items = gather(item)
+    return items if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
 def from_main(make: Callable[[], Made]) -> Made:

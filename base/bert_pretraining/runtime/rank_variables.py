@@ -6,12 +6,18 @@ They may be left over from another program, empty, or no numbers. An empty one c
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from bert_pretraining.errors import UserError
 
 HIGHEST_PORT = 65535
+# What tells a process its place among the ranks.
+_OF_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 
 
 class RankVariables(NamedTuple):
@@ -98,3 +104,12 @@ def check_below(
             f"the environment variable {name}={value} is not below the number of them ({said})",
             f"set both as the launcher of the ranks does, or run 'unset {name} {size_name}'",
         )
+
+
+def environment_without_rank() -> dict[str, str]:
+    """This process's environment for a child that is no rank, and that finds this package."""
+    kept = {name: value for name, value in os.environ.items() if not _OF_RANKS.fullmatch(name)}
+    base = str(Path(__file__).resolve().parents[2])
+    paths = [path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kept["PYTHONPATH"] = os.pathsep.join([*paths, *([] if base in paths else [base])])
+    return kept

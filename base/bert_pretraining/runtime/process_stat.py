@@ -1,0 +1,18 @@
+"""What Linux tells of a process in /proc/PID/stat; proc(5) has its fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STATE, PARENT, SESSION = 0, 1, 3  # where they are in `fields`
+USER, SYSTEM, CHILDREN_SYSTEM = 11, 12, 14  # CPU time in clock ticks; children's: waited for
+
+
+def fields(pid: int) -> list[str]:
+    """The fields behind the process's name; empty if there is no such process, or no Linux."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    # The name stands in parentheses and may itself contain spaces and parentheses.
+    return text.rpartition(")")[2].split()
