@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
+
+from bert_pretraining.logs.sinks import RankSeconds, Speed
 
 SPEED = 4000.0  # sequences per second, without evaluations
 STARTED_MS = 1_700_000_000_000
@@ -32,6 +35,42 @@ def accuracy_at(samples: int, samples_to_target: float) -> float:
     return 0.341 + 0.355 * rise + 0.024 * (1 - math.exp(-2.6 * max(0.0, done - 0.25))) / 0.858
 
 
+def speed_figures(
+    number: int, ranks: int = 8, slow: float = 1.06, step: float = 0.112
+) -> dict[str, object]:
+    """Figures of speed as a trainer logs them, for `write_run`.
+
+    A step takes `step` seconds, the first one ten times as many. The slowest of the ranks, number
+    5 or the last, takes `slow` times the median rank's work. Every fourth logged step waits longer
+    for data. The loss scale halves now and then.
+    """
+    draw = random.Random(number)
+    whole = step * (10 if number == 1 else 1) * draw.gauss(1, 0.01)
+    data = whole * (0.10 if number % 4 == 3 else 0.01)
+    seconds = {
+        "data": data,
+        "forward_backward": 0.72 * whole,
+        "reduction": (0.12 if ranks > 1 else 0.0) * whole,
+        "optimizer": 0.09 * whole,
+        "other": 0.02 * whole,
+    }
+    own = sum(seconds[part] for part in ("data", "forward_backward", "optimizer"))
+    speed = Speed(
+        sequences_per_second=SPEED,
+        tokens_per_second=SPEED * 250,
+        flop_per_second=2.1e15,
+        matrix_share=0.31,
+        peak_memory=37 * 2**30,
+        seconds=seconds,
+        fastest=RankSeconds(0, own * (0.97 if ranks > 1 else 1)),
+        slowest=RankSeconds(min(5, ranks - 1), own * (slow if ranks > 1 else 1)),
+        median_seconds=own,
+    )
+    throughputs = {"p_whole": 3950.0, "p_train": 4010.0, "p_core": 4090.0}
+    last = {"loss_scale": 65536.0 / 2 ** (number // 5)} if number else throughputs
+    return {**speed.named(), **last}
+
+
 def write_run(
     folder: Path,
     seed: int,
@@ -40,8 +79,12 @@ def write_run(
     eval_samples: int = 10_000,
     interval: int = 150_000,
     platform: str = "8xH200",
+    speed: Callable[[int], dict[str, object]] | None = None,
 ) -> Path:
-    """Write a run's folder with `mllog.txt` and `perflog.txt`, determined by the arguments."""
+    """Write a run's folder with `mllog.txt` and `perflog.txt`, determined by the arguments.
+
+    speed: what to add to the figures of logged step 1, 2, ..., and as 0 to those of FINISHED.
+    """
     draw = random.Random(seed)
     to_target = draw.gauss(2_420_000, 110_000) * (1 if converges else 1.6)
     started = STARTED_MS + 1000 * seed
@@ -77,12 +120,18 @@ def write_run(
                 "global_steps": steps,
                 "learning_rate": 0.0004 * (1 - samples / 3_630_000),
                 "seq/s": SPEED * draw.gauss(1, 0.01),
+                **(speed(evaluation) if speed else {}),
             }
             perflog.append(perflog_line("STEP_END", step, time_ms))
         time_ms += 1500
         perflog.append(perflog_line(event, figures, time_ms))
         mllog.append(mllog_line("eval_accuracy", accuracy, time_ms, epoch_num=samples))
         evaluation += 1
+    if speed:
+        rate = {"flop_per_second": 6.8e15, "dtype": "bf16", "shape": [8192, 8192, 8192]}
+        perflog.append(perflog_line("RUN_OUTLINE", {"matrix_rate": rate}, started))
+        finished = {"converged": accuracy >= 0.72, "training_sequences_per_second": SPEED}
+        perflog.append(perflog_line("FINISHED", {**finished, **speed(0)}, time_ms))
     status = "success" if accuracy >= 0.72 else "aborted"
     mllog += [
         mllog_line("train_samples", samples, time_ms),

@@ -2,80 +2,287 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
-import struct
+import shlex
+import signal
 import subprocess
 import sys
-import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bert_pretraining.logs.bar import MARGIN
 from bert_pretraining.logs.reading.events import mllog_events, read_log
-from bert_pretraining.logs.terminal import BOLD, NORMAL
 from helpers import ROOT, command, error_lines
 from mlperf_logs import BELOW_TARGET, failures
+from screens import Written, in_a_terminal, rendered, resize
 
 MINI = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--data_dir")
 COLUMNS = 80
 SHORT = ("--max_steps", "12", "--eval_steps", "6", "--log_freq", "2", "--num_eval_examples", "64")
 
 
-def on_a_terminal(cwd: Path, columns: int, *flags: str) -> str:
-    """What a run writes to a terminal of so many columns."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bert_pretraining", "launch", *flags],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "base"), "TERM": "xterm"},
-        stdin=its,
-        stdout=its,
-        stderr=its,
+UP_TO_300 = ("--max_steps", "300", "--num_eval_examples", "64")
+# The target is reached at the first evaluation: the start weights have 0.34.
+TO_A_TARGET = ("--eval_steps", "10", "--target_mlm_accuracy", "0.345", "--seed", "1")
+
+
+def on_a_terminal(
+    cwd: Path,
+    columns: int,
+    *flags: object,
+    seen: Callable[[str, int, subprocess.Popen], None] = lambda text, descriptor, process: None,
+    shell: str = "",
+    **environment: str | None,
+) -> Written:
+    """What a run writes to a terminal of so many columns; shell: words after its command."""
+    words = [sys.executable, "-m", "bert_pretraining", "launch", *flags]
+    if shell:
+        words = ["bash", "-o", "pipefail", "-c", f"{shlex.join(map(str, words))} {shell}"]
+    path = {"PYTHONPATH": str(ROOT / "base")}
+    return in_a_terminal(words, cwd, columns, {**path, **environment}, seen)
+
+
+def bars_in(text: str) -> list[str]:
+    """Every state of the bar."""
+    parts = re.split(r"[\r\n]", text.replace("\033[K", ""))
+    return [part for part in parts if re.match(r"\d+/\d+ ", part)]
+
+
+def folder_of(cwd: Path, config: str = "CPUx1x1") -> Path:
+    (folder,) = (cwd / f"output/mini_{config}").glob("run-*")
+    return folder
+
+
+def test_a_terminal_shows_what_people_read(mini_data: Path, tmp_path: Path) -> None:
+    done = on_a_terminal(tmp_path, COLUMNS, *MINI, mini_data, *SHORT, "--kernels", "torch")
+    assert done.code == 3
+    screen = rendered(done.text, COLUMNS)
+    lines = screen.lines
+    assert "[PerfLog]" not in done.text
+    assert ":::MLLOG" not in done.text
+    (first,) = (at for at, line in enumerate(lines) if line.startswith("Model "))
+    outline = [line for line in lines[first:] if not line.startswith(" ")][:6]
+    names = [line.split("  ")[0] for line in outline]
+    assert names == ["Model", "Data", "Ranks", "Batch", "Precision", "Target"]
+    assert outline[0] == "Model      BERT, 2 layers of 64, 128 k parameters"
+    assert outline[4] == "Precision  fp32, kernels: torch"
+    assert any(line.startswith("Binding: ") for line in lines[:first])
+    # What matters is bold, and nothing else is.
+    starts = ["Start: MLM", "Evaluation:", "Evaluation:", "Target 0.72 not", "Logs: output"]
+    assert all(map(str.startswith, screen.bold, starts)), screen.bold
+    assert len(screen.bold) == len(starts)
+    assert not screen.ends_bold
+    assert "Step " not in done.text  # the bar takes the place of a line a step
+    assert "\n| p_train (no evaluations)" in "\n".join(lines)
+    assert max(map(len, lines)) <= COLUMNS
+
+    last = bars_in(done.text)[-1]
+    assert re.fullmatch(r"12/12 \S+ +loss \d\.\d{3}, acc 0\.\d{3}, lr \S+, [\d,]+ seq/s", last), (
+        last
     )
-    os.close(its)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # Linux ends a terminal so
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.wait(timeout=300) == 3
-    return shown.decode()
-
-
-def test_on_a_terminal_a_bar_tells_how_far_it_is(mini_data: Path, tmp_path: Path) -> None:
-    shown = on_a_terminal(tmp_path, COLUMNS, *MINI, str(mini_data), *SHORT)
-    bars = [
-        text.strip() for text in re.split(r"[\r\n]", shown) if "seq/s" in text and "{" not in text
-    ]
-    last = bars[-1]
-    assert re.fullmatch(
-        r"12/12 \S+ +loss \d\.\d{3}, MLM acc 0\.\d{3}, lr \d\.\d\de-\d\d, [\d,]+ seq/s", last
-    ), last
+    assert len(last) <= COLUMNS
     # Not every step is drawn: a fast one comes before the next drawing is due.
-    assert any(re.search(r"\b\d+/12 .*seq/s, eval in 00:\d\d$", bar) for bar in bars), bars
-    assert all(len(bar) < COLUMNS for bar in bars)
-    # The bar takes the place of a line a step; what matters is bold.
-    assert "\nStep " not in shown
-    lines = [line.rpartition("\r")[2] for line in shown.replace("\r\n", "\n").split("\n")]
-    for start in ("Start: MLM accuracy", "Evaluation: MLM accuracy", "Target 0.72 not reached"):
-        assert any(line.startswith(BOLD + start) and line.endswith(NORMAL) for line in lines), start
-    assert any(line.startswith(f"{BOLD}| Model ") for line in lines)
-    # The records are whole, each on a line of its own, as in the files.
-    (folder,) = (tmp_path / "output/mini_CPUx1x1").glob("run-*")
+    assert any("evaluating" in bar for bar in bars_in(done.text))
+    assert "/12 " not in "\n".join(screen.lines), "the bar is gone at the end"
+
+    folder = folder_of(tmp_path)
+    kept = (folder / "console.txt").read_text()
+    for start in (
+        "Optimizer: ",
+        "Kernels: ",
+        "Start weights: ",
+        "Model  ",
+        "Step 12/12: ",
+        "Logs: ",
+    ):
+        assert f"\n{start}" in f"\n{kept}", start
+    assert "\n| Model             | GPUs " in kept
+    assert "\n| p_train (no evaluations)" in kept
+    for name in ("mllog.txt", "perflog.txt"):
+        assert read_log(folder / name).faults == []
+        assert len((folder / name).read_text().splitlines()) > 15
+
+
+def test_readme_shows_what_a_terminal_shows(mini_data: Path, tmp_path: Path) -> None:
+    """Its sample, but for numbers: lines in this order, none left out but where it says so."""
+    (tmp_path / "data/datasets").mkdir(parents=True)
+    (tmp_path / "data/datasets/bert_mini").symlink_to(mini_data)
+    flags = [flag.replace("CPUx1x1", "CPUx1x2") for flag in MINI]
+    done = on_a_terminal(tmp_path, COLUMNS, *flags, "data/datasets/bert_mini", *TO_A_TARGET)
+    assert done.code == 0
+    printed = rendered(done.text, COLUMNS).lines
+    sample = (ROOT / "README.md").read_text().split("```\n")[2].splitlines()
+    assert all(len(line) <= COLUMNS for line in sample)
+    (bar,) = (line for line in sample if re.match(r"\d+/1000 ", line))
+    sample.remove(bar)
+    # The target is reached before there are the seven evaluations that an estimate needs.
+    figures = without_numbers(bar[bar.index("loss") :].partition(", target in ~")[0])
+    assert figures == "loss 0, acc 0, 0 seq/s"
+    shown = [re.sub(r", lr [^,]+", "", state) for state in bars_in(done.text)]
+    assert any(figures in without_numbers(state) for state in shown)
+    # What it leaves out at first are the lines of the data set's making, and notices.
+    assert sample[0] == "..."
+    place, skipping = 0, False
+    for line in sample:
+        if line == "...":
+            skipping = True
+            continue
+        wanted = without_numbers(line)
+        while skipping and place < len(printed) and without_numbers(printed[place]) != wanted:
+            place += 1
+        assert place < len(printed), f"README shows a line that is not printed: {line}"
+        assert without_numbers(printed[place]) == wanted, f"before {line}: {printed[place]}"
+        place, skipping = place + 1, False
+    assert place == len(printed), f"README leaves out {printed[place]}"
+
+
+def without_numbers(line: str) -> str:
+    """The line with 0 for each number; a table is as wide as its figures."""
+    return re.sub(r"-+", "-", re.sub(" +", " ", re.sub(r"\d+([.,:]\d+)*", "0", line)))
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "environment", "shell"),
+    [
+        ("dumb", 80, {"TERM": "dumb"}, ""),
+        ("no colour", 60, {"NO_COLOR": "1", "LANG": "C"}, ""),
+        ("narrow", 20, {}, ""),
+        ("a CI's job", 80, {"CI": "true"}, ""),
+        ("tee", 80, {}, "| tee out.txt"),
+        ("stderr in a file", 80, {}, "2> err.txt"),
+        ("stdout in a file", 80, {}, "> out.txt"),
+    ],
+)
+def test_every_terminal_is_served(
+    mini_data: Path,
+    tmp_path: Path,
+    name: str,
+    columns: int,
+    environment: dict[str, str],
+    shell: str,
+) -> None:
+    done = on_a_terminal(tmp_path, columns, *MINI, mini_data, *SHORT, shell=shell, **environment)
+    assert done.code == 3
+    screen = rendered(done.text, columns)
+    bars = bars_in(done.text)
+    shown = "\n".join(screen.lines)
+    for_people = name not in ("a CI's job", "tee", "stdout in a file")
+    has_bar = name in ("no colour", "narrow", "stderr in a file", "stdout in a file")
+    assert bool(bars) == has_bar
+    assert all(len(bar) < columns for bar in bars)
+    assert not re.search(r"^\d+/\d+ ", shown, re.MULTILINE), "a bar is left"
+    assert not screen.ends_bold
+    if not has_bar:
+        assert "\033" not in done.text
+    if name == "no colour":
+        assert "\033[1m" not in done.text
+        assert done.text.isascii()
+        table = [line for line in screen.lines if line.startswith("|")]
+        assert len(table) > 15
+        assert all(line.endswith("|") for line in table), "it does not wrap"
+        assert "\033[0m" not in done.text
+        evaluations = [line for line in screen.lines if line.startswith("Evaluation: ")]
+        assert all(re.search(r", after \d+ sequences$", line) for line in evaluations), "nor they"
+        assert "| training_sequences_per_second | " in shown
+    if name == "narrow":
+        assert "training_sequences_per_second: " in shown.replace("\n", "")
+    if name == "stdout in a file":
+        kept = (tmp_path / "out.txt").read_text()
+        assert "\033" not in kept
+        assert "\nStep 12/12: " in kept
+        assert "[PerfLog]" in kept
+        assert "[PerfLog]" not in shown
+    else:
+        assert ("[PerfLog]" in shown) == (not for_people)
+        assert (":::MLLOG" in shown) == (not for_people)
+        assert ("\nStep 12/12: " in shown) == (not has_bar)
+
+
+@pytest.mark.parametrize(("machine_lines", "there"), [("on", True), ("off", False)])
+def test_machine_lines_go_where_they_are_asked_for(
+    mini_data: Path, tmp_path: Path, machine_lines: str, there: bool
+) -> None:
+    """On a terminal and in a pipe; each record is whole, on a line of its own, as in its file."""
+    flags = (*MINI, mini_data, *SHORT, "--machine_lines", machine_lines)
+    if there:
+        done = on_a_terminal(tmp_path, COLUMNS, *flags)
+        text = "\n".join(rendered(done.text, 100_000).lines) + "\n"
+    else:
+        text = command("launch", *flags, cwd=tmp_path).stdout
+    folder = folder_of(tmp_path)
     for name, token in (("mllog.txt", ":::MLLOG "), ("perflog.txt", "[PerfLog] ")):
         written = (folder / name).read_text().splitlines()
-        assert [line for line in lines if line.startswith(token)] == written
-    (tmp_path / "screen.txt").write_text(shown)
-    assert read_log(tmp_path / "screen.txt").faults == []
+        assert len(written) > 15
+        assert [line for line in text.splitlines() if line.startswith(token)] == written * there
+    assert "\nEvaluation: MLM accuracy " in text
+
+
+def test_a_resize_while_the_bar_is_there(mini_data: Path, tmp_path: Path) -> None:
+    """The bar takes the new width at once, and does not wrap."""
+    at: list[int] = []
+
+    def seen(text: str, descriptor: int, process: subprocess.Popen) -> None:
+        if not at and re.search(r"K([2-9]|1\d)/40 ", text):
+            resize(descriptor, 50)
+            at.append(len(text))
+
+    flags = ("--max_steps", "40", "--eval_steps", "20", "--num_eval_examples", "64")
+    done = on_a_terminal(tmp_path, COLUMNS, *MINI, mini_data, *flags, seen=seen)
+    assert done.code == 3
+    (changed,) = at
+    before, after = bars_in(done.text[:changed]), bars_in(done.text[changed:])
+    assert 50 < max(map(len, before)) <= COLUMNS - MARGIN
+    # What was being written as the window changed may have the width before.
+    assert max(len(bar) for bar in after[2:]) <= 50 - MARGIN
+
+
+def test_ctrl_c_leaves_the_terminal_clean(mini_data: Path, tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def seen(text: str, descriptor: int, process: subprocess.Popen) -> None:
+        if not sent and re.search(r"K\d+/300 +\S* +loss", text):
+            os.write(descriptor, b"\x03")
+            sent.append(len(text))
+
+    done = on_a_terminal(tmp_path, COLUMNS, *MINI, mini_data, *UP_TO_300, seen=seen)
+    assert done.code == 4
+    screen = rendered(done.text, COLUMNS)
+    assert not screen.ends_bold
+    assert screen.column == 0
+    shown = "\n".join(screen.lines)
+    assert "^C" not in shown
+    assert "/300 " not in shown
+    assert shown.count("\nStopping after this update and saving; Ctrl-C again ends at once\n") == 1
+    assert "\nTarget 0.72 not reached (stopped by signal SIGINT) after " in shown
+    assert screen.lines[-2] == "To go on: the same command with --resume auto"
+    assert screen.lines[-1].startswith("Logs: output/mini_CPUx1x1/run-")
+
+
+def test_a_killed_rank_leaves_the_terminal_clean(mini_data: Path, tmp_path: Path) -> None:
+    """Its bar is gone before the launcher says what happened."""
+    killed: list[int] = []
+
+    def seen(text: str, descriptor: int, process: subprocess.Popen) -> None:
+        if not killed and re.search(r"K\d+/300 +\S* +loss", text):
+            killed.append(only_child(process.pid))
+            os.kill(killed[0], signal.SIGKILL)
+
+    done = on_a_terminal(tmp_path, COLUMNS, *MINI, mini_data, *UP_TO_300, seen=seen)
+    assert done.code == 1
+    screen = rendered(done.text, COLUMNS)
+    assert "/300 " not in "\n".join(screen.lines)
+    assert any(line.startswith("Error: rank 0 was killed by SIGKILL") for line in screen.lines)
+    assert not screen.ends_bold
+
+
+def only_child(pid: int) -> int:
+    """The process that another one has started."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    (child,) = " ".join(path.read_text() for path in children).split()
+    return int(child)
 
 
 def test_in_a_pipe_there_are_lines_and_no_bar(mini_data: Path, tmp_path: Path) -> None:
@@ -95,10 +302,13 @@ def test_in_a_pipe_there_are_lines_and_no_bar(mini_data: Path, tmp_path: Path) -
         "768 sequences",
     ]
     assert done.stdout.splitlines()[-1].startswith("Report: ")
+    # Upstream's table in one row comes first, as it was; no outline.
+    assert re.search(r"\nLogs: .*\n\n\| Model .* \|\n\|-.*\n.*\n\n\| Speed ", done.stdout)
+    assert "\nPrecision  " not in done.stdout
 
     (folder,) = (tmp_path / "output/mini_CPUx1x1").glob("run-*")
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "mllog.txt", "perflog.txt", "report", "versions.json",
+        "config.json", "console.txt", "mllog.txt", "perflog.txt", "report", "versions.json",
     }  # fmt: skip
     assert (folder / "report/report.html").stat().st_size > 10_000
     assert_tensorboard_has(tmp_path / "board/mini_CPUx1x1" / folder.name)
@@ -110,10 +320,11 @@ def assert_tensorboard_has(folder: Path) -> None:
     board.Reload()
     steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     training = ("loss", "mlm_accuracy", "learning_rate", "sequences_per_second")
-    assert steps == {
+    wanted = {
         **{f"training/{name}": [1, 2, 4, 6, 8, 10, 12] for name in training},
         **{f"evaluation/{name}": [0, 6, 12] for name in ("loss", "mlm_accuracy")},
     }
+    assert {tag: steps[tag] for tag in wanted} == wanted
 
 
 def test_without_mlperf_logging_a_run_writes_the_log_that_the_checkers_want(

@@ -294,7 +294,7 @@ def test_a_run_of_this_package(mini_data: Path, tmp_path: Path) -> None:
     assert [point.samples for point in run.evaluations] == [0, 128, 256]
     assert all(point.loss is not None for point in run.evaluations)
     assert [point.samples for point in run.training] == [64, 128, 192, 256]
-    assert [path.stem for path in made.files] == ["report", "accuracy", "loss", "training"]
+    assert [path.stem for path in made.files] == ["report", "accuracy", "loss", "training", "step"]
     # What the run said of itself: the warm-up of this configuration has more than four steps.
     assert run.commonest_share == pytest.approx(0.11, abs=0.05)
     (notice,) = run.notices

@@ -6,48 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bert_pretraining.logs.sinks import (
-    EvaluationFigures,
-    EvaluationSetFacts,
-    Hyperparameters,
-    Resumption,
-    StepFigures,
-)
-from bert_pretraining.logs.watch import Watch, faults_of_schedule, no_evaluation
+from bert_pretraining.logs.sinks import Resumption
+from bert_pretraining.logs.watch_settings import faults_of_schedule, no_evaluation
 from log_files import accuracy_at
 from mlperf_logs import facts
-
-SHAPE = {"name": "mini", "config": "CPUx1x1", "train_batch_size": 64, "learning_rate": 0.004,
-         "warmup_steps": 0, "eval_steps": 0, "eval_interval_samples": 640}  # fmt: skip
-
-
-class Watched:
-    """A run of some figures, and what was noticed: kinds and texts."""
-
-    def __init__(self, baseline: float = 0.05, **flags: object) -> None:
-        self.found: dict[str, str] = {}
-        values = {**SHAPE, "max_steps": 10_000, **flags}
-        self.watch = Watch(facts(**values), self.noticed)
-        self.watch.hyperparameters(Hyperparameters(1))
-        self.watch.evaluation_set_read(EvaluationSetFacts(10_000, 1996, baseline))
-
-    def noticed(self, kind: str, text: str) -> None:
-        assert kind not in self.found, "a notice comes once"
-        assert "\n" not in text
-        self.found[kind] = text
-
-    def start(self, accuracy: float, loss: float = 2.7) -> None:
-        self.watch.start_evaluated(self.figures(0, accuracy, loss))
-
-    def evaluated(self, step: int, accuracy: float, loss: float = 2.7) -> None:
-        self.watch.evaluated(self.figures(step, accuracy, loss))
-
-    def figures(self, step: int, accuracy: float, loss: float) -> EvaluationFigures:
-        return EvaluationFigures(step, step * 64, loss, accuracy, 10_000, 1.0)
-
-    def logged(self, step: int, accuracy: float, loss: float = 2.7) -> None:
-        values = {"loss": loss, "mlm_acc": accuracy, "learning_rate": 1e-3}
-        self.watch.step_logged(StepFigures(step, step * 64, values, 100.0, None))
+from watched import SHAPE, Watched
 
 
 def test_a_healthy_run_gets_no_notice() -> None:
@@ -76,8 +39,89 @@ def test_a_run_from_random_weights_gets_no_notice() -> None:
 def test_a_little_worse_is_no_fall() -> None:
     run = Watched()
     run.start(0.34)
-    for step, accuracy in ((100, 0.28), (200, 0.25), (300, 0.31)):
+    for step, accuracy in ((100, 0.28), (200, 0.34), (300, 0.25), (400, 0.35)):
         run.evaluated(step, accuracy)
+    assert run.found == {}
+
+
+def test_below_the_start_twice_in_a_row() -> None:
+    run = Watched()
+    run.start(0.34)
+    run.evaluated(100, 0.30)
+    assert run.found == {}
+    run.evaluated(200, 0.29)
+    text = (
+        "MLM accuracy is below the start's 0.3400 in 2 evaluations in a row: 0.3000 after 6,400 "
+        "sequences and 0.2900 after 12,800 sequences: the learning rate 0.004 is likely too high; "
+        "start again with a lower one, such as --learning_rate 0.0004, or with more --warmup_steps"
+    )
+    assert run.found == {"accuracy_below_start": text}
+    run.evaluated(300, 0.01)
+    assert list(run.found) == ["accuracy_below_start"], "the same fault, told already"
+
+
+@pytest.mark.parametrize(
+    ("flags", "accuracies"),
+    [
+        ({}, (0.338, 0.337, 0.338)),  # less than three standard errors of 10,000 tokens
+        ({}, (0.20, 0.24, 0.29)),  # on its way back
+        ({"warmup_steps": 300}, (0.28, 0.27, 0.28)),
+        ({"masked_tokens": 12, "sequences": 1}, (0.25, 0.1667, 0.25)),
+    ],
+    ids=["noise", "recovery", "warm-up", "one sequence"],
+)
+def test_below_the_start_without_a_fault(
+    flags: dict[str, object], accuracies: tuple[float, ...]
+) -> None:
+    run = Watched(**flags)
+    run.start(0.34)
+    for step, accuracy in enumerate(accuracies, 1):
+        run.evaluated(100 * step, accuracy)
+    assert "accuracy_below_start" not in run.found
+
+
+def flat_from_random(run: Watched, evaluations: int, every: int, fall: float = 0.0) -> None:
+    """Evaluations at the commonest token, whose loss falls by `fall` from one to the next."""
+    run.start(0.00003, 11.1)
+    for number in range(1, evaluations + 1):
+        run.evaluated(number * every, 0.0504 + 0.0004 * (-1) ** number, 7.3 - number * fall)
+
+
+def test_a_run_that_learns_no_more_than_the_commonest_token() -> None:
+    run = Watched(init_checkpoint="random", max_steps=1000, warmup_steps=100)
+    flat_from_random(run, evaluations=11, every=50)  # of which two are in the warm-up
+    assert run.found == {}
+    run.evaluated(600, 0.0508, 7.301)
+    text = run.found["no_progress"]
+    assert text.startswith(
+        "no better than guessing: MLM accuracy is 0.0508 after 38,400 sequences, and always "
+        "guessing the commonest token has 0.0500; the loss is 7.3010, and was 7.3000 after 9,600 "
+        "sequences: pass another --learning_rate (it is 0.004)"
+    )
+
+
+def test_a_run_that_has_learnt_nothing_by_half_of_its_steps() -> None:
+    """Its loss falls, but with a rate that is far too low."""
+    run = Watched(init_checkpoint="random", max_steps=1000, learning_rate=1e-5)
+    flat_from_random(run, evaluations=10, every=50, fall=0.02)
+    assert run.found == {}, "450 steps"
+    run.evaluated(550, 0.0508, 7.08)
+    assert "the loss is 7.0800, and was 7.2800 after 3,200 seq" in run.found["no_progress"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "every", "fall"),
+    [
+        ({"max_steps": 2000}, 100, 0.002),  # 0.018 in ten evaluations
+        ({}, 10, 0.0),  # 90 steps say little
+        ({"max_steps": 100_000}, 100, 0.0),  # less than a tenth of the run
+        ({"masked_tokens": 20}, 100, 0.0),
+    ],
+    ids=["loss falls", "few steps", "long run", "small set"],
+)
+def test_a_plateau_of_a_healthy_run(flags: dict[str, object], every: int, fall: float) -> None:
+    run = Watched(**{"init_checkpoint": "random", "max_steps": 1000, **flags})
+    flat_from_random(run, evaluations=10, every=every, fall=fall)
     assert run.found == {}
 
 
@@ -144,6 +188,12 @@ def test_start_weights_that_know_less_than_the_commonest_token() -> None:
     assert text.startswith("the start checkpoint's MLM accuracy is 0.0102 (loss 2.7)")
     assert "the commonest token has 0.0510" in text
     assert "checkpoint inspect" in text
+
+
+def test_the_commonest_token_of_a_small_set_says_little() -> None:
+    run = Watched(baseline=0.3, masked_tokens=10, sequences=1)
+    run.start(0.2)
+    assert run.found == {}
 
 
 def test_heads_that_start_anew_know_nothing_yet() -> None:

@@ -14,6 +14,7 @@ from bert_pretraining.logs.sinks import (
     EvaluationSetFacts,
     Resumption,
     RunFacts,
+    RunOutline,
     RunResult,
     Sink,
     StepFigures,
@@ -72,6 +73,9 @@ class PerfLog(Sink):
     def built(self, event: str, values: dict[str, object]) -> None:
         self.log(event, values)
 
+    def outlined(self, outline: RunOutline) -> None:
+        self.log("RUN_OUTLINE", dataclasses.asdict(outline))
+
     def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
         self.log("EVALUATION_SET", dataclasses.asdict(facts))
 
@@ -107,7 +111,8 @@ class PerfLog(Sink):
             "seq/s": figures.sequences_per_second,
             "step": figures.step,
         }
-        self.log("STEP_END", {**figures.values, **counters})
+        speed = figures.speed.named() if figures.speed else {}
+        self.log("STEP_END", {**figures.values, **counters, **speed})
 
     def evaluated(self, evaluation: EvaluationFigures) -> None:
         self.log("EVALUATION", {"global_steps": evaluation.step, **_evaluation(evaluation)})
@@ -125,6 +130,7 @@ class PerfLog(Sink):
             "raw_train_time": result.train_time,
             "init_time": result.init_time,
         }
+        finished |= result.measured()
         if result.resumed_from is not None:
             finished["resumed_from_step"] = result.resumed_from
         self.log("FINISHED", finished)

@@ -1,7 +1,7 @@
 """A run's events and times, told to every output.
 
-On rank 0 the outputs are the terminal, `perflog.txt` and `mllog.txt` in the run's folder, and
-TensorBoard where it is asked for; on the other ranks there are none.
+On rank 0 the outputs are the terminal, `console.txt`, `perflog.txt` and `mllog.txt` in the run's
+folder, and the trackers that are asked for; on the other ranks there are none.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from bert_pretraining.config import Config, Resolved
 from bert_pretraining.errors import UserError
+from bert_pretraining.logs import energy_sampler
 from bert_pretraining.logs.console import Console
+from bert_pretraining.logs.energy import RunEnergy, measure
 from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.logs.mlperf import MlperfLog
 from bert_pretraining.logs.perflog import PerfLog
@@ -26,12 +30,16 @@ from bert_pretraining.logs.sinks import (
     Hyperparameters,
     Resumption,
     RunFacts,
+    RunOutline,
     RunResult,
     Sink,
+    Speed,
     StepFigures,
+    Throughputs,
+    Work,
 )
-from bert_pretraining.logs.tensorboard import TensorBoard
 from bert_pretraining.logs.terminal import Terminal
+from bert_pretraining.logs.trackers.sink import Trackers
 from bert_pretraining.logs.watch import Watch
 from bert_pretraining.progress import RunState, StepTriggers
 from bert_pretraining.runtime.lock import FolderLock
@@ -68,9 +76,11 @@ class RunLog:
         self._started = float(os.environ.get("BERT_PRETRAINING_STARTED", time.time()))
         self._init_started = self._train_started = self._window_started = self._started
         self._init_time = self._train_time = self._evaluation_time = 0.0
-        self._window_samples = 0
+        self._window_samples = self._skipped_samples = 0
+        self._matrix_rate: float | None = None
         self._resumption: Resumption | None = None
         self._triggers: StepTriggers | None = None
+        self._rank, self._energy, self._trains = rank, RunEnergy(), False
         self._sinks: list[Sink] = []
         self.folder: Path | None = None
         with contextlib.ExitStack() as closing:  # what was opened is closed if the rest fails
@@ -101,14 +111,15 @@ class RunLog:
         """Every output of this run, one after the other; a new kind of output is added here."""
         config = facts.config
         terminal = Terminal(config.max_steps)
-        yield PerfLog([terminal.line], rank=0, file=LineFile(folder / "perflog.txt"))
-        yield MlperfLog([terminal.line], file=LineFile(folder / "mllog.txt"))
-        yield Console(terminal, facts)
+        printed = {"on": True, "off": False, "auto": not terminal.is_watched}[config.machine_lines]
+        writers = [terminal.line] if printed else []
+        yield PerfLog(writers, rank=0, file=(perflog := LineFile(folder / "perflog.txt")))
+        yield MlperfLog(writers, file=LineFile(folder / "mllog.txt"))
+        yield Console(terminal, facts, console := LineFile(folder / "console.txt"))
         chose_evaluations = self._sources["eval_steps"] == "flag"
-        yield Watch(facts, self.notice, chose_evaluations)
-        if config.tensorboard_dir:
-            run = Path(config.resolved_output_dir).name
-            yield TensorBoard(Path(config.tensorboard_dir) / run / folder.name)
+        yield Watch(facts, self.notice, chose_evaluations, [terminal, perflog, console])
+        if config.trackers:
+            yield Trackers(facts, self.notice, self.say)
 
     def _tell(self, event: Callable, *details: object) -> None:
         """Call the method of `Sink` that `event` is on every sink."""
@@ -138,6 +149,12 @@ class RunLog:
         """The run goes wrong, or not as its user may expect; see `Sink.noticed`."""
         self._tell(Sink.noticed, kind, text)
 
+    def measure_energy(self, device: torch.device) -> None:
+        """Begin to count the energy that all machines take; see `measure`. A collective."""
+        setting, folder = self.config.energy, self.folder
+        self._energy = measure(setting, self._rank, device, folder, self.say)
+        self._closing.callback(self._energy.close)
+
     def hyperparameters(self, seed: int, triggers: StepTriggers) -> None:
         """The seed and what the closed division asks for."""
         self._triggers = triggers
@@ -160,8 +177,21 @@ class RunLog:
         """These parameters, by their names in the model, have a start checkpoint's weights."""
         self._tell(Sink.weights_loaded, list(parameters))
 
+    def outlined(self, outline: RunOutline) -> None:
+        """Everything is built."""
+        rate = outline.matrix_rate
+        self._matrix_rate = rate.flop_per_second if rate else None
+        if rate:
+            products = " x ".join(map(str, rate.shape))
+            self.say(
+                f"Matrix rate: {rate.flop_per_second / 1e12:.3g} TFLOP/s in {rate.dtype} (products "
+                f"of {products}, on all ranks at once)"
+            )
+        self._tell(Sink.outlined, outline)
+
     def clock_started(self) -> None:
         """MLPerf's clock starts: from here on sequences are read."""
+        self._energy.mark(energy_sampler.CLOCK_STARTED)
         self._tell(Sink.clock_started)
 
     def evaluation_set_read(self, facts: EvaluationSetFacts) -> None:
@@ -209,7 +239,9 @@ class RunLog:
 
     def _begin_training(self) -> None:
         self._init_time = time.time() - self._init_started
+        self._trains = True
         self._tell(Sink.training_began)
+        self._energy.mark(energy_sampler.TRAINING_BEGAN)
         self._train_started = self._window_started = time.time()
 
     def epoch_began(self, epoch: int) -> None:
@@ -221,7 +253,9 @@ class RunLog:
         self._tell(Sink.epoch_ended, epoch)
 
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
-        """So many of the latest updates were skipped."""
+        """So many of the latest updates were skipped. Speeds count their sequences."""
+        self._window_samples += count * self.config.global_batch_size
+        self._skipped_samples += count * self.config.global_batch_size
         self._tell(Sink.skipped, state.global_steps, count, state.skipped_steps, loss_scale)
 
     def steps(
@@ -231,11 +265,12 @@ class RunLog:
         samples_per_step: int,
         figures: dict | None,
         evaluation_seconds: float | None,
+        work: Work | None = None,
     ) -> None:
         """`count` steps are done.
 
-        figures, if any, go into the last one's STEP_END. evaluation_seconds, if an evaluation
-        followed it, does not count in `seq/s`.
+        figures, if any, go into the last one's STEP_END. work: since the step logged before.
+        evaluation_seconds, if an evaluation followed it, does not count in any speed.
         """
         self._window_samples += count * samples_per_step
         self._window_started += evaluation_seconds or 0.0
@@ -243,13 +278,21 @@ class RunLog:
         ahead = self._seconds_to_evaluation(state)
         if figures is not None:
             now = time.time()
-            speed = self._window_samples / max(now - self._window_started, 1e-9)
+            seconds, sequences = max(now - self._window_started, 1e-9), self._window_samples
             self._window_samples, self._window_started = 0, now
             step, samples = state.global_steps, state.num_trained_samples
-            self._tell(Sink.step_logged, StepFigures(step, samples, figures, speed, ahead))
+            speed = self._speed(work, sequences, seconds)
+            logged = StepFigures(step, samples, figures, sequences / seconds, ahead, speed)
+            self._tell(Sink.step_logged, logged)
+            self._energy.check()
         self._tell(Sink.advanced, count, ahead)
         if evaluation_seconds is not None:
             self._tell(Sink.evaluated, _evaluation(state, evaluation_seconds))
+
+    def _speed(self, work: Work | None, sequences: int, seconds: float) -> Speed | None:
+        if work is None or not work.updates:
+            return None
+        return Speed.of(work, sequences, seconds, self._matrix_rate)
 
     def _seconds_to_evaluation(self, state: RunState) -> float | None:
         """At this run's mean speed; None where no update is left."""
@@ -271,10 +314,19 @@ class RunLog:
         self._tell(
             Sink.training_ended, state.num_trained_samples, state.eval_sequences, state.converged
         )
+        self._energy.mark(energy_sampler.CLOCK_STOPPED)
+        self._energy.mark(energy_sampler.TRAINING_ENDED)
         self._train_time = time.time() - self._train_started
 
-    def finished(self, state: RunState, reason: str) -> None:
-        """The figures of the whole run, for tooling and as a table."""
+    def finished(self, state: RunState, reason: str, work: Work | None = None) -> None:
+        """The figures of the whole run, as logs and as a table. A collective.
+
+        work: all that was done.
+        """
+        sequences = self._trained_here(state) + self._skipped_samples
+        training = self._train_time - self._evaluation_time
+        speed = self._speed(work, sequences, training)
+        throughputs = _throughputs(sequences, self._train_time, training, work)
         result = RunResult(
             step=state.global_steps,
             samples=state.num_trained_samples,
@@ -285,8 +337,11 @@ class RunLog:
             e2e_time=time.time() - self._started,
             train_time=self._train_time,
             init_time=self._init_time,
-            sequences_per_second=self._trained_here(state) / max(self._train_time, 1e-9),
+            sequences_per_second=sequences / max(self._train_time, 1e-9),
             resumed_from=self._resumption.steps if self._resumption else None,
+            speed=speed,
+            throughputs=throughputs if sequences else None,
+            energy=self._energy.finish(sequences),
         )
         self._tell(Sink.finished, result)
 
@@ -295,13 +350,22 @@ class RunLog:
         self._tell(Sink.aborted, state.num_trained_samples, state.eval_sequences)
 
     def discard(self) -> None:
-        """Remove the run's folder: the run was refused before it began, and the error says why."""
-        if self.folder is not None:
+        """Remove the folder of a run that was refused before training; the error says why."""
+        if self.folder is not None and not self._trains:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close every output, and let the next run use the folder."""
         self._closing.close()
+
+
+def _throughputs(sequences: int, seconds: float, training: float, work: Work | None) -> Throughputs:
+    """seconds: in all. training: of those, without evaluations."""
+    core = None
+    if work is not None and work.seconds is not None:
+        waited = work.updates * work.seconds["data"]
+        core = sequences / max(training - waited, 1e-9)
+    return Throughputs(sequences / max(seconds, 1e-9), sequences / max(training, 1e-9), core)
 
 
 def _evaluation(state: RunState, seconds: float) -> EvaluationFigures:

@@ -1,63 +1,97 @@
-"""The terminal: whole lines on stdout, with a progress bar below them on a TTY."""
+"""The terminal: whole lines on stdout, with a progress bar below them."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
+import time
+from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
-BOLD, NORMAL = "\033[1m", "\033[0m"
-BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
+from bert_pretraining.logs.bar import Bar, LinesAbove
+from bert_pretraining.runtime import screen
 
 
 class Terminal:
-    """Lines and, on a terminal, a bar below them.
+    """Lines on stdout and, where a terminal can show one, a bar below them.
 
     Args:
         total_steps: the bar's length.
 
     Attributes:
+        name: for people.
+        is_watched: whether people look at stdout; else programs read it, or it is kept in a file.
+        seconds: that writing has taken so far, of the bar too.
         has_bar_alone: whether the bar shows the figures, so that step lines are not printed.
     """
 
     def __init__(self, total_steps: int) -> None:
-        self._bar = None
-        self._bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, bar_format=BAR, dynamic_ncols=True, leave=False)
-        self.has_bar_alone = self._bar is not None and sys.stdout.isatty()
+        self._total_steps = total_steps
+        self.name, self.seconds = "stdout", 0.0
+        self._bar: Bar | None = None
+        self._lines_of_others: LinesAbove | None = None  # in the place of stderr, beside a bar
+        self._bar_stream = screen.stream_of_the_bar()
+        self._bold = screen.takes_bold(sys.stdout)
+        self.is_watched = screen.is_watched(sys.stdout)
+        self.has_bar_alone = self._bar_stream is not None and self.is_watched
+
+    @property
+    def columns(self) -> int:
+        """Of stdout, at this moment."""
+        return screen.columns(sys.stdout)
 
     def line(self, text: str) -> None:
-        """One line, above the bar."""
-        if self._bar is not None:
-            self._bar.clear()
-        # One write: what an interruption leaves is a whole line or none.
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-        if self._bar is not None:
-            self._bar.refresh()
+        """One or more lines, above the bar."""
+        with self._timed():
+            if self._bar is not None:
+                self._bar.write_above(sys.stdout, text + "\n")
+            else:
+                # One write: what an interruption leaves is a whole line or none.
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
 
     def highlight(self, text: str) -> None:
-        """One or more lines that stand out: bold on a terminal."""
-        self.line(f"{BOLD}{text}{NORMAL}" if self._bold else text)
+        """Lines that stand out: bold on a terminal, each on its own."""
+        if self._bold:
+            lines = text.split("\n")
+            text = "\n".join(f"{screen.BOLD}{line}{screen.NORMAL}" for line in lines)
+        self.line(text)
 
     def begin_at(self, step: int) -> None:
-        """Start the bar at `step`: the number of steps already done."""
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.refresh()
+        """Draw the bar from now on; `step`: the number of steps already done."""
+        if self._bar_stream is not None and self._bar is None:
+            self._bar = Bar(self._total_steps, step, self._bar_stream)
+            if screen.is_watched(sys.stderr):
+                sys.stderr = self._lines_of_others = LinesAbove(self._bar, sys.stderr)
 
-    def advance(self, steps: int, figures: str) -> None:
-        """Advance the bar, with `figures` beside it."""
+    def advance(self, steps: int, figures: Mapping[str, str]) -> None:
+        """Advance the bar, with `figures` beside it: see `Bar`."""
         if self._bar is not None:
-            self._bar.set_description_str(figures, refresh=False)
-            self._bar.update(steps)
+            with self._timed():
+                self._bar.advance(steps, figures)
+
+    def show(self, figures: Mapping[str, str]) -> None:
+        """Draw the bar now, with `figures` beside it."""
+        if self._bar is not None:
+            with self._timed():
+                self._bar.show(figures)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        if self._lines_of_others is not None:
+            sys.stderr = self._lines_of_others.end()
+            self._lines_of_others = None
 
 
 def duration(seconds: float) -> str:
@@ -73,15 +107,3 @@ def duration(seconds: float) -> str:
 def clock(seconds: float) -> str:
     """ "00:08", "03:20" or "2:05:00"."""
     return tqdm.format_interval(max(0, round(seconds)))
-
-
-def results_table(rows: dict[str, str]) -> str:
-    """One row of figures under their names, as a Markdown table."""
-    widths = [max(len(name), len(value)) for name, value in rows.items()]
-
-    def line(cells: list[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(list(rows)), rule, line(list(rows.values()))])

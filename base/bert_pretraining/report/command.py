@@ -10,7 +10,8 @@ from bert_pretraining import config
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs.reading.loading import load_runs
 from bert_pretraining.report import compare, figures, summary
-from bert_pretraining.report.page import DrawnPicture, page
+from bert_pretraining.report.document import DrawnPicture
+from bert_pretraining.report.page import page
 from bert_pretraining.report.style import DARK, LIGHT
 from bert_pretraining.report.view import View
 from bert_pretraining.runtime.files import write_whole

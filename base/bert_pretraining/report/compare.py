@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs.reading.runs import SUCCESS, TARGET_MLM_ACCURACY, UNFINISHED, Run
+from bert_pretraining.logs.watch_start import MLPERF_START
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.submission.rcp import ConvergencePoint, convergence_point
 from bert_pretraining.submission.rulesets import DROPPED_RUNS, RUNS, require_ruleset
 
-MLPERF_EVAL_SAMPLES = 10_000
-MLPERF_START_ACCURACY = (0.30, 0.38)  # about the 0.34 of MLPerf's start checkpoint
 MAX_SINGLE_RUNS = 6  # with more runs, one colour for each platform and batch size
 MIN_MEDIAN_RUNS = 3
 
@@ -55,7 +55,7 @@ class Series:
         """Which runs `mean_samples` is the mean of, as text."""
         if len(self.runs) >= RUNS:
             return f"{len(self.runs) - DROPPED_RUNS} runs without fastest and slowest"
-        return f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
+        return counted(len(self.runs), "run")
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,15 @@ def why_not_comparable(run: Run) -> str | None:
 
     A log does not say which data set it is of. What it says can only rule the reference out.
     """
-    if run.eval_samples not in (None, MLPERF_EVAL_SAMPLES):
+    if run.eval_samples not in (None, MLPERF_START.sequences):
         return (
-            f"evaluated on {run.eval_samples:,} sequences, where MLPerf's data set has "
-            f"{MLPERF_EVAL_SAMPLES:,}"
+            f"evaluated on {counted(run.eval_samples, 'sequence')}, where MLPerf's data set has "
+            f"{MLPERF_START.sequences:,}"
         )
     if run.target != TARGET_MLM_ACCURACY:
         return f"the target was {run.target:g}, the reference's is {TARGET_MLM_ACCURACY:g}"
     start = next((point.accuracy for point in run.evaluations if point.samples == 0), None)
-    low, high = MLPERF_START_ACCURACY
-    if start is not None and not low <= start <= high:
+    if start is not None and not MLPERF_START.lowest <= start <= MLPERF_START.highest:
         return f"the start weights score {start:.3f}, those of the reference 0.34"
     if not run.global_batch_size:
         return "the log does not say the global batch size"

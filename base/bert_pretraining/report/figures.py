@@ -5,39 +5,23 @@ from __future__ import annotations
 import functools
 import io
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.report import curves, panels
+from bert_pretraining.report import curves, panels, power, step
 from bert_pretraining.report.curves import SAMPLES, SECONDS
-from bert_pretraining.report.panels import MAX_NAMED_ROWS
-from bert_pretraining.report.style import DOTS_PER_INCH, FIGURE_INCHES, Theme, settings
+from bert_pretraining.report.picture import Panel, Picture
+from bert_pretraining.report.style import DOTS_PER_INCH, Theme, settings
 from bert_pretraining.report.view import View, close_up_from
+from bert_pretraining.runtime import packages
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW_INCHES = 0.26  # height of the bar of a run with a name
 LEGEND_CHARACTERS = 136  # a line of the legend
 LEGEND_GAP_CHARACTERS = 8  # line and space beside each entry
 LEGEND_LINE_INCHES = 0.23
-
-Panel = Callable[["Axes", View, Theme], None]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that is not drawn yet: file name, heading and caption on the page, panels."""
-
-    name: str
-    title: str
-    caption: str
-    panels: tuple[Panel, ...]
-    inches: tuple[float, float] = FIGURE_INCHES
 
 
 def require_matplotlib() -> None:
@@ -46,60 +30,66 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "the report's pictures need matplotlib",
-            f"install it: {sys.executable} -m pip install matplotlib",
+            "pictures need matplotlib",
+            f"install it: {packages.how_to_install(['matplotlib'])}",
         ) from error
 
 
 def pictures(view: View) -> list[Picture]:
-    """The pictures for which these runs have data."""
-    made = []
-    axes = [
-        name
-        for name in (SAMPLES, SECONDS)
-        if any(getattr(point, name) is not None for point in _points(view))
-    ]
+    """The pictures for which these runs have data, in the order of the page.
 
-    def both(panel: Callable, figure: str) -> tuple[Panel, ...]:
-        has = any(getattr(point, figure, None) is not None for point in _points(view))
-        return tuple(functools.partial(panel, across=name) for name in axes) if has else ()
+    A new kind of picture is a function from the view to its pictures, with its place here.
+    """
+    makers = (_accuracy, _to_target, _loss, _training, step.pictures, power.pictures)
+    return [picture for make in makers for picture in make(view)]
 
-    accuracy = both(panels.accuracy, "accuracy")
-    if accuracy:
-        caption = "MLM accuracy on the evaluation set. A ring marks where a run met its target."
-        made.append(Picture("accuracy", "Accuracy", caption, accuracy))
-        made += _to_target(view)
-    loss = both(panels.loss, "loss")
-    if loss:
-        caption = "Loss of masked words and next sentences together."
-        made.append(Picture("loss", "Loss", caption, loss))
-    training: list[Panel] = []
+
+def _accuracy(view: View) -> list[Picture]:
+    found = _by_both(view, panels.accuracy, "accuracy")
+    caption = "MLM accuracy on the evaluation set. A ring marks where a run met its target."
+    return [Picture("accuracy", "Accuracy", caption, found)] if found else []
+
+
+def _loss(view: View) -> list[Picture]:
+    found = _by_both(view, panels.loss, "loss")
+    caption = "Loss of masked words and next sentences together."
+    return [Picture("loss", "Loss", caption, found)] if found else []
+
+
+def _training(view: View) -> list[Picture]:
+    found: list[Panel] = []
     if any(point.learning_rate is not None for run in view.runs for point in run.training):
-        training.append(panels.learning_rate)
-    clock = SECONDS if SECONDS in axes else SAMPLES
-    if any(len(curves.throughput(run, clock)[0]) for run in view.runs):
-        training.append(functools.partial(panels.throughput, across=clock))
-    if training:
-        caption = "What the optimizer was given, and how fast sequences went through."
-        made.append(Picture("training", "Learning rate and throughput", caption, tuple(training)))
-    return made
+        found.append(panels.learning_rate)
+    if any(len(curves.throughput(run, view.clock)[0]) for run in view.runs):
+        found.append(functools.partial(panels.throughput, across=view.clock))
+    caption = "What the optimizer was given, and how fast sequences went through."
+    title = "Learning rate and throughput"
+    return [Picture("training", title, caption, tuple(found))] if found else []
+
+
+def _by_both(view: View, panel: Callable, figure: str) -> tuple[Panel, ...]:
+    """The panel by sequences and by time, as far as these are known; () without that figure."""
+    has = any(getattr(point, figure, None) is not None for point in view.points)
+    axes = [name for name in (SAMPLES, SECONDS) if view.knows(name)]
+    return tuple(functools.partial(panel, across=name) for name in axes) if has else ()
 
 
 def _to_target(view: View) -> list[Picture]:
     """No picture for a single run without a reference, which has nothing to compare with."""
-    if len(view.runs) == 1 and not view.drawn_references:
+    if not any(run.evaluations for run in view.runs) or (
+        len(view.runs) == 1 and not view.drawn_references
+    ):
         return []
     close = [panels.near_target] if close_up_from(view) is not None else []
-    height = max(FIGURE_INCHES[1], 1.7 + ROW_INCHES * min(len(view.runs), MAX_NAMED_ROWS))
     caption = "The end of the way, and how many sequences each run took."
     if view.drawn_references:
         caption += " Band and line: the reference's mean, one standard deviation either way."
-    size = (FIGURE_INCHES[0], height)
+    size = panels.inches_of_rows(len(view.runs))
     return [Picture("target", "To the target", caption, (*close, panels.rows), size)]
 
 
-def png(picture: Picture, view: View, theme: Theme) -> bytes:
-    """Draw a picture."""
+def png(picture: Picture, view: Any, theme: Theme) -> bytes:
+    """Draw a picture. view: what its panels draw."""
     from matplotlib import rc_context
     from PIL import Image
 
@@ -112,7 +102,7 @@ def png(picture: Picture, view: View, theme: Theme) -> bytes:
     return small.getvalue()
 
 
-def figure(picture: Picture, view: View, theme: Theme) -> Figure:
+def figure(picture: Picture, view: Any, theme: Theme) -> Figure:
     """A picture as matplotlib's figure, with the current settings."""
     from matplotlib.figure import Figure
 
@@ -123,10 +113,6 @@ def figure(picture: Picture, view: View, theme: Theme) -> Figure:
         panel(axes, view, theme)
     _legend(made)
     return made
-
-
-def _points(view: View) -> list:
-    return [point for run in view.runs for point in (*run.evaluations, *run.training)]
 
 
 def _legend(figure: Figure) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +12,14 @@ from bert_pretraining.logs.reading.runs import Run
 from bert_pretraining.report import curves, drawing
 from bert_pretraining.report.curves import SAMPLES, Curve, Scale
 from bert_pretraining.report.drawing import SeriesStyle
-from bert_pretraining.report.style import Theme
+from bert_pretraining.report.style import FIGURE_INCHES, Theme
 from bert_pretraining.report.view import View, band, close_up_from, duration, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_NAMED_ROWS = 30
+ROW_INCHES = 0.26  # height of the bar of a run with a name
 MIN_ROWS = 5  # so that the bar of a single run is not too thick
 LINEAR_RATIO = 20
 ACCURACY = "MLM accuracy"
@@ -166,15 +168,26 @@ def rows(axes: Axes, view: View, theme: Theme) -> None:
         middle = reference.point.mean_samples / scale.divisor
         axes.vlines([middle] * len(starts), starts, [start + 1 for start in starts],
                     color=theme.reference, linewidth=2.0, zorder=3)  # fmt: skip
-    names = [shortened(run.name) for run in view.runs]
-    axes.set_yticks(range(len(names)) if named else [], names if named else [])
-    spare = max(0, MIN_ROWS - len(names)) / 2
-    axes.set_ylim(len(names) - 0.4 + spare, -0.6 - spare)
-    axes.tick_params(axis="y", length=0, labelcolor=theme.text)
-    axes.grid(visible=False, axis="y")
+    name_rows(axes, view.runs, theme)
     axes.set_xlim(0, limit / scale.divisor)
     axes.set_xlabel(scale.label)
     axes.set_title("Sequences to the target")
+
+
+def inches_of_rows(count: int) -> tuple[float, float]:
+    """Size of a picture with a row for each of so many runs."""
+    width, height = FIGURE_INCHES
+    return width, max(height, 1.7 + ROW_INCHES * min(count, MAX_NAMED_ROWS))
+
+
+def name_rows(axes: Axes, runs: Sequence[Run], theme: Theme) -> None:
+    """The runs' names on the vertical axis, from above; none where there are too many."""
+    names = [shortened(run.name) for run in runs] if len(runs) <= MAX_NAMED_ROWS else []
+    axes.set_yticks(range(len(names)), names)
+    spare = max(0, MIN_ROWS - len(runs)) / 2
+    axes.set_ylim(len(runs) - 0.4 + spare, -0.6 - spare)
+    axes.tick_params(axis="y", length=0, labelcolor=theme.text)
+    axes.grid(visible=False, axis="y")
 
 
 def _bar(axes: Axes, run: Run, row: int, style: SeriesStyle, scale: Scale, named: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bert_pretraining.logs.reading.runs import Run
+from bert_pretraining.report import speeds
 from bert_pretraining.report.compare import Reference, Series, outcome
 from bert_pretraining.report.view import View, duration
 
@@ -42,7 +43,10 @@ def cells(run: Run) -> tuple[str, ...]:
 
 def text(view: View) -> str:
     """The whole summary for a terminal."""
-    lines = [_table([COLUMNS, *map(cells, view.runs)]), ""]
+    lines = [_table([COLUMNS, *map(cells, view.runs)], RIGHT_ALIGNED), ""]
+    fast = speeds.table(view.runs)
+    if fast:
+        lines += [_table([speeds.COLUMNS, *fast], speeds.RIGHT_ALIGNED), ""]
     lines += conclusions(view)
     told = notices(view.runs)
     if told:
@@ -118,13 +122,14 @@ def _number(value: float | None, style: str = ",") -> str:
     return "-" if value is None else format(value, style)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], right_aligned: frozenset[str]) -> str:
+    """Aligned columns; the first row has their names."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         padded = [
-            cell.rjust(width) if name in RIGHT_ALIGNED else cell.ljust(width)
-            for name, cell, width in zip(COLUMNS, row, widths, strict=True)
+            cell.rjust(width) if name in right_aligned else cell.ljust(width)
+            for name, cell, width in zip(rows[0], row, widths, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))

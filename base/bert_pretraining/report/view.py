@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_pretraining.logs.reading.runs import Run
+from bert_pretraining.logs.reading.runs import EvaluationPoint, Run, TrainingPoint
 from bert_pretraining.report import curves
 from bert_pretraining.report.compare import Reference, Series
-from bert_pretraining.report.curves import SECONDS, Scale
+from bert_pretraining.report.curves import SAMPLES, SECONDS, Scale
 
 LONGEST_NAME = 46
 NEAR_TARGET = 0.15  # share of the way from start to target that the close-up shows
@@ -25,6 +25,19 @@ class View:
         return [run for series in self.series for run in series.runs]
 
     @property
+    def points(self) -> list[EvaluationPoint | TrainingPoint]:
+        return [point for run in self.runs for point in (*run.evaluations, *run.training)]
+
+    def knows(self, across: str) -> bool:
+        """Whether any log says samples, or seconds."""
+        return any(getattr(point, across) is not None for point in self.points)
+
+    @property
+    def clock(self) -> str:
+        """The axis of what is drawn against time alone: seconds, else samples."""
+        return SECONDS if self.knows(SECONDS) else SAMPLES
+
+    @property
     def targets(self) -> list[float]:
         return sorted({run.target for run in self.runs})
 
@@ -36,8 +49,7 @@ class View:
 
     def scale(self, across: str) -> Scale:
         """The unit of an axis that holds every point, and the reference where that is drawn."""
-        points = [point for run in self.runs for point in (*run.evaluations, *run.training)]
-        values = [getattr(point, across) for point in points]
+        values = [getattr(point, across) for point in self.points]
         largest = max((value for value in values if value is not None), default=0)
         if across == SECONDS:
             return curves.time_scale(largest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from bert_pretraining.logs.reading.runs import (
     Run,
     TrainingPoint,
 )
+from bert_pretraining.logs.reading.speeds import matrix_rate_of, speed_of, throughputs_of
+from bert_pretraining.logs.reading.values import entry, number, text, whole
 
 Value = TypeVar("Value")
 # The hyperparameters that MLPerf's closed division names, in the order of the report.
@@ -91,40 +92,39 @@ def reduce_run(
             kind for kind, events in (("MLPerf log", mllog), ("PerfLog", perflog)) if events
         ),
         status=_status(mlperf, finished),
-        target=_first(_number(settings.get("target_mlm_accuracy")), TARGET_MLM_ACCURACY),
-        seed=_first(_whole(mlperf.value("seed")), _whole(settings.get("seed"))),
-        global_batch_size=_first(_whole(mlperf.value("global_batch_size")), _batch_size(perf)),
+        target=_first(number(settings.get("target_mlm_accuracy")), TARGET_MLM_ACCURACY),
+        seed=_first(whole(mlperf.value("seed")), whole(settings.get("seed"))),
+        global_batch_size=_first(whole(mlperf.value("global_batch_size")), _batch_size(perf)),
         train_samples=_first(_train_samples(mlperf), max(known, default=None)),
-        eval_samples=_whole(mlperf.value("eval_samples")),
-        resumed_samples=_first(_whole(mlperf.value("resumed_from")), _resumed_samples(perf), 0),
+        eval_samples=whole(mlperf.value("eval_samples")),
+        resumed_samples=_first(whole(mlperf.value("resumed_from")), _resumed_samples(perf), 0),
         run_seconds=_first(
             _between(mlperf, "run_start", "run_stop"),
-            _number(finished.get("raw_train_time")),
+            number(finished.get("raw_train_time")),
             _between(perf, "TRAIN_BEGIN", "TRAIN_END"),
         ),
         init_seconds=_first(
             _between(mlperf, "init_start", "init_stop"),
-            _number(finished.get("init_time")),
+            number(finished.get("init_time")),
             _between(perf, "INIT_START", "INIT_END"),
         ),
-        organization=_text(mlperf.value("submission_org")),
-        platform=_text(mlperf.value("submission_platform")),
-        division=_text(mlperf.value("submission_division")),
+        organization=text(mlperf.value("submission_org")),
+        platform=text(mlperf.value("submission_platform")),
+        division=text(mlperf.value("submission_division")),
         hyperparameters={
             key: mlperf.value(key) for key in HYPERPARAMETERS if mlperf.value(key) is not None
         },
         evaluations=evaluations,
         training=training,
         faults=tuple(faults),
-        commonest_share=_number(_entry(perf.value("EVALUATION_SET"), "commonest_share")),
+        commonest_share=number(entry(perf.value("EVALUATION_SET"), "commonest_share")),
         notices=tuple(
-            text for event in perf.all("NOTICE") if (text := _text(_entry(event.value, "text")))
+            line for event in perf.all("NOTICE") if (line := text(entry(event.value, "text")))
         ),
+        speed=speed_of(finished, number(finished.get("training_sequences_per_second"))),
+        throughputs=throughputs_of(finished),
+        matrix_rate=matrix_rate_of(perf.value("RUN_OUTLINE")),
     )
-
-
-def _entry(value: object, name: str) -> object:
-    return value.get(name) if isinstance(value, dict) else None
 
 
 def _first(*values: Value | None) -> Value | None:
@@ -151,7 +151,7 @@ def _train_samples(mlperf: _Facts) -> int | None:
     starts, trained = mlperf.all("run_start"), mlperf.all("train_samples")
     if not trained or (starts and trained[-1].line < starts[0].line):
         return None
-    return _whole(trained[-1].value)
+    return whole(trained[-1].value)
 
 
 def _evaluations(
@@ -162,8 +162,8 @@ def _evaluations(
     losses = {point.samples: point.loss for point in from_perf}
     points: dict[tuple, EvaluationPoint] = {}
     for event in mlperf.all("eval_accuracy"):
-        accuracy = _number(event.value)
-        samples = _whole(event.metadata.get("epoch_num", event.metadata.get("samples_count")))
+        accuracy = number(event.value)
+        samples = whole(event.metadata.get("epoch_num", event.metadata.get("samples_count")))
         if accuracy is None or samples is None:
             mlperf.fault(event, "eval_accuracy without a number or without samples in epoch_num")
             continue
@@ -171,7 +171,7 @@ def _evaluations(
         point = EvaluationPoint(samples, seconds, accuracy, losses.get(samples))
         points.setdefault((samples, accuracy), point)  # some logs have a line for each rank
     found = list(points.values())
-    if _counts_epochs(found, _whole(mlperf.value("global_batch_size"))):
+    if _counts_epochs(found, whole(mlperf.value("global_batch_size"))):
         event = mlperf.all("eval_accuracy")[-1]
         many = "epoch_num of eval_accuracy counts epochs, not sequences: those are not known"
         mlperf.fault(event, many)
@@ -201,18 +201,18 @@ def _perflog_evaluations(
     batch_size, samples, steps = _batch_size(perf), 0, None
 
     def add(event: Event, samples: int, accuracy: object, loss: object) -> None:
-        number = _number(accuracy)
-        if number is not None:
+        share = number(accuracy)
+        if share is not None:
             seconds = _since(started, event.time_ms)
-            points.append(EvaluationPoint(samples, seconds, number, _number(loss)))
+            points.append(EvaluationPoint(samples, seconds, share, number(loss)))
 
     for event in perf.events:
         value = event.value if isinstance(event.value, dict) else {}
         if event.key == "STEP_END":
-            samples = _whole(value.get("num_trained_samples")) or samples
-            steps = _whole(value.get("global_steps"))
+            samples = whole(value.get("num_trained_samples")) or samples
+            steps = whole(value.get("global_steps"))
         elif event.key in ("INIT_EVALUATION", "EVALUATION"):
-            at = _whole(value.get("global_steps"))
+            at = whole(value.get("global_steps"))
             if event.key == "EVALUATION" and at is not None and at != steps and batch_size:
                 samples = at * batch_size
             add(event, samples, value.get("eval_mlm_accuracy"), value.get("eval_loss"))
@@ -225,13 +225,14 @@ def _training(mlperf: _Facts, perf: _Facts, started: int | None) -> tuple[Traini
     points = []
     for event in perf.all("STEP_END"):
         value = event.value if isinstance(event.value, dict) else {}
-        samples = _whole(value.get("num_trained_samples"))
+        samples = whole(value.get("num_trained_samples"))
         if samples is None:
             perf.fault(event, "STEP_END without num_trained_samples")
             continue
-        names = ("loss", "mlm_acc", "learning_rate", "seq/s")
-        figures = [_number(value.get(name)) for name in names]
-        points.append(TrainingPoint(samples, _since(started, event.time_ms), *figures))
+        names = ("loss", "mlm_acc", "learning_rate", "seq/s", "loss_scale")
+        figures = [number(value.get(name)) for name in names]
+        speed = speed_of(value, number(value.get("seq/s")))
+        points.append(TrainingPoint(samples, _since(started, event.time_ms), *figures, speed))
     if not points:
         points = _tracked_stats(mlperf, started)
     return tuple(sorted(points, key=lambda point: point.samples))
@@ -241,24 +242,24 @@ def _tracked_stats(mlperf: _Facts, started: int | None) -> list[TrainingPoint]:
     """NVIDIA's throughput since the last evaluation, in sequences per second."""
     points = []
     for event in mlperf.all("tracked_stats"):
-        samples = _whole(event.metadata.get("epoch_num"))
+        samples = whole(event.metadata.get("epoch_num"))
         speed = event.value.get("throughput") if isinstance(event.value, dict) else None
-        if samples is not None and _number(speed) is not None:
+        if samples is not None and number(speed) is not None:
             seconds = _since(started, event.time_ms)
-            points.append(TrainingPoint(samples, seconds, sequences_per_second=_number(speed)))
+            points.append(TrainingPoint(samples, seconds, sequences_per_second=number(speed)))
     return points
 
 
 def _resumed_samples(perf: _Facts) -> int | None:
     resumed = perf.value("RESUMED")
-    return _whole(resumed.get("num_trained_samples")) if isinstance(resumed, dict) else None
+    return whole(resumed.get("num_trained_samples")) if isinstance(resumed, dict) else None
 
 
 def _batch_size(perf: _Facts) -> int | None:
     """Sequences of an update, by the counters of two steps, else of one."""
     values = [event.value for event in perf.all("STEP_END") if isinstance(event.value, dict)]
     counters = [
-        (_whole(value.get("num_trained_samples")), _whole(value.get("global_steps")))
+        (whole(value.get("num_trained_samples")), whole(value.get("global_steps")))
         for value in values
     ]
     known = sorted({pair for pair in counters if None not in pair and pair[1] > 0})
@@ -277,19 +278,3 @@ def _between(facts: _Facts, start: str, stop: str) -> float | None:
 def _since(started: int | None, time_ms: int | None) -> float | None:
     """Seconds since the start of the clock; 0 for an event before it."""
     return None if started is None or time_ms is None else max(0, time_ms - started) / 1000
-
-
-def _number(value: object) -> float | None:
-    usable = (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
-    return float(value) if usable else None
-
-
-def _whole(value: object) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and number == int(number) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_pretraining.logs.sinks import MatrixRate, Speed, Throughputs
+
 TARGET_MLM_ACCURACY = 0.72  # the target of MLPerf, for a log that names no other
 SUCCESS, ABORTED, UNFINISHED = "success", "aborted", "unfinished"
 
@@ -21,7 +23,10 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """What a log says about training at one moment; None where it says nothing."""
+    """What a log says about training at one moment; None where it says nothing.
+
+    speed: of the steps since the point before.
+    """
 
     samples: int
     seconds: float | None
@@ -29,6 +34,8 @@ class TrainingPoint:
     mlm_accuracy: float | None = None
     learning_rate: float | None = None
     sequences_per_second: float | None = None
+    loss_scale: float | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True, eq=False)  # runs are compared by identity
@@ -46,6 +53,8 @@ class Run:
         faults: what is wrong with the logs, with file and line.
         commonest_share: the accuracy of always guessing the commonest masked token.
         notices: what the run itself said was going wrong.
+        speed: of all steps; throughputs: FlagPerf's three; matrix_rate: what the devices can do.
+            None in the logs of other programs.
     """
 
     name: str
@@ -69,6 +78,9 @@ class Run:
     faults: tuple[str, ...]
     commonest_share: float | None = None
     notices: tuple[str, ...] = ()
+    speed: Speed | None = None
+    throughputs: Throughputs | None = None
+    matrix_rate: MatrixRate | None = None
 
     @property
     def target_point(self) -> EvaluationPoint | None:
