@@ -30,6 +30,8 @@ setup(
     package_data={
         "bert_pretraining.configs": ["*/*.toml"],
         "bert_pretraining.bench": ["wikipedia_lengths.json"],
+        "bert_pretraining.qualify": ["published.toml"],
+        "bert_pretraining.scaling": ["devices.toml"],
         "bert_pretraining.preparation": ["mini_start.pt", "checksums/*.chk"],
     },
     cmdclass={"install": InstallThisPackageOnly},

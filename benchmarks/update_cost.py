@@ -48,11 +48,13 @@ from bert_pretraining.errors import TrainingError, UserError
 from bert_pretraining.kernels import DTYPES, PROVIDERS
 from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.optim import Schedule
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.build import Setup, Training, build
+from bert_pretraining.training.step_clock import over_ranks
 
 WAYS = {  # name -> the settings that stand for it
     "eager": {"compile": "off", "use_cuda_graph": False},
@@ -120,14 +122,21 @@ class Run:
     """
 
     def __init__(
-        self, training: Training, given: Iterator[PackedBatch], accumulation: int, ranks: Ranks
+        self,
+        training: Training,
+        given: Iterator[PackedBatch],
+        accumulation: int,
+        ranks: Ranks,
+        model: BertConfig,
     ) -> None:
         self.training, self._given, self._accumulation = training, given, accumulation
-        self._ranks = ranks
+        self._ranks, self._model = ranks, model
 
     def update(self) -> None:
         """One update."""
-        self._totals = self.training.update([next(self._given) for _ in range(self._accumulation)])
+        with self.training.clock.part("data"):
+            taken = [next(self._given) for _ in range(self._accumulation)]
+        self._totals = self.training.update(taken)
 
     def update_and_look(self) -> None:
         """One update, and what is known of earlier ones."""
@@ -135,9 +144,11 @@ class Run:
         self._learn(self.training.update.outcomes.look)
 
     def read(self) -> None:
-        """What became of all updates; the host waits."""
+        """What became of all updates, and the log line's figures of speed; the host waits."""
         if self.training.update.outcomes.num_unread:
             self._learn(self.training.update.outcomes.read)
+            clock = self.training.clock
+            over_ranks(clock.take(), clock.measures, self._model, self._ranks)
 
     def _learn(self, learn: Callable) -> None:
         try:
@@ -186,15 +197,14 @@ def cost_of(way: str, flags: argparse.Namespace, ranks: Ranks) -> dict[str, obje
         "build_peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
     }
     if record.is_pretended():
-        inside = [
-            n for key, n in pretended.counters().counts().items() if key.startswith("CAPTURE:K:")
-        ]
-        figures["launches_captured"] = sum(inside)  # by all graphs of the run together
+        counts = pretended.counters().counts().items()
+        inside = sum(n for key, n in counts if key.startswith("CAPTURE:K:"))
+        figures["launches_captured"] = inside  # by all graphs of the run together
     lost = [line for line in log.lines if "goes on without" in line or "graph has no" in line]
     if lost:
         raise RuntimeError("; ".join(lost))
     training.module.train()
-    run = Run(training, batches(flags, device), flags.accumulation, ranks)
+    run = Run(training, batches(flags, device), flags.accumulation, ranks, model)
     announce(f"{way}: counting updates")
     for _ in range(3):
         run.update_and_look()

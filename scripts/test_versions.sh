@@ -41,6 +41,8 @@ case $wanted in
     NEWEST)
         pythons="3.13 3.14 3.12 3.11"
         packages="torch numpy h5py tokenizers safetensors tqdm"
+        # The others have a tokenizers for whose huggingface_hub there is no Trackio of today.
+        tools="$tools wandb mlflow-skinny sqlalchemy alembic trackio"
         ;;
     2.[5-9].*)
         pythons="3.12 3.11 3.10"

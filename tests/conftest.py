@@ -30,11 +30,14 @@ for number in (signal.SIGINT, signal.SIGHUP):
         )
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
+import fake_kernels  # noqa: E402
 import testdev_build  # noqa: E402
+from bert_pretraining.kernels import PROVIDERS  # noqa: E402
 from bert_pretraining.preparation.mini import MiniSettings, make_mini  # noqa: E402
 from bert_pretraining.runtime import device as devices  # noqa: E402
-from helpers import MakeOnce  # noqa: E402
+from helpers import ROOT, MakeOnce  # noqa: E402
 
 if devices.seen() is None:
     # A launch is refused where PyTorch does not see this machine's accelerator. The tests then
@@ -43,6 +46,28 @@ if devices.seen() is None:
 
 RUN_SLOW = "bash run_tests.sh -m slow"
 not_run_key = pytest.StashKey[int]()
+
+
+@pytest.fixture(autouse=True)
+def deterministic_operators() -> Iterator[None]:
+    """A test that asks for deterministic operators leaves the next ones as they are."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def use_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict], None]:
+    """use_fake(name, faults): this provider is there, in this process and in those it starts."""
+
+    def use(name: str, faults: dict[str, str]) -> None:
+        monkeypatch.setitem(PROVIDERS, name, fake_kernels.provider(name, faults))
+        variables = fake_kernels.environment(tmp_path, name, faults, ROOT / "base")
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+
+    return use
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,9 @@
 """Kernel providers that are wrong in a known way, for this process or for those that it starts.
 
 The faults: "element", "leak", "nan", "raises", "hangs", "dies", "mask", "data", "constant", "rate",
-"large" (wrong for more than 100 rows only), "unsteady" (refuses where operators must be
-deterministic).
+"large" (wrong for more than 100 rows only), "memory" (too little for as many), "unsteady" (refuses
+where operators must be deterministic), "noise" (other bits each time), "loose" (so, where
+operators need not be deterministic), "wild" (as "loose", by far more than rounding).
 """
 
 from __future__ import annotations
@@ -57,8 +58,17 @@ def spoiled(operator: str, fault: str) -> Callable:
         rows = arguments[0].shape[0]
         if fault == "raises":
             raise RuntimeError("no kernel image for this device\nand more lines")
-        if fault == "unsteady" and torch.are_deterministic_algorithms_enabled():
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if fault == "unsteady" and deterministic:
             raise RuntimeError("no deterministic implementation")
+        if fault == "memory" and rows > 100:
+            raise torch.cuda.OutOfMemoryError("out of memory: tried to allocate 2 GiB")
+        if fault == "noise" or (fault in ("loose", "wild") and not deterministic):
+            # It changes neither the inputs of other operators nor the generators.
+            generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "little"))
+            output = right(*arguments)
+            size = 0.1 if fault == "wild" else 1e-5
+            return output * (1.0 + size * torch.rand(output.shape, generator=generator))
         if fault == "hangs":
             time.sleep(3600)
         if fault == "dies":

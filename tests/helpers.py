@@ -119,7 +119,7 @@ def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.Com
         env={**os.environ, "PYTHONPATH": str(ROOT / "base"), **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
 

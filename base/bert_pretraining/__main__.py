@@ -14,7 +14,7 @@ import sys
 import traceback
 
 from bert_pretraining import __version__, config
-from bert_pretraining.commands import checkpoint, data, submission, training
+from bert_pretraining.commands import checkpoint, data, predict, submission, training
 from bert_pretraining.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -46,10 +46,15 @@ USAGE = """usage: python -m bert_pretraining COMMAND [flags]
   checkpoint inspect    what a checkpoint of any known kind holds
   checkpoint convert    its weights as a start checkpoint, for Hugging Face, or to resume from
   checkpoint diff       whether two hold the same weights: exit code 0 if so, else 1
+  predict               what a checkpoint has learned: words for [MASK], the next sentence
   doctor                what this machine can run, what is missing, and how to fix it
   bench step, kernels   seconds of forward and backward: of the model, of each operator
   bench optimizer       seconds of a LAMB update, implementations in turn
   bench loader          sequences a second that reading and packing a data set gives
+  qualify           is this accelerator, and this machine, right? a page with verdicts
+  qualify compare   qualifications side by side: exit code 1 where one has fallen back
+  qualify page      the page of a qualification, drawn again from its JSON
+  plan              what N ranks would give: step, efficiency, memory, time to the target
   submission run        run after run of one command, seeds drawn, resumable as a series
   submission assemble   logs, machine and code to the tree ORG/
   submission check      a submission before it is handed in: exit code 0 if it passes, else 1
@@ -62,6 +67,7 @@ COMMAND --help lists the flags of a command.
 Exit codes: 0 target reached, 3 finished without reaching it, 4 stopped by a signal after saving,
 2 bad input, 1 crash, 141 the reader of the output is gone.
 """
+INTERNAL = ("rank", "qualify-stage", "qualify-worker")  # what this package starts itself
 GROUPS = ("config", "data", "checkpoint", "bench", "submission")  # commands of two words
 
 
@@ -143,15 +149,23 @@ def _dispatch(arguments: list[str]) -> int:
         "bench kernels": lambda rest: _bench("kernels", rest),
         "bench optimizer": lambda rest: _bench("optimizer", rest),
         "bench loader": lambda rest: _bench("loader", rest),
+        "qualify": lambda rest: _qualify("command", rest),
+        "qualify-stage": lambda rest: _qualify("runner", rest),
+        "qualify-worker": lambda rest: _qualify("workers", rest),
+        "plan": _plan,
+        "predict": predict.main,
         "report": _report,
         "doctor": _doctor,
         "version": _version,
     }
     parts = [name.split()[1] for name in commands if name.startswith(f"{command} ")]
     if parts:
-        raise UserError(f"'{command}' needs one of: {', '.join(parts)}", f"see {command} --help")
+        raise UserError(
+            f"'{command}' needs one of: {', '.join(parts)}",
+            f"see python -m bert_pretraining {command} --help",
+        )
     if command not in commands:
-        known = [name for name in commands if name != "rank"]
+        known = [name for name in commands if name not in INTERNAL]
         raise UserError(
             f"unknown command '{command}'{config.nearest(command, known)}",
             "see python -m bert_pretraining --help",
@@ -169,6 +183,16 @@ def _usage_of(command: str) -> str:
 def _bench(what: str, arguments: list[str]) -> int:
     # Imported only here, so that a launch does not wait for these modules.
     return importlib.import_module(f"bert_pretraining.bench.{what}").main(arguments)
+
+
+def _qualify(what: str, arguments: list[str]) -> int:
+    return importlib.import_module(f"bert_pretraining.qualify.{what}").main(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from bert_pretraining.scaling import command
+
+    return command.main(arguments)
 
 
 def _report(arguments: list[str]) -> None:

@@ -25,6 +25,8 @@ from bert_pretraining.checkpoint import read_checkpoint
 from helpers import ROOT, assert_same_tensors, command, in_process, perf_events
 from testdev_program import CHECKS
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("--name", "mini", "--config", "CPUx1x1", "--seed", 5, "--log_freq", 1,
          "--train_batch_size", 8,
          "--num_eval_examples", 64, "--save_checkpoint", "--min_samples_to_start_checkpoints", 0,
@@ -157,3 +159,25 @@ def test_more_ranks_than_devices(testdev: Path, mini_data: Path, tmp_path: Path)
     done = run("launch", testdev, mini_data, tmp_path / "output", "--nproc_per_node", 3)
     assert done.returncode == 2
     assert "wants 3 GPUs, and this machine has 2" in done.stderr
+
+
+def test_predict_gives_the_answers_of_the_cpu(
+    testdev: Path, mini_data: Path, tmp_path: Path
+) -> None:
+    words = ("predict", mini_data / "model.ckpt-28252.apex.pt", "anna sees [MASK] rose .",
+             "she [MASK] the wall .", "--json", "--device")  # fmt: skip
+    paths = f"{ROOT / 'base'}{os.pathsep}{testdev}"
+    found = []
+    for done in (
+        command(*words, "testdev", cwd=tmp_path, PYTHONPATH=paths),
+        in_process(*words, "cpu", cwd=tmp_path),
+    ):
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    for theirs, ours in zip(found[0].pop("masks"), found[1].pop("masks"), strict=True):
+        assert [word["id"] for word in theirs["words"]] == [word["id"] for word in ours["words"]]
+        assert [word["probability"] for word in theirs["words"]] == pytest.approx(
+            [word["probability"] for word in ours["words"]], abs=1e-5
+        )
+    assert found[0].pop("is_next") == pytest.approx(found[1].pop("is_next"), abs=1e-5)
+    assert found[0] == found[1]

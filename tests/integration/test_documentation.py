@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,15 @@ NOT_HERE = {
     "bash run_training.sh --name mini --config CPUx1x2 --nnodes 2": MACHINES,
     "bash examples/train_ssh.sh": MACHINES,
     "bash examples/smoke_test.sh": "test_examples.py runs it",
+    "nsys profile": "needs Nsight Systems and a GPU",
     "sbatch": LAUNCHER,
     "srun": LAUNCHER,
     "mpirun": LAUNCHER,
     "torchrun --nnodes 2": MACHINES,
     "torchrun --nproc_per_node 8": "starts 8 processes; tests/distributed runs torchrun",
 }
+# These draw; without matplotlib they end with an error, which other tests check.
+DRAWS = re.compile(r"python -m bert_pretraining (report|data verify .*--plot) ")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ CHANGED = [
     Change("bash run_training.sh --name mini --config CPUx1x1 --data_dir data/datasets/articles",
            "--num_eval_examples 64", code=NOT_REACHED),
     Change("bash run_training.sh", DRY),
+    Change("cat > data/datasets/articles/bert_config.json", replace=(
+        ('"vocab_size": 30522', '"vocab_size": 238'), ('"hidden_size": 256', '"hidden_size": 64'))),
+    Change(f"{PYTHON} data make-mini --text", "--max_seq_length 16",
+           (("--text ARTICLES", "--text ARTICLES more.txt"),)),
     Change(f"{PYTHON} doctor --name default", replace=TO_MINI_DATA),
     Change("python3 -m bert_pretraining", replace=TO_MINI_DATA),
     Change(f"{PYTHON} data segment", replace=(("_articles 500", "_articles 20"),)),
@@ -111,6 +119,11 @@ CHANGED = [
     Change(f"{PYTHON} data pick-eval", replace=(("--num_examples 10000", "--num_examples 20"),)),
     Change(f"{PYTHON} bench optimizer", SMALL_MODEL),
     Change(f"{PYTHON} bench", f"{SMALL_MODEL} --batch_size 1"),
+    Change(f"{PYTHON} plan --name nvidia --config H200x1x8 --ranks 64",
+           "--bert_config_path bert_config.json"),
+    Change(f"{PYTHON} qualify compare"),
+    Change(f"{PYTHON} qualify page"),
+    Change(f"{PYTHON} qualify", "--only software"),  # test_qualify_*.py run the others
     Change(f"{PYTHON} submission run", replace=TO_MINI_MODEL, code=NOT_REACHED),
     Change(f"{PYTHON} submission check", code=1),
     Change(f"{PYTHON} submission summarize", code=1),
@@ -123,10 +136,16 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Every command of a page's bash blocks on one line, without comments."""
-    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True, posix=False) for line in lines]
-    return [" ".join(parts) for parts in words if parts]
+    """Every command of a page's bash blocks on one line, without comments.
+
+    A command that reads the lines behind it, up to "END", has these lines too.
+    """
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    found = []
+    for line in re.findall(r"^.*<< 'END'\n(?s:.*?)^END$|^.*$", text, re.MULTILINE):
+        words = [line] if "\n" in line else shlex.split(line, comments=True, posix=False)
+        found.append(" ".join(words))
+    return [command for command in found if command]
 
 
 def why_not_here(command: str) -> str | None:
@@ -194,6 +213,8 @@ def add_files_of(page: Path, workplace: Path) -> None:
         for number in range(120):
             paragraphs = article(number).split("\n")[2:-1]
             (workplace / f"articles/{number:03d}.txt").write_text("\n\n".join(paragraphs))
+        more = (article(number).split("\n")[2:-1] for number in range(120, 520))
+        (workplace / "more.txt").write_text("\n\n".join(map("\n".join, more)))
         shutil.rmtree(workplace / MINI_DATA)  # the page's first command makes it
     if page.name == "reports.md":
         run_folder = workplace / "output/mini_CPUx1x2/run-20261123-080526"
@@ -222,13 +243,14 @@ def run(command: str, workplace: Path) -> int:
         return main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_every_command_runs_as_printed(
     name: str, workplace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     add_files_of(ROOT / name, workplace)
     for command in commands(ROOT / name):
-        if why_not_here(command):
+        if why_not_here(command) or (DRAWS.match(command) and not find_spec("matplotlib")):
             continue
         change = change_of(command)
         changed = command
@@ -239,9 +261,27 @@ def test_every_command_runs_as_printed(
         assert code == change.code, f"{command}\n{said.out[-2000:]}{said.err[-2000:]}"
 
 
+def test_predict_prints_what_the_page_shows(
+    workplace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same words, and the same probabilities but for the last digits."""
+    page = ROOT / "docs/checkpoints.md"
+    (command,) = (line for line in commands(page) if line.startswith(f"{PYTHON} predict "))
+    (shown,) = re.findall(r"^```\n(\[CLS\] .*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert run(command, workplace) == 0
+    number = re.compile(r"\d\.\d{4}")
+    printed = capfd.readouterr().out
+    assert number.sub("N", printed) == number.sub("N", shown)
+    assert [float(found) for found in number.findall(printed)] == pytest.approx(
+        [float(found) for found in number.findall(shown)], abs=2e-4
+    )
+
+
 def test_no_entry_is_left_of_a_command_that_is_gone() -> None:
     printed = [command for page in PAGES for command in commands(page)]
     assert printed
+    drawing = {match[1].split()[0] for match in map(DRAWS.match, printed) if match}
+    assert drawing == {"report", "data"}
     for start in NOT_HERE:
         assert any(command.startswith(start) for command in printed), start
     for change in CHANGED:

@@ -106,6 +106,7 @@ def test_a_vendors_torch_is_kept(checkout: Path, tmp_path: Path) -> None:
         assert (again.returncode, again.stdout, again.stderr) == (0, f"{python}\n", "")
 
 
+@pytest.mark.slow
 def test_a_venv_with_another_torch_hides_nothing(checkout: Path, tmp_path: Path) -> None:
     empty = python_with(tmp_path / "empty")
     assert run(checkout, empty).returncode == 0

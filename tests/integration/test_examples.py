@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers import ROOT
 
 # A Slurm of two machines: srun's flags are dropped, the rest runs once for each of them.
@@ -47,6 +49,7 @@ def test_the_slurm_script_starts_both_machines(tmp_path: Path) -> None:
     assert "--kill-on-bad-exit=0" in (tmp_path / "flags").read_text().split()
 
 
+@pytest.mark.slow
 def test_the_smoke_test(tmp_path: Path) -> None:
     script = ROOT / "examples" / "smoke_test.sh"
     done = run("bash", script, "--max_steps", 5, cwd=tmp_path)

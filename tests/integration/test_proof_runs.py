@@ -33,6 +33,7 @@ def losses(done: subprocess.CompletedProcess[str]) -> list[float]:
     return [value["eval_loss"] for value in perf_events(done.stdout, "EVALUATION")]
 
 
+@pytest.mark.slow
 def test_a_proof_changes_no_number(workplace: Path) -> None:
     plain = run(workplace)
     proven = run(workplace, "--prove_kernels", "on")
@@ -52,6 +53,7 @@ def test_two_ranks_pass_over_a_wrong_kernel(workplace: Path) -> None:
     assert "bias_gelu=reference, bias_dropout_residual_layer_norm=torch" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_that_was_asked_for_ends_the_run(workplace: Path) -> None:
     flags = ("--prove_kernels", "on", "--kernels.bias_gelu", "torch")
     done = run(workplace, *flags, bias_gelu="nan")

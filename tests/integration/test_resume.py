@@ -145,7 +145,8 @@ def test_another_number_of_ranks_and_another_batch_go_on_at_the_same_place(
     assert done.returncode == 3, done.stderr
     (notice,) = (line for line in done.stdout.splitlines() if "not bit-identical" in line)
     assert "train_batch_size 8 -> 4" in notice
-    assert "nproc_per_node 2 -> 1" in notice
+    assert "ranks 2 -> 1" in notice
+    assert "global batch size 16 -> 4" in notice
     assert "max_steps 6 -> 9" in notice
     steps = perf_events(done.stdout, "STEP_END")
     assert [event["num_trained_samples"] for event in steps] == [100, 104, 108]
@@ -202,7 +203,9 @@ def test_required_never_and_a_run_that_had_finished(
     done = train(mini_data, tmp_path / "out", "--init_checkpoint", last, "--max_steps", STEPS)
     assert done.returncode == 3, done.stderr
     assert perf_events(done.stdout, "STEP_END") == []
-    assert "not reached (stopped by max_steps) after 6 steps" in done.stdout
+    assert f"Nothing to do: {last} has made 6 steps; to train on, pass" in done.stdout
+    (finished,) = perf_events(done.stdout, "FINISHED")
+    assert not {"p_whole", "p_train", "p_core", "tokens/s"} & set(finished), "nothing was trained"
 
 
 def test_checkpoints_are_kept_by_number(mini_data: Path, tmp_path: Path) -> None:

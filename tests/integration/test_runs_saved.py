@@ -53,7 +53,8 @@ def test_data_that_goes_away(
             for number, batch in enumerate(super().__iter__(), self.first):
                 if number == BAD and failures:
                     failures -= 1
-                    raise UserError("/data/part_7: input/output error", "copy it again")
+                    cause = OSError(5, "Input/output error")
+                    raise UserError("/data/part_7: input/output error", "copy it") from cause
                 yield batch
 
     monkeypatch.setattr("bert_pretraining.training.session.TrainingLoader", Failing)
@@ -74,7 +75,8 @@ def test_data_that_goes_away(
     ended = train(mini_data, tmp_path / "ended", *flags)
     assert ended.returncode == 2
     assert error_lines(ended.stderr) == [
-        "Error: /data/part_7: input/output error; copy it again, then go on with --resume auto"
+        "Error: /data/part_7: input/output error; see that its folder and disk are there, then go "
+        "on with --resume auto"
     ]
     path, content = saved(tmp_path / "ended")
     assert path.name == f"model.ckpt-{BAD}.pt"

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from bert_pretraining.submission.series import find_log, load_series
 from bert_pretraining.submission.tree import read_result
 from helpers import ROOT, command
@@ -24,6 +26,7 @@ def wait_for_run_start(folder: Path) -> None:
     raise AssertionError(f"no run began in {folder}")
 
 
+@pytest.mark.slow
 def test_a_stopped_series_goes_on_and_becomes_a_tree(mini_data: Path, tmp_path: Path) -> None:
     """Two runs: the first ends by itself, SIGTERM ends the second."""
     series_dir = tmp_path / "series"

@@ -17,7 +17,7 @@ def test_a_parameter(bad: float) -> None:
     model.bert.encoder.layer[1].intermediate.dense.weight.data[3, 4] = bad
     named = first_non_finite(model, [BATCH]).text
     assert named.startswith("parameter bert.encoder.layer.1.intermediate.dense.weight holds ")
-    assert ("1 NaN and 0 infinite of 1536" if bad != bad else "0 NaN and 1 inf") in named
+    assert ("1 NaN and 0 infinite of 1,536" if bad != bad else "0 NaN and 1 inf") in named
 
 
 def test_an_activation() -> None:

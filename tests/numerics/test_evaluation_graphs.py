@@ -11,7 +11,7 @@ from bert_pretraining.data.loader import EvaluationSet
 from bert_pretraining.kernels import select
 from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.model.heads import BertForPreTraining
-from bert_pretraining.runtime import capture, process_group
+from bert_pretraining.runtime import agreement, capture
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training import evaluate as evaluation
@@ -140,7 +140,9 @@ def test_a_wrong_graph_is_not_found_without_the_proof(monkeypatch: pytest.Monkey
 
 
 def test_what_fails_on_another_rank_is_left_out_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_group, "gather", lambda reason: [reason, "OutOfMemoryError: full"])
+    monkeypatch.setattr(
+        agreement, "first_said", lambda reason, device: reason or "OutOfMemoryError: full"
+    )
     _, evaluator, said, passes = make()
     evaluator(SET)
     passes.clear()

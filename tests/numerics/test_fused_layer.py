@@ -233,6 +233,7 @@ def test_side_by_side_shares_memory() -> None:
     assert memory[3] == 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [True, False])
 def test_all_layers_share_one_program(constant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many programs for six layers as for two; batches of another size run as they are."""

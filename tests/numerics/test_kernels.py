@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bert_pretraining.kernels import (
     cpu_attention,
     reference,
+    select,
     torch_provider,
 )
 from bert_pretraining.kernels.dropout import dropout, dropout_add, keep_mask, keep_scale
@@ -274,3 +277,11 @@ def test_operators_that_draw_masks_say_so() -> None:
     """Otherwise a compiled model that recomputes a layer would draw other masks."""
     for operator in (OURS.flash_attention, OURS.efficient_attention):
         assert torch.Tag.nondeterministic_seeded in operator.default.tags
+
+
+def test_the_summary_names_the_provider_of_most_operators_first() -> None:
+    kernels = select("torch", CPU, torch.float32)
+    assert kernels.summary() == "torch"
+    mixed = {"attention": "torch (one by one)", "bias_gelu": "triton", "layer": "triton (fast)"}
+    mixed_kernels = dataclasses.replace(kernels, choice=mixed)
+    assert mixed_kernels.summary() == "triton; torch for attention"

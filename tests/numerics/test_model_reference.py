@@ -19,11 +19,11 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import mean_loss
 from bert_pretraining.preparation.examples import (
     ExampleSettings,
-    Vocabulary,
     create_examples,
     pick,
     to_arrays,
 )
+from bert_pretraining.preparation.vocabulary import Vocabulary
 from helpers import REFERENCE, make_model, needs_reference, packed, padded_arrays, tiny_config
 
 TF1 = REFERENCE / "checkpoint/tf1/model.ckpt-28252"

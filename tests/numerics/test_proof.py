@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from bert_pretraining.kernels import OPERATORS, PROVIDERS, Target
-from bert_pretraining.kernels.proof import Case, cases, find_fault, measure
+from bert_pretraining.kernels.proof import Case, cases, find_fault, judge, measure
 from bert_pretraining.kernels.proof_problem import Sizes, lengths_of, small
 from bert_pretraining.runtime import arithmetic
 from fake_kernels import spoiled
@@ -64,6 +65,26 @@ def test_one_wrong_gradient_element_is_caught(operator: str, dtype: torch.dtype)
         assert fault.startswith("gradient of ")
         assert " differs by " in fault
         assert "(bound " in fault
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_worst_error_is_a_share_of_its_bound(operator: str) -> None:
+    """Above 1 where something is wrong; None where there is no error to measure."""
+    target = Target(CPU, torch.bfloat16, SIZES.head_size)
+    case = cases(operator, SIZES)[0]
+
+    def judged(function: object) -> tuple[str | None, float | None]:
+        found = judge(function, case.problem(target), case.dropout)
+        return found.fault, found.worst
+
+    fault, worst = judged(PROVIDERS["torch"].find(operator, target).function)
+    assert fault is None
+    assert 0.0 < worst <= 1.0
+    fault, worst = judged(spoiled(operator, "element"))
+    difference, bound = re.search(r"differs by (\S+) .*\(bound (\S+)\)", fault).groups()
+    assert worst == pytest.approx(float(difference) / float(bound), rel=0.1)
+    assert worst > 1.0
+    assert judged(spoiled(operator, "nan"))[1] is None
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

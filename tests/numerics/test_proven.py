@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-import fake_kernels
 from bert_pretraining.errors import UserError
-from bert_pretraining.kernels import OPERATORS, PROVIDERS, Target, proof_cache, table
+from bert_pretraining.kernels import OPERATORS, Target, proof_cache, table
 from bert_pretraining.kernels import proven as choosing
 from bert_pretraining.kernels.proof_problem import Sizes, lengths_of
 from bert_pretraining.kernels.proof_process import Limits, Prover, Verdict
 from bert_pretraining.kernels.proven import select_proven
 from bert_pretraining.runtime import process_group
-from helpers import ROOT
+from rank_threads import as_ranks
 
 TARGET = Target(torch.device("cpu"), torch.float32, 16)
 SIZES = Sizes(lengths_of(4, 64, 140), 21, 4, 16, 256, 512, 64, 2, 1e-12, 0.1)
@@ -31,19 +32,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def use_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict], None]:
-    """use_fake(name, faults): this provider is there, in this process and in those it starts."""
-
-    def use(name: str, faults: dict[str, str]) -> None:
-        monkeypatch.setitem(PROVIDERS, name, fake_kernels.provider(name, faults))
-        variables = fake_kernels.environment(tmp_path, name, faults, ROOT / "base")
-        for variable, value in variables.items():
-            monkeypatch.setenv(variable, value)
-
-    return use
-
-
-@pytest.fixture
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no process can be started")
@@ -51,6 +39,7 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
+@pytest.mark.slow
 def test_every_kind_of_fault_is_passed_over(use_fake: Callable, cache: Path) -> None:
     """In children: one that hangs, raises or dies takes nothing else with it."""
     kinds = ("hangs", "raises", "nan", "dies", "element")
@@ -200,22 +189,47 @@ def test_a_verdict_depends_on_its_circumstances(monkeypatch: pytest.MonkeyPatch)
     assert proof_cache.load("torch", "bias_gelu", TARGET, SIZES) is None
 
 
+def on_two_machines(
+    monkeypatch: pytest.MonkeyPatch, there: Callable[[dict], None], idle: int = 1
+) -> list:
+    """What three ranks choose or raise; the last is alone on its machine, where `there` differs.
+
+    idle: the rank that proves nothing.
+    """
+
+    def prove_here(*given: object) -> tuple[dict, list[str]]:
+        assert dist.get_rank() != idle
+        with here:
+            verdicts, _ = proves(*given)
+        copies = {operator: dict(found) for operator, found in verdicts.items()}
+        if dist.get_rank() < 2:
+            return copies, ["the same on both"]
+        there(copies)
+        return copies, ["the same on both", "there alone"]
+
+    here, proves = threading.Lock(), choosing.prove_here
+    monkeypatch.setattr(process_group, "is_first_of_its_machine", lambda: dist.get_rank() != idle)
+    monkeypatch.setattr(choosing, "prove_here", prove_here)
+    return as_ranks(3, lambda rank: select_proven("auto", TARGET, SIZES))
+
+
+@pytest.mark.parametrize("idle", [0, 1])
 @pytest.mark.usefixtures("no_child")
 def test_what_is_wrong_on_one_machine_is_used_on_none(
-    use_fake: Callable, monkeypatch: pytest.MonkeyPatch
+    use_fake: Callable, monkeypatch: pytest.MonkeyPatch, idle: int
 ) -> None:
-    """Here the other machine's first rank answers as it would there."""
     use_fake("fake", ALL_RIGHT)
 
-    def gather(mine: tuple) -> list[tuple]:
-        (verdicts, notices), _ = mine
-        theirs = {operator: dict(found) for operator, found in verdicts.items()}
-        theirs["bias_gelu"]["fake"] = Verdict(fault="is broken there")
-        theirs["masked_cross_entropy"]["torch"] = Verdict(seconds=1000.0)
-        return [mine, (None, None), ((theirs, notices), None)]
+    def there(verdicts: dict) -> None:
+        verdicts["bias_gelu"]["fake"] = Verdict(fault="is broken there")
+        verdicts["masked_cross_entropy"]["torch"] = Verdict(seconds=1000.0)
 
-    monkeypatch.setattr(choosing.process_group, "gather", gather)
-    kernels, notices = select_proven("auto", TARGET, SIZES)
+    found = on_two_machines(monkeypatch, there, idle)
+    assert [notices for _, notices in found] == [found[0][1]] * 3
+    assert [kernels.choice for kernels, _ in found] == [found[0][0].choice] * 3
+    kernels, notices = found[0]
+    assert notices.count("the same on both") == 1
+    assert "there alone" in notices
     assert kernels.choice["bias_gelu"] == "torch"
     assert "fake bias_gelu: is broken there: passed over, torch runs it" in notices
     assert kernels.choice["masked_cross_entropy"].startswith("fake (")
@@ -224,14 +238,14 @@ def test_what_is_wrong_on_one_machine_is_used_on_none(
 
 @pytest.mark.usefixtures("no_child")
 def test_an_error_on_another_machine_is_this_ranks_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = UserError("cuda:0 cannot be used any more", "restart it")
-    monkeypatch.setattr(choosing.process_group, "gather", lambda mine: [mine, (None, error)])
-    with pytest.raises(UserError, match="cannot be used any more; restart it"):
-        select_proven("auto", TARGET, SIZES)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")  # this rank proves nothing itself
-    with pytest.raises(UserError, match="cannot be used any more; restart it"):
-        select_proven("auto", TARGET, SIZES)
+    """One of them proves nothing itself."""
+
+    def there(verdicts: dict) -> None:
+        raise UserError("cuda:0 cannot be used any more", "restart it")
+
+    found = on_two_machines(monkeypatch, there)
+    assert [type(error) for error in found] == [UserError] * 3
+    assert {str(error) for error in found} == {"cuda:0 cannot be used any more; restart it"}
 
 
 @pytest.mark.parametrize(
@@ -273,11 +287,9 @@ def test_a_provider_that_another_machine_lacks_is_not_used(
 ) -> None:
     use_fake("fake", ALL_RIGHT)
 
-    def gather(mine: tuple) -> list:
-        (verdicts, notices), error = mine
-        lacking = {op: {n: v for n, v in of.items() if n != "fake"} for op, of in verdicts.items()}
-        return [mine, ((lacking, notices), error)]
+    def there(verdicts: dict) -> None:
+        for found in verdicts.values():
+            del found["fake"]
 
-    monkeypatch.setattr(process_group, "gather", gather)
-    kernels, _ = select_proven("auto", TARGET, SIZES)
-    assert all(choice.startswith("torch") for choice in kernels.choice.values())
+    for kernels, _ in on_two_machines(monkeypatch, there):
+        assert all(choice.startswith("torch") for choice in kernels.choice.values())

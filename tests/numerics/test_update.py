@@ -20,6 +20,7 @@ from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.gradient_reduction import NoReduction
 from bert_pretraining.training.micro_step import MicroStep
 from bert_pretraining.training.outcomes import COPY_EVERY
+from bert_pretraining.training.step_clock import StepClock
 from bert_pretraining.training.update import Update
 from helpers import make_model, packed, padded_arrays, tiny_config
 
@@ -43,6 +44,7 @@ def make(
         loss_scale=loss_scale,
         normalization="rank",
         ranks=Ranks(0, 1, CPU),
+        clock=StepClock(CPU),
     )
     return model, lamb, update
 
@@ -129,7 +131,7 @@ def test_the_batch_that_broke_is_the_one_looked_at() -> None:
     model.bert.embeddings.word_embeddings.weight.data[token] = 3e38
     totals = update(BATCHES[:1])
     totals = update(BATCHES[2:3])
-    with pytest.raises(TrainingError, match=r"after 1 updates: the output of bert\.embeddings"):
+    with pytest.raises(TrainingError, match=r"after 1 update: the output of bert\.embeddings"):
         update.outcomes.read(0, totals)
 
 

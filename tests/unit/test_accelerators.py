@@ -222,7 +222,7 @@ def test_a_dry_run_says_what_would_be_refused(
     monkeypatch.setattr("sys.argv", ["bert_pretraining", *words])
     assert main() == 0
     said = capsys.readouterr()
-    assert "# 8 ranks: 1 machines x 8" in said.out
+    assert "# 8 ranks: 1 machine x 8" in said.out
     assert "Note: a launch on this machine would be refused: --config V100x1x8: " in said.err
 
 

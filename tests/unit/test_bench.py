@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bert_pretraining.bench import kernels, loader, optimizer, record, step
-from bert_pretraining.bench.workload import BERT_LARGE, batch_of, step_flops, wikipedia_lengths
+from bert_pretraining.bench.workload import BERT_LARGE, batch_of, wikipedia_lengths
 from bert_pretraining.errors import UserError
+from bert_pretraining.model.flops import Amount, step_flops
 from helpers import command
 
 
@@ -24,9 +25,10 @@ def test_lengths_have_the_data_sets_mean_at_any_batch_size() -> None:
 def test_work_of_a_step() -> None:
     """docs: forward and backward of BERT-large take 500 GFLOP a sequence of the data set."""
     lengths = wikipedia_lengths(480)
-    flops = step_flops(lengths, int(38.2 * 480), BERT_LARGE) / 480
-    assert flops == pytest.approx(500e9, rel=0.01)
-    padded = step_flops(np.full(480, 512), 76 * 480, BERT_LARGE) / 480
+    squares = int((lengths.astype(np.int64) ** 2).sum())
+    work = Amount(int(lengths.sum()), squares, int(38.2 * 480))
+    assert step_flops(work, BERT_LARGE) / 480 == pytest.approx(500e9, rel=0.01)
+    padded = step_flops(Amount(512 * 480, 512**2 * 480, 76 * 480), BERT_LARGE) / 480
     assert padded == pytest.approx(1.02e12, rel=0.02)
 
 
@@ -36,6 +38,7 @@ def test_batches_hold_what_was_asked_for() -> None:
     batch = batch_of(lengths, config)
     assert batch.cu_seqlens.tolist() == [0, 3, 67, 84]
     assert batch.num_masked == 1 + 10 + 3
+    assert batch.token_pairs == 3**2 + 64**2 + 17**2
 
 
 SMALL = ["--device", "cpu", "--batch_size", "2", "--repeats", "1", "--precision", "fp32"]
@@ -121,7 +124,7 @@ def test_bad_flags(small_config: list[str]) -> None:
 def test_a_step_that_fails_takes_no_other_figures_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(step, "matrix_rate", lambda _device, _dtype: 1e12)
+    monkeypatch.setattr(step, "matrix_rate", lambda _device, _dtype: (1e12, (1, 1, 1)))
     kept = []
 
     def breaks() -> None:

@@ -83,9 +83,9 @@ def test_the_reference_checkpoint_fits_its_config() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not valid JSON .*; copy the file again, or pass the --bert_config_path"),
-        ("{}", "no key 'vocab_size'.*; add it, or copy .*--bert_config_path"),
-        ("[1]", "must hold a JSON object, not list; copy .*--bert_config_path"),
+        ("{", r"not valid JSON .*; correct it \(docs/data.md shows one\), or take the file of the"),
+        ("{}", "no keys 'vocab_size', 'hidden_size', 'num_hidden_layers', .* needs; correct it"),
+        ("[1]", "must hold a JSON object, not list; correct it"),
         ('{"vocab_size": "64"}', "'vocab_size' must be a positive integer, not '64'"),
         ('{"vocab_size": Infinity}', "'vocab_size' must be a positive integer"),
         ('{"vocab_size": 0}', "'vocab_size' must be a positive integer"),

@@ -237,7 +237,7 @@ def test_a_model_without_heads_is_the_same_to_every_command(
         code, out, _ = run_checkpoint("convert", tmp_path / "encoder.bin", made, "--to", target)
         assert code == 0
         assert "Not in the source: cls.seq_relationship.*, cls.predictions.*; to train from" in out
-        assert "Left out: tensors that the model lacks, 1 entries of the source" in out
+        assert "Left out: tensors that the model lacks, 1 entry of the source" in out
         code, out, _ = run_checkpoint("diff", made, source)
         assert code == 1
         only = [line for line in out.splitlines() if "  only in " in line]

@@ -90,6 +90,27 @@ def test_convert_to_resume_says_what_starts_fresh(
     assert not (tmp_path / "c.pt").exists()
 
 
+def test_sizes_from_the_run_in_whose_folder_it_is(
+    run_checkpoint: object, tmp_path: Path, source: Path
+) -> None:
+    run = tmp_path / "run-1"
+    run.mkdir()
+    shutil.move(source, run / "model.ckpt-3.pt")
+    words = ("convert", run / "model.ckpt-3.pt", tmp_path / "hf", "--to", "hf")
+    for settings in ([], {"data_dir": 5}, {"data_dir": str(tmp_path / "gone")}):
+        (run / "config.json").write_text(json.dumps(settings))
+        code, _, err = run_checkpoint(*words)
+        assert (code, "no bert_config.json beside the source" in err) == (2, True)
+    (run / "config.json").write_text(json.dumps({"data_dir": str(tmp_path)}))
+    code, out, _ = run_checkpoint(*words)
+    assert (code, f"Sizes from {tmp_path / 'bert_config.json'}\n" in out) == (0, True)
+    named = {"data_dir": str(tmp_path), "bert_config_path": str(tmp_path / "sizes.json")}
+    shutil.copy(tmp_path / "bert_config.json", tmp_path / "sizes.json")
+    (run / "config.json").write_text(json.dumps(named))
+    code, out, _ = run_checkpoint(*words, "--overwrite")
+    assert (code, f"Sizes from {tmp_path / 'sizes.json'}\n" in out) == (0, True)
+
+
 def test_convert_without_padding(run_checkpoint: object, tmp_path: Path, source: Path) -> None:
     code, out, _ = run_checkpoint("convert", source, tmp_path / "hf", "--to", "hf", "--trim_vocab")
     assert code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -19,7 +20,8 @@ from bert_pretraining import config, doctor, kernels, topology
 from bert_pretraining.config import Config
 from bert_pretraining.doctor import hardware, run, software
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
-from bert_pretraining.launch import LaunchFlags
+from bert_pretraining.kernels import fp8_engine, fp8_linear
+from bert_pretraining.launch import LaunchFlags, network
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import packages
 from bert_pretraining.topology import Accelerator, Core, Gpu, Machine, Node
@@ -68,6 +70,45 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["triton"].status == NOTE
 
 
+def test_one_remedy_for_all_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON", sys.executable)  # no .venv then
+    for lacking, remedy in (
+        ({"torch", "h5py", "tqdm"}, packages.how_to_install(["torch"])),
+        ({"h5py", "tqdm"}, f"{sys.executable} -m pip install --no-deps h5py tqdm"),
+    ):
+        installed = {**packages.REQUIRED, **dict.fromkeys(lacking)}
+        monkeypatch.setattr(packages, "installed_version", installed.get)
+        found = [one for one in software.results() if one.what in lacking]
+        assert {one.text for one in found} == {"not installed"}
+        assert {one.status for one in found} == {PROBLEM}
+        assert [one.fix for one in found] == [*[""] * (len(lacking) - 1), remedy]
+
+
+def test_the_python_of_the_script_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where .venv has what this Python lacks."""
+    monkeypatch.delenv("PYTHON", raising=False)
+    monkeypatch.chdir(tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    installed = {**packages.REQUIRED, "torch": None, "h5py": None}
+    monkeypatch.setattr(packages, "installed_version", installed.get)
+    python.write_text("#!/bin/sh\nexit 1\n")  # as where it lacks packages, too
+    python.chmod(0o755)
+    assert by_name(software.results(tmp_path))["torch"].status == PROBLEM
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    first, *others = software.results(tmp_path)
+    assert (first.what, first.status) == ("Python", PROBLEM)
+    assert first.text == f"{sys.executable} is not the Python that run_training.sh uses"
+    assert first.fix == "run 'PYTHONPATH=base .venv/bin/python -m bert_pretraining doctor'"
+    assert [one.what for one in others if one.status == PROBLEM] == []
+    assert by_name(others)["torch"] == CheckResult("torch", NOTE, "not installed")
+    monkeypatch.setenv("PYTHON", "/usr/bin/python3")  # then run_training.sh uses that one
+    assert next(iter(software.results(tmp_path))).status == OK
+    monkeypatch.delenv("PYTHON")
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert next(iter(software.results(tmp_path))).status == OK
+
+
 def test_a_vendors_torch_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {**packages.REQUIRED, "torch": "2.4.1+corex.4.3.0", "numpy": packages.UNKNOWN}
     monkeypatch.setattr(packages, "installed_version", installed.get)
@@ -85,6 +126,7 @@ def test_it_starts_without_any_package(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-S", "-E", "-c", program, "doctor", "--json", *flags], cwd=tmp_path,
             capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHON": sys.executable},  # no .venv then
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (1, "")
         return {each["what"]: each for each in json.loads(done.stdout)["findings"]}
@@ -136,6 +178,7 @@ NVIDIA = (Accelerator("NVIDIA", "/dev/nvidia0"),) * 4
         ("CPUx1x1", "auto", (), None, OK, "no accelerator here: training on the CPU"),
         ("GPUx1x1", "auto", (), None, NOTE, "no accelerator: --config GPUx1x1 trains on the CPU"),
         ("GPUx1x1", "cuda", (), None, PROBLEM, "--device cuda, but this machine has no"),
+        ("GPUx1x1", "gpu", (), None, PROBLEM, "has no accelerator; did you mean cuda?"),
         ("CPUx1x1", "auto", NVIDIA, None, NOTE, "does not see this machine's 4 NVIDIA accel"),
         ("GPUx1x1", "auto", ILUVATAR, None, PROBLEM, "does not see this machine's 1 Iluvatar acc"),
         ("CPUx1x1", "cuda", ILUVATAR, "12.1", PROBLEM, "(CUDA 12.1) of "),
@@ -175,6 +218,36 @@ def test_kernels_and_precisions() -> None:
     assert "apex" in refused.text
 
 
+def test_fp8_is_one_of_the_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_cpu = by_name(hardware.kernels(settings(device="cpu")))["kernels fp8"]
+    assert on_a_cpu.status == NOTE
+    assert "a CPU has no fp8: its rounding is emulated" in on_a_cpu.text
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(devices, "name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(devices, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(devices, "supports", lambda *_: True)
+    monkeypatch.setattr(devices, "emulates_bf16", lambda device: False)
+    old = hardware.fp8(settings(), gpu)
+    assert (old.status, old.text[:55]) == (
+        NOTE, "--precision fp8: NVIDIA A100 has compute capability 8.0"
+    )  # fmt: skip
+    assert old.fix.startswith("pass --precision bf16")
+    assert hardware.fp8(settings(precision="fp8"), gpu).status == PROBLEM, "the run asks for it"
+    emulated = fp8_engine.engine_for(torch.device("cpu"))
+    monkeypatch.setattr(fp8_engine, "engine_for", lambda device: emulated)
+    checked: list[tuple] = []
+    monkeypatch.setattr(fp8_linear, "check", lambda *given: checked.append(given))
+    assert hardware.fp8(settings(), gpu).status == OK
+    assert checked == [(gpu, torch.bfloat16, hardware.FP8_LAYERS)], "by a small layer, in fp8"
+
+    def broken(*given: object) -> float:
+        raise RuntimeError("CUDA error: no kernel image\nis available")
+
+    monkeypatch.setattr(fp8_linear, "check", broken)
+    defect = hardware.fp8(settings(), gpu)
+    assert (defect.status, defect.text) == (NOTE, "CUDA error: no kernel image is available")
+
+
 def test_kernels_on_a_gpu(mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -194,6 +267,9 @@ def test_kernels_on_a_gpu(mini_data: Path, tmp_path: Path, monkeypatch: pytest.M
         return real_select(provider, torch.device("cpu"), dtype, head_size)
 
     monkeypatch.setattr(kernels, "select", select_on_the_cpu)
+    emulated = fp8_engine.engine_for(torch.device("cpu"))
+    monkeypatch.setattr(fp8_engine, "engine_for", lambda device: emulated)
+    monkeypatch.setattr(fp8_linear, "check", lambda *_: 0.0)
     sizes = json.loads((mini_data / "bert_config.json").read_text())
     (tmp_path / "bert_config.json").write_text(json.dumps({**sizes, "num_attention_heads": 1}))
     for flags, looks_at_data, expected in (
@@ -214,7 +290,7 @@ def test_binding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = by_name(hardware.binding(settings(nproc_per_node=2), LaunchFlags(), MACHINE))
     assert found["numactl"].status == NOTE
     assert found["numactl"].text.startswith("numactl is not installed")
-    assert found["CPUs"].text == "2 cores, 4 hardware threads, 1 NUMA nodes"
+    assert found["CPUs"].text == "2 cores, 4 hardware threads, 1 NUMA node"
     assert "Binding: affinity" in found["NUMA map"].text
     strict = LaunchFlags(bind="required")
     crowded = by_name(hardware.binding(settings(nproc_per_node=3), strict, MACHINE))
@@ -255,9 +331,43 @@ def test_a_busy_port() -> None:
 def test_the_command(mini_data: Path, tmp_path: Path) -> None:
     good = command("doctor", "--data_dir", mini_data, "--device", "cpu", cwd=tmp_path)
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "16 training and 1 evaluation shards" in good.stdout
+    assert "16 training shards, 1 evaluation shard" in good.stdout
     assert good.stdout.splitlines()[-1].startswith("Training can start. Problems: 0, notes: ")
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
+
+
+def test_each_data_folder_is_listed_once(mini_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk takes seconds for a folder of 2048 shards."""
+    listed: list[str] = []
+    real_listdir, real_scandir = os.listdir, os.scandir
+
+    def listdir(path: str | Path = ".") -> list[str]:
+        listed.append(Path(path).name)
+        return real_listdir(path)
+
+    def scandir(path: str | Path = ".") -> object:
+        listed.append(Path(path).name)
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = by_name(run.data(settings(data_dir=str(mini_data))))
+    assert found["data"].text.startswith("16 training shards, 1 evaluation shard")
+    assert found["checkpoint"].text == str(mini_data / "model.ckpt-28252.apex.pt")
+    assert sorted(listed) == ["2048_shards_uncompressed", "eval_set_uncompressed"]
+
+
+def test_a_machine_without_a_network_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(network, "loopback_fault", lambda: "Network is unreachable")
+    assert doctor.main(["--device", "cpu", "--json"]) == 1, "no launch could start on it"
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (problem,) = [found for found in findings if found["status"] == PROBLEM]
+    assert problem["what"] == "loopback"
+    assert problem["fix"].startswith("run 'ip link set lo up' as root")
+    assert findings[-1]["what"] == "port", "the other checks are made all the same"
 
 
 def test_problems_end_with_exit_code_1(
@@ -270,6 +380,6 @@ def test_problems_end_with_exit_code_1(
     (problem,) = [found for found in report["findings"] if found["status"] == PROBLEM]
     assert problem.keys() == {"what", "status", "text", "fix"}
     assert problem["text"] == "no such data_dir: absent"
-    assert "data make-mini --output_dir absent" in problem["fix"]
+    assert problem["fix"].startswith("check the path, or pass the folder with 2048_shards")
     assert doctor.main(["--device", "cpu"]) == 0, "data is looked at where it is named"
     assert doctor.main(["--name", "mini", "--config", "CPUx1x2"]) == 1, "or by a configuration"

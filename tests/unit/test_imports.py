@@ -32,6 +32,7 @@ ALLOWED = {
     "checkpoint": {"config", "errors", "model", "optim", "progress", "runtime"},
     "logs": {"config", "errors", "progress", "runtime"},
     "launch": {"config", "errors", "runtime", "topology"},
+    "predict": {"checkpoint", "errors", "kernels", "model", "preparation", "runtime"},
     "preparation": {"checkpoint", "data", "errors", "kernels", "model", "runtime"},
     "submission": {"config", "errors", "logs", "progress", "runtime"},
     "report": {"config", "errors", "logs", "runtime", "submission"},
@@ -41,11 +42,21 @@ ALLOWED = {
     },
     "bench": {*LEAVES, "data", "logs", "model", "optim", "training"},
     "doctor": {*LEAVES, "data", "launch", "model"},
+    "qualify": {
+        *LEAVES,
+        *{"bench", "data", "doctor", "launch", "logs", "model", "optim", "preparation", "report"},
+        *{"checkpoint", "training"},
+    },
+    "scaling": {*LEAVES, "bench", "logs", "model", "optim", "qualify", "report", "submission"},
     "commands": {
         *LEAVES,
-        *{"checkpoint", "data", "launch", "model", "preparation", "submission", "training"},
+        *{"checkpoint", "data", "launch", "model", "predict", "preparation", "submission"},
+        "training",
     },
-    "__main__": {"bench", "commands", "config", "doctor", "errors", "report", "runtime"},
+    "__main__": {
+        *{"bench", "commands", "config", "doctor", "errors", "qualify", "report", "runtime"},
+        "scaling",
+    },
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

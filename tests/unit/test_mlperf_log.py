@@ -13,9 +13,9 @@ import pytest
 
 from bert_pretraining.logs import mllog_line
 from bert_pretraining.logs.mlperf import MlperfLog, run_status
-from bert_pretraining.logs.reading.events import Event, mllog_events
+from bert_pretraining.logs.reading.events import Event, mllog_events, perflog_events
 from bert_pretraining.logs.reading.loading import load_runs
-from bert_pretraining.logs.sinks import Hyperparameters, Resumption
+from bert_pretraining.logs.sinks import Hyperparameters, Resumption, Work
 from bert_pretraining.logs.tensor_names import mlperf_tensor_names
 from bert_pretraining.submission.log_checks import check_log
 from bert_pretraining.submission.tree import read_result
@@ -292,7 +292,7 @@ def test_a_resumed_run_reports_its_part_and_says_so(
     (found,) = (each for each in check_log(read_result(log), "4.1.0") if "resumed" in each.what)
     assert (found.line, found.is_error) == (event.line, True)
     printed = capsys.readouterr().out
-    assert "Resumed from step 1000: times and sequences per second are of what came" in printed
+    assert "Resumed from step 1,000: times and sequences per second are of what came" in printed
     finished = json.loads(printed.split('"FINISHED", "value": ')[1].split(', "metadata"')[0])
     # 448,000 sequences at 4,000 a second, and one second of evaluation.
     assert finished["training_sequences_per_second"] == pytest.approx(448_000 / 113)
@@ -301,3 +301,28 @@ def test_a_resumed_run_reports_its_part_and_says_so(
     (loaded,) = load_runs([log.parent])
     assert loaded.train_samples == 896_000
     assert loaded.sequences_per_second == pytest.approx(448_000 / 113, rel=1e-3)
+
+
+def test_speeds_count_skipped_updates_and_samples_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ten updates that were made, ten that were skipped; each of 448 sequences of 100 tokens."""
+    run = Recording(Clock(monkeypatch), tmp_path / "output")
+    run.start_clock()
+    run.start_evaluated()
+    run.train(10)
+    run.clock.wait(10 * 448 / 4000)
+    work = Work(20, 20 * 44_800, 1e12, None, {"data": 0.0, "forward_backward": 0.1})
+    run.log.skipped(run.state, 10, 512.0)
+    figures = {"loss": 1.5, "mlm_acc": 0.7, "learning_rate": 3e-4, "epoch": 0}
+    run.log.steps(run.state, 10, 448, figures, None, work)
+    run.log.trained(run.state)
+    run.log.finished(run.state, "max_steps", work)
+    run.log.close()
+    values = {event.key: event.value for event in perflog_events(run.log.folder / "perflog.txt")}
+    step, whole = values["STEP_END"], values["FINISHED"]
+    assert step["num_trained_samples"] == 4480
+    assert (step["seq/s"], step["tokens/s"]) == pytest.approx((4000, 400_000))
+    assert whole["training_sequences_per_second"] == pytest.approx(4000)
+    assert (whole["p_whole"], whole["p_train"], whole["p_core"]) == pytest.approx((4000,) * 3)
+    assert whole["tokens/s"] == pytest.approx(400_000)

@@ -38,7 +38,7 @@ def shell(script: str, cwd: Path, *words: str, **environment: str) -> subprocess
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

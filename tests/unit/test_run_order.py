@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ import torch
 from bert_pretraining.checkpoint import CheckpointWriter, newest_first, training_state
 from bert_pretraining.config import Config
 from bert_pretraining.errors import UserError
+from bert_pretraining.progress import RunState
 from helpers import distinct_weights, tiny_config
 
 FUTURE = time.time() + 10 * 365 * 86400
@@ -99,6 +101,49 @@ def test_equal_steps_go_by_the_number_of_the_run(tmp_path: Path) -> None:
     train(tmp_path, "run-b", 5)
     later = train(tmp_path, "run-a", 5)
     assert found(tmp_path)[0] == later
+
+
+@pytest.mark.parametrize(
+    ("state", "flags", "told"),
+    [
+        ({}, {}, "at step 1,200 of 2,000; --resume auto goes on from it"),
+        ({}, {"seed": 5}, "at step 1,200 of 2,000"),
+        ({}, {"seed": 6}, ""),
+        ({}, {"resume": "never"}, ""),
+        ({}, {"learning_rate": 0.5}, ""),  # another command
+        ({}, {"target_mlm_accuracy": 0.5}, ""),  # it has met this target
+        ({"global_steps": 2000}, {}, ""),
+        ({"num_trained_samples": 10**9}, {}, ""),
+        ({"config": None}, {}, ""),
+        # What no version of this package wrote.
+        ({"config": [1]}, {}, ""),
+        ({"config": {"max_steps": torch.zeros(2)}}, {}, ""),
+        ({"order": {}}, {}, ""),
+        ({"order": [5]}, {}, ""),
+        ({"global_steps": "1200"}, {}, ""),
+        ({"eval_mlm_accuracy": {}}, {}, ""),
+    ],
+)
+def test_a_start_tells_of_a_run_of_the_same_command_that_was_stopped(
+    tmp_path: Path, state: dict, flags: dict, told: str
+) -> None:
+    config = Config(output_dir=str(tmp_path), max_steps=2000)
+    counters = RunState(1200, 1200 * 8, 1200 * 8, eval_mlm_accuracy=0.5)
+    saved = {
+        **dataclasses.asdict(counters),
+        "config": training_state.settings_of(config),
+        "order": {"seed": 5},
+        **state,
+    }
+    content = {"model": WEIGHTS, "optimizer": {"master": WEIGHTS}}
+    saved = {name: value for name, value in saved.items() if value is not None}
+    writer = CheckpointWriter(tmp_path / "run-1", keep=0)
+    writer.write(1200, {**content, "state": saved})
+    writer.report(lambda _: None, wait=True)
+    said: list[str] = []
+    assert training_state.find(dataclasses.replace(config, **flags), None, said.append) is None
+    start = f"Notice: {tmp_path}/run-1 holds a checkpoint of this command "
+    assert [line.startswith(start) and told in line for line in said] == [True] * bool(told)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "NaN", "weights alone", "partial"])

@@ -61,7 +61,7 @@ def test_the_launcher_runs_from_anywhere_and_under_any_shell(elsewhere: Path, sh
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "1 machines x 1" in done.stdout
+        assert "1 machine x 1" in done.stdout
 
 
 STARTED = [path for path in SCRIPTS if path.name not in ("environment.sh", "train.sbatch")]

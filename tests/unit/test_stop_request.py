@@ -61,6 +61,43 @@ def test_a_second_signal_ends_the_process(hang_up: None) -> None:
     assert done.stdout.split() == ["None", "SIGHUP", "SIGHUP"]
 
 
+@pytest.mark.parametrize(
+    ("number", "rank", "told"),
+    [
+        (signal.SIGINT, "0", "Stopping after this update and saving; Ctrl-C again ends at once"),
+        (
+            signal.SIGTERM,
+            "0",
+            "SIGTERM: stopping after this update and saving; a second signal ends at once",
+        ),
+        (signal.SIGHUP, "0", "SIGHUP: stopping after this update and saving"),
+        (signal.SIGINT, "1", ""),
+    ],
+)
+def test_a_run_answers_the_signal_once(
+    hang_up: None,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    rank: str,
+    told: str,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    stop = StopRequest()
+    with stop.listening(), stop.deferred():
+        send(number)
+        send(number)  # the launcher's, which forwards what the terminal sent to the ranks too
+        send(signal.SIGHUP)
+    assert capfd.readouterr().err == (f"{told}\n" if told else "")
+
+
+def test_a_signal_before_training_is_not_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    """It ends the run at once, and nothing is saved."""
+    with pytest.raises(KeyboardInterrupt), StopRequest().listening():
+        send(signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
 def test_nohup_keeps_a_run_alive(hang_up: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()

@@ -29,9 +29,12 @@ def bytes_moved(dtype: torch.dtype) -> int:
     return 2 * dtype.itemsize + 12 + 8 + 12 + 4 + rounding
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes that copying reads and writes in a second on this device; the best of 7."""
-    source = torch.ones(2**26, device=device)
+def copy_rate(device: torch.device, megabytes: int = 256) -> float:
+    """Bytes that copying reads and writes in a second on this device; the best of 7.
+
+    megabytes: of 2^20 bytes, that are copied.
+    """
+    source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() * 4 / best_of_7(lambda: target.copy_(source), device)
 

@@ -20,15 +20,18 @@ from bert_pretraining.bench.flags import (
     require_at_least_one,
 )
 from bert_pretraining.bench.timing import Times, Turns, announce, peak_memory
-from bert_pretraining.bench.workload import batch_of, matrix_rate, step_flops, wikipedia_lengths
+from bert_pretraining.bench.workload import batch_of, wikipedia_lengths
 from bert_pretraining.config import Config, FlagParser
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import DTYPES, PROVIDERS, select
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.flops import Amount, step_flops
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.matrix_rate import matrix_rate
 from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.training.static_batch import usual_budget
 from bert_pretraining.training.step_choice import Trained, prepared_step
 
@@ -146,8 +149,9 @@ def compare(
     or hangs takes no other figures with it. keep: called with all figures so far.
     """
     announce("measuring a large matrix product, for comparison")
-    rate = matrix_rate(device, dtype)
-    flops = step_flops(lengths, num_masked, config)
+    rate, _ = matrix_rate(device, dtype)
+    pairs = int((lengths.astype(np.int64) ** 2).sum())
+    flops = step_flops(Amount(int(lengths.sum()), pairs, num_masked), config)
     memory: dict[str, float] = {}
     said: dict[str, list[str]] = {}
     failed: dict[str, dict] = {}
@@ -169,7 +173,7 @@ def compare(
 
     turns = Turns(device, repeats, measured=lambda times: keep(all_figures(times)))
     for name, make in makers.items():
-        announce(f"{name}: making a model of {config.num_hidden_layers} layers")
+        announce(f"{name}: making a model of {counted(config.num_hidden_layers, 'layer')}")
         try:
             call = make()
             said[name] = getattr(call, "said", [])

@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bert_pretraining.bench import record
 from bert_pretraining.runtime import capture
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.events import event_maker
+from bert_pretraining.runtime.process_memory import status_bytes
 
 ENOUGH = 0.02  # seconds between the two events, to be long beside their own error of microseconds
 LEAST_CALLS = 4  # between them: the host and the device overlap only from the second call on
@@ -158,25 +159,6 @@ class Stopwatch:
         self.times.calls = calls
 
 
-def event_maker(device: torch.device) -> Callable[[], Any] | None:
-    """Makes events with times; None where the device has none."""
-    module = devices.streams(device)
-    if module is None:
-        return None
-
-    def make() -> Any:
-        return module.Event(enable_timing=True)
-
-    def works() -> None:
-        first, last = make(), make()
-        first.record()
-        last.record()
-        devices.synchronize(device)
-        first.elapsed_time(last)
-
-    return make if devices.runs(works) else None
-
-
 def captured(
     call: Callable[[], object], device: torch.device, calls: int
 ) -> Callable[[], object] | None:
@@ -275,16 +257,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         # The C library keeps memory that was freed, which would hide what the call needs.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak in /proc/self/status
-        before = _status_kib("VmRSS")
+        before = status_bytes("VmRSS")
         call()
-        return (_status_kib("VmHWM") - before) / 1024
+        return (status_bytes("VmHWM") - before) / 2**20
     except (OSError, AttributeError):
         call()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _status_kib(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")

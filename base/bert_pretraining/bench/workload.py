@@ -60,29 +60,6 @@ def batch_of(lengths: np.ndarray, config: BertConfig) -> PackedBatch:
     return pack_rows(shard_of(lengths, config), np.arange(len(lengths)))
 
 
-def step_flops(lengths: np.ndarray, num_masked: int, config: BertConfig) -> float:
-    """Floating-point operations that forward and backward over real tokens need.
-
-    Only matrix products count, with a multiplication and an addition each. With the hidden
-    size H, the intermediate size 4 H, the length L and the vocabulary V, each layer needs
-    24 H^2 for a token and 4 L^2 H for a sequence (attention), and the MLM head needs
-    2 H^2 + 2 H V for a masked token. Backward needs twice as many as forward.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    projections = 2 * hidden * (4 * hidden + 2 * inner) * int(lengths.sum())
-    attention = 4 * hidden * int((lengths.astype(np.int64) ** 2).sum())
-    head = num_masked * 2 * hidden * (hidden + config.padded_vocab_size)
-    return 3.0 * (config.num_hidden_layers * (projections + attention) + head)
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product; the best of 7."""
-    rows, inner, columns = (2048, 1024, 4096) if device.type == "cpu" else (12288, 4096, 4096)
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(inner, columns, device=device).to(dtype)
-    return 2.0 * rows * inner * columns / best_of_7(lambda: left @ right, device)
-
-
 def best_of_7(call: Callable[[], object], device: torch.device) -> float:
     """The shortest of 7 measurements of a call, in seconds."""
     watch = Stopwatch(call, device)

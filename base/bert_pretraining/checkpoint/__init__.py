@@ -2,6 +2,7 @@
 
 from bert_pretraining.checkpoint.formats import (
     Checkpoint,
+    copy_weights,
     load_weights,
     read_checkpoint,
     read_weights,
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "checkpoint_path",
+    "copy_weights",
     "load_weights",
     "newest_first",
     "read_checkpoint",

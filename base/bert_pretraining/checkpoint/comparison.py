@@ -13,6 +13,7 @@ from bert_pretraining.checkpoint.formats import Checkpoint
 from bert_pretraining.checkpoint.names import VOCABULARY_ROWS
 from bert_pretraining.checkpoint.run_order import RUN_NUMBER
 from bert_pretraining.checkpoint.structure import untied
+from bert_pretraining.runtime.words import counted
 
 SHOWN = 20  # tensors in a description
 EXACT_IN_DOUBLE = 2**53
@@ -82,7 +83,7 @@ class Comparison:
         """The result, then the differences, the largest first."""
         both = f"{self.first.path} and {self.second.path}"
         if self.equal:
-            lines = [f"Equal: {both} hold the same numbers, {self.compared} tensors"]
+            lines = [f"Equal: {both} hold the same numbers, {counted(self.compared, 'tensor')}"]
         else:
             counts = (
                 (len(self.values), "tensors differ in value"),
@@ -127,7 +128,9 @@ def compare(first: Checkpoint, second: Checkpoint, training_state: bool = False)
         for checkpoint, value in ((first, one), (second, other)):
             if rows is not None and len(value) > rows and not value[rows:].any():
                 more = len(value) - rows
-                notes.append(f"{name}: {checkpoint.path} has {more} more rows, all 0: padding")
+                notes.append(
+                    f"{name}: {checkpoint.path} has {counted(more, 'more row')}, all 0: padding"
+                )
                 one, other = one[:rows], other[:rows]
         if one.shape != other.shape:
             shapes[name] = (tuple(one.shape), tuple(other.shape))

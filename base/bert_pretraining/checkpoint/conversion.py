@@ -24,6 +24,7 @@ from bert_pretraining.checkpoint.structure import (
 )
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import padded_rows
+from bert_pretraining.runtime.words import counted
 
 NOT_IN_SOURCE = "optimizer moments, loss scale, random states and data position"
 
@@ -88,10 +89,13 @@ def convert(
             f"Not in the source: {'*, '.join(absent)}*; to train from it, pass {HEADS_ANEW}"
         )
     notes += [
-        f"Left out: {what}, {len(names)} entries of the source"
+        f"Left out: {what}, {counted(len(names), 'entry')} of the source"
         for what, names in checkpoint.left_out.items()
     ]
-    return [f"Wrote {destination}: {len(weights)} tensors of {checkpoint.format}", *notes]
+    return [
+        f"Wrote {destination}: {counted(len(weights), 'tensor')} of {checkpoint.format}",
+        *notes,
+    ]
 
 
 def _without_other_tasks(checkpoint: Checkpoint) -> Checkpoint:

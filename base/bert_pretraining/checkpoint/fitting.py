@@ -21,6 +21,7 @@ from bert_pretraining.checkpoint.structure import (
     untied,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import counted
 
 LISTED_AT_MOST = 40  # tensors of one kind in a report
 HEADS_ANEW = "--missing_weights random"
@@ -106,11 +107,12 @@ def require_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     if not bad:
         return
     count = int((~torch.isfinite(weights[bad[0]])).sum())
-    more = f", and in {len(bad) - 1} more tensors" if bad[1:] else ""
+    more = f", and in {counted(len(bad) - 1, 'more tensor')}" if bad[1:] else ""
     raise UserError(
         f"{path}: {count:,} of {weights[bad[0]].numel():,} numbers of {bad[0]} are NaN or "
         f"infinite{more}: the file's weights are spoiled",
-        "take a checkpoint from before they were ('checkpoint inspect' shows where they are)",
+        f"take a checkpoint from before they were ('python -m bert_pretraining checkpoint inspect "
+        f"{path}' shows where they are)",
     )
 
 

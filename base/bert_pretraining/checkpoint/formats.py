@@ -96,6 +96,15 @@ def read_checkpoint(path: Path, fix: str = OTHER_CHECKPOINT) -> Checkpoint:
 def load_weights(
     model: BertForPreTraining, path: Path, missing: Literal["refuse", "random"] = "refuse"
 ) -> Checkpoint:
+    """Read a checkpoint and copy its weights; errors as of `read_checkpoint`, `copy_weights`."""
+    return copy_weights(model, read_checkpoint(path), missing)
+
+
+def copy_weights(
+    model: BertForPreTraining,
+    checkpoint: Checkpoint,
+    missing: Literal["refuse", "random"] = "refuse",
+) -> Checkpoint:
     """Copy a checkpoint's weights into `model`, on any device.
 
     Padding rows of the vocabulary become 0 where the checkpoint has none. The next-sentence head
@@ -105,13 +114,16 @@ def load_weights(
     Raises UserError that lists every missing or unexpected tensor, and every wrong shape; also
     for NaN and infinities.
     """
-    checkpoint = read_checkpoint(path)
     if "nsp" not in model.losses:
         checkpoint = _without_next_sentence_head(checkpoint)
     own = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     fitting = fit(
-        path, checkpoint.weights, shapes, model.config.vocab_size, heads_anew=missing == "random"
+        checkpoint.path,
+        checkpoint.weights,
+        shapes,
+        model.config.vocab_size,
+        heads_anew=missing == "random",
     )
     with torch.no_grad():
         for name, value in fitting.weights.items():

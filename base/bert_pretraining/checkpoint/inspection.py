@@ -13,6 +13,7 @@ from bert_pretraining.checkpoint.fitting import HEADS_ANEW
 from bert_pretraining.checkpoint.formats import OPTIMIZER_STATE, Checkpoint
 from bert_pretraining.checkpoint.plausibility import suspicions
 from bert_pretraining.checkpoint.structure import absent_heads, sizes_of, untied
+from bert_pretraining.runtime.words import counted
 
 NUMBERS_AT_A_TIME = 1 << 20
 
@@ -77,8 +78,8 @@ class Inspection:
             f"Checkpoint: {checkpoint.path}",
             f"Format: {checkpoint.format}",
             f"Model: {sizes or 'unknown; the tensors are no BERT, or not all of one'}",
-            f"Weights: {len(self.tensors)} tensors, {count:,} numbers, {size / 2**20:,.1f} MiB, "
-            f"{', '.join(dtypes) or 'no type'}{tied}",
+            f"Weights: {counted(len(self.tensors), 'tensor')}, {counted(count, 'number')}, "
+            f"{size / 2**20:,.1f} MiB, {', '.join(dtypes) or 'no type'}{tied}",
             f"Step: {step}",
             f"Optimizer state: {self._optimizer_in_words()}",
             f"Training state: {_listed(self.state)}",
@@ -106,7 +107,7 @@ class Inspection:
     def _optimizer_in_words(self) -> str:
         variables = self.checkpoint.left_out.get(OPTIMIZER_STATE)
         if variables:
-            return f"{len(variables)} variables, which are left out"
+            return f"{counted(len(variables), 'variable')}, which are left out"
         return _listed(self.optimizer)
 
 
@@ -150,7 +151,7 @@ def _value_in_words(value: object) -> object:
     if isinstance(value, Mapping | list | tuple):
         parts = value.values() if isinstance(value, Mapping) else value
         tensors = sum(isinstance(part, Tensor) for part in parts)
-        return f"{tensors} tensors" if tensors else f"{len(value)} entries"
+        return counted(tensors, "tensor") if tensors else counted(len(value), "entry")
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, bool | int | float | str | None) else type(value).__name__

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bert_pretraining.checkpoint.torch_file import read_torch_file
@@ -32,7 +33,8 @@ class SavedRun:
 
     files: the highest step first. number: of the run; 0 where an older version wrote it, infinite
     where no file is a whole training checkpoint. step: of the newest whole one. written: the time
-    of that file in seconds since 1970, 0 where it lies in the future.
+    of that file in seconds since 1970, 0 where it lies in the future. state: the training state in
+    that file, whose checksums were not verified; empty where there is none.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class SavedRun:
     number: float
     step: int
     written: float
+    state: Mapping = field(default_factory=dict, compare=False, repr=False)
 
     def age(self, output_dir: Path) -> tuple:
         """A key that sorts the newest last. output_dir: where the runs are."""
@@ -58,6 +61,15 @@ def runs_in(output_dir: Path) -> list[SavedRun]:
     folders = sorted(path for path in output_dir.glob("run-*") if path.is_dir())
     runs = [_run(folder) for folder in [output_dir, *folders] if saved_in(folder)]
     return sorted(runs, key=lambda run: run.age(output_dir), reverse=True)
+
+
+def latest_by_name(output_dir: Path) -> SavedRun | None:
+    """The run with checkpoints whose folder's name, a time, is the latest; no other run is read.
+
+    A clock may have been wrong: where it matters which run is the newest, ask `runs_in`.
+    """
+    folders = sorted(output_dir.glob("run-*"), reverse=True)
+    return next((_run(folder) for folder in folders if folder.is_dir() and saved_in(folder)), None)
 
 
 def newest_first(output_dir: Path) -> list[Path]:
@@ -83,6 +95,7 @@ def _run(folder: Path) -> SavedRun:
                 _number(state.get(RUN_NUMBER)),
                 _number(state.get("global_steps")),
                 written if written <= time.time() else 0.0,
+                state,
             )
     return SavedRun(folder, files, math.inf, 0, 0.0)
 

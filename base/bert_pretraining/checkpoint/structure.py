@@ -17,6 +17,7 @@ from bert_pretraining.checkpoint.names import (
     WORD_EMBEDDING,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import counted
 
 # Tensors that only a model with the next-sentence loss has.
 NEXT_SENTENCE_HEAD = ("bert.pooler.", "cls.seq_relationship.")
@@ -37,7 +38,7 @@ class Sizes:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_layers} layers, hidden {self.hidden_size}, "
+            f"{counted(self.num_layers, 'layer')}, hidden {self.hidden_size}, "
             f"intermediate {self.intermediate_size}, vocabulary {self.vocab_size}, "
             f"positions {self.max_position_embeddings}"
         )

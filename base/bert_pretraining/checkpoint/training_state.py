@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,11 +28,11 @@ from torch import Tensor, nn
 
 from bert_pretraining.checkpoint import Checkpoint, read_checkpoint
 from bert_pretraining.checkpoint.fitting import require_finite
-from bert_pretraining.checkpoint.run_order import RUN_NUMBER, SavedRun, runs_in
+from bert_pretraining.checkpoint.run_order import RUN_NUMBER, SavedRun, latest_by_name, runs_in
 from bert_pretraining.config import FIELDS, Config, without_switches
 from bert_pretraining.errors import UserError
 from bert_pretraining.optim import LossScale, Optimizer
-from bert_pretraining.progress import RunState
+from bert_pretraining.progress import RunState, stop_reason
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime import process_group, rank_reports
 from bert_pretraining.runtime.files import checkpoint_kind
@@ -72,6 +73,23 @@ def settings_of(config: Config) -> dict[str, object]:
     return {**named, "nnodes": 1, "nproc_per_node": config.world_size}
 
 
+def _with_defaults(saved: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a file; one that is newer than the file had its default's effect."""
+    names = (field.name for field in FIELDS.values() if field.metadata["changes_numbers"])
+    defaults = {name: FIELDS[name].default for name in (*names, "nnodes", "nproc_per_node")}
+    return without_switches({**defaults, **saved})
+
+
+def _counters(state: Mapping) -> RunState:
+    return RunState(**{field.name: state[field.name] for field in dataclasses.fields(RunState)})
+
+
+def _global_batch_size(settings: Mapping[str, object]) -> int:
+    """Of settings as `settings_of` gives them."""
+    names = ("train_batch_size", "gradient_accumulation_steps", "nproc_per_node")
+    return math.prod(int(settings[name]) for name in names)
+
+
 def config_hash(settings: dict[str, object]) -> str:
     """Equal for equal settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -103,9 +121,9 @@ class TrainingState:
         own = None if ranks.device.type == "cpu" else devices.generator_state(ranks.device)
         if own is not None:
             generators[ranks.device.type] = own
-        random = process_group.gather(generators)
+        random = process_group.gather_to_main(generators)
         scaling = self.loss_scale.state_dict()
-        scales = process_group.gather(self.fp8.state_dict()) if self.fp8 else None
+        scales = process_group.gather_to_main(self.fp8.state_dict()) if self.fp8 else None
         if not ranks.is_main:
             return None
         copy = _Copier()
@@ -164,8 +182,7 @@ class Saved:
     @property
     def run(self) -> RunState:
         """The counters, as they were."""
-        names = [field.name for field in dataclasses.fields(RunState)]
-        return RunState(**{name: self.state[name] for name in names})
+        return _counters(self.state)
 
     @property
     def seed(self) -> int:
@@ -219,14 +236,17 @@ class Saved:
         self, settings: dict[str, object], order: DataOrder, device_type: str
     ) -> list[str]:
         """What differs from the saved run; empty if this run continues it bit for bit."""
-        # A setting that is newer than the file had its default's effect.
-        defaults = {name: FIELDS[name].default for name in settings}
-        saved = without_switches(defaults | self.state["config"])
+        saved = _with_defaults(self.state["config"])
+        now = without_switches(settings)
         found = [
-            f"{name} {saved[name]} -> {value}"
-            for name, value in without_switches(settings).items()
+            # There stands the number of all ranks, on any number of machines: see settings_of.
+            f"{'ranks' if name == 'nproc_per_node' else name} {saved[name]} -> {value}"
+            for name, value in now.items()
             if saved[name] != value
         ]
+        before, after = _global_batch_size(saved), _global_batch_size(now)
+        if before != after:
+            found.append(f"global batch size {before} -> {after}")
         if self.seed != order.seed:
             found.append(f"seed {self.seed} -> {order.seed}")
         if self.state["order"]["shards"] != order.digest():
@@ -280,7 +300,47 @@ def find(config: Config, init_checkpoint: Path | None, say: Callable[[str], None
             f"--resume required: no whole training checkpoint in {config.resolved_output_dir}",
             "pass its --output_dir, or --resume auto to start from the start weights",
         )
+    if config.resume is None and not restarted():
+        _tell_of_an_unfinished_run(config, output_dir, say)
     return None
+
+
+def _has_plain_counters(state: Mapping) -> bool:
+    """Whether settings, seed and counters are there, and of the types that this version writes.
+
+    Whatever lies in an output_dir, a start that does not want it must not fail.
+    """
+    config, order = state.get("config"), state["order"]
+    if not (isinstance(config, Mapping) and isinstance(order, Mapping)):
+        return False
+    counters = [state.get(field.name) for field in dataclasses.fields(RunState)]
+    settings = all(isinstance(value, int | float | str | None) for value in config.values())
+    return settings and all(
+        isinstance(value, int | float) for value in (*counters, order.get("seed"))
+    )
+
+
+def _tell_of_an_unfinished_run(
+    config: Config, output_dir: Path, say: Callable[[str], None]
+) -> None:
+    """Say that the latest run in output_dir has the same settings, and was stopped before its end.
+
+    A user who gives a command again after Ctrl-C may have wanted to go on.
+    """
+    newest = latest_by_name(output_dir)
+    state = newest.state if newest is not None else {}
+    if not state or not _has_plain_counters(state):
+        return  # no run, one of another version, or a converted checkpoint
+    same_settings = _with_defaults(state["config"]) == without_switches(settings_of(config))
+    if not same_settings or config.seed not in (None, state["order"]["seed"]):
+        return
+    run = _counters(state)
+    target, limits = config.target_mlm_accuracy, (config.max_steps, config.max_samples_termination)
+    if stop_reason(run, target, *limits) is None:
+        say(
+            f"Notice: {newest.folder} holds a checkpoint of this command at step "
+            f"{run.global_steps:,} of {config.max_steps:,}; --resume auto goes on from it"
+        )
 
 
 def _require_finite(checkpoint: Checkpoint) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_pretraining import config
-from bert_pretraining.data.inputs import BERT_CONFIG_NAME
 from bert_pretraining.errors import UserError
-from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.bert_config import BERT_CONFIG_NAME, BertConfig
 
 if TYPE_CHECKING:
     from bert_pretraining.checkpoint.conversion import Model
@@ -18,12 +17,10 @@ if TYPE_CHECKING:
 
 EXIT_EQUAL, EXIT_DIFFERENT = 0, 1
 FORMS = (
-    "FILE: a PyTorch file, a Hugging Face directory, a .safetensors file, or a TensorFlow 1 "
+    "a PyTorch file, a Hugging Face directory, a .safetensors file, or a TensorFlow 1 "
     "checkpoint (model.ckpt-28252, which has .index and .data files)"
 )
-FIX = "name a checkpoint (see checkpoint inspect --help)"
-HUGGING_FACE_CONFIG = "config.json"
-HUGGING_FACE_ENDINGS = (".safetensors", ".bin")
+FIX = "name a checkpoint (see python -m bert_pretraining checkpoint inspect --help)"
 
 
 def _parser(command: str, text: str) -> config.FlagParser:
@@ -35,7 +32,7 @@ def _parser(command: str, text: str) -> config.FlagParser:
 
 def inspect(arguments: list[str]) -> None:
     """`checkpoint inspect FILE`: what is in it."""
-    parser = _parser("inspect", f"What a checkpoint holds. {FORMS}.")
+    parser = _parser("inspect", f"What a checkpoint holds. FILE: {FORMS}.")
     parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint")
     parser.add_argument("--json", action="store_true", help="print it as JSON (default: as text)")
     values = parser.parse(arguments)
@@ -51,7 +48,7 @@ def diff(arguments: list[str]) -> int:
     parser = _parser(
         "diff",
         "Whether two checkpoints hold the same weights: exit code 0 if they do, 1 if not, 2 if one "
-        f"cannot be read. A, B as FILE. {FORMS}. Rows of 0 that pad the vocabulary, and the type "
+        f"cannot be read. A, B: {FORMS}. Rows of 0 that pad the vocabulary, and the type "
         "of the numbers, make no difference.",
     )
     parser.add_argument("first", type=Path, metavar="A", help="a checkpoint")
@@ -78,7 +75,7 @@ def convert(arguments: list[str]) -> None:
     """`checkpoint convert SRC DST --to apex|hf|resume`."""
     parser = _parser(
         "convert",
-        f"Write a checkpoint's weights in another layout. SRC as FILE. {FORMS}. "
+        f"Write a checkpoint's weights in another layout. SRC: {FORMS}. "
         "apex: a start checkpoint, {'model': named tensors}. hf: a directory for Hugging Face's "
         "BertForPreTraining, config.json and model.safetensors. resume: a start checkpoint with "
         "the training state that SRC has, if any; the optimizer starts fresh.",
@@ -89,8 +86,8 @@ def convert(arguments: list[str]) -> None:
     add("--to", required=True, choices=("apex", "hf", "resume"),
         help="the layout of DST (required)")  # fmt: skip
     add("--bert_config", "--bert_config_path", type=Path, metavar="FILE",
-        help=f"the model's sizes, which only hf needs (default: {BERT_CONFIG_NAME} beside SRC, or "
-        f"Hugging Face's {HUGGING_FACE_CONFIG} beside its weights)")  # fmt: skip
+        help=f"the model's sizes, which only hf needs (default: {BERT_CONFIG_NAME} beside SRC, "
+        "Hugging Face's config.json beside its weights, or that of SRC's run)")  # fmt: skip
     add("--trim_vocab", action="store_true",
         help="hf: leave out the rows that pad the vocabulary to a multiple of 8 "
         "(default: keep them)")  # fmt: skip
@@ -124,17 +121,13 @@ def _check_destination(path: Path, target: str, overwrite: bool) -> None:
 
 
 def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]]:
-    """The model of the bert_config.json given or beside the checkpoint, and notes for the user."""
+    """The model of the bert_config.json given or found near it, and notes for the user."""
+    from bert_pretraining.checkpoint import beside
     from bert_pretraining.checkpoint.conversion import Model
     from bert_pretraining.checkpoint.names import WORD_EMBEDDING
     from bert_pretraining.checkpoint.structure import Sizes, sizes_of
 
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    beside = [folder / BERT_CONFIG_NAME]
-    if checkpoint.path.is_dir() or checkpoint.path.suffix in HUGGING_FACE_ENDINGS:
-        # Only here: beside other checkpoints, a file of this name holds the settings of a run.
-        beside.append(folder / HUGGING_FACE_CONFIG)
-    path = given or next((path for path in beside if path.is_file()), None)
+    path = given or beside.find_bert_config(checkpoint.path)
     if path is None:
         sizes = sizes_of(checkpoint.weights)
         if sizes is None:
@@ -143,7 +136,8 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
             )
             raise UserError(
                 f"{checkpoint.path}: its tensors do not show the model's sizes{lacking}",
-                "pass --bert_config FILE (checkpoint inspect lists the tensors)",
+                "pass --bert_config FILE ('python -m bert_pretraining checkpoint inspect "
+                f"{checkpoint.path}' lists the tensors)",
             )
         return Model(sizes, None), []
     values = BertConfig.load(path)
@@ -156,11 +150,8 @@ def _model(checkpoint: Checkpoint, given: Path | None) -> tuple[Model, list[str]
         values.type_vocab_size,
     )
     notes = [f"Sizes from {path}"]
-    if path.name == HUGGING_FACE_CONFIG and values.hidden_act == "gelu":
-        notes.append(
-            "Note: its hidden_act 'gelu' means the erf form to Hugging Face; this package computes "
-            "the tanh form, as BERT's authors do, which changes losses a little"
-        )
+    if beside.differs_in_gelu(path, values):
+        notes.append(f"Note: {beside.ERF_NOTE}")
     return Model(sizes, _hugging_face_config(values)), notes
 
 

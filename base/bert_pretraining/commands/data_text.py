@@ -16,6 +16,7 @@ from bert_pretraining.commands.data_flags import (
     probability,
 )
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import counted
 
 # Those of preparation/documents.py, which is imported only where it is needed.
 FORMS = ("file", "blank_line", "json", "doc_tags")
@@ -161,17 +162,23 @@ def create_examples(arguments: list[str]) -> None:
 
     from bert_pretraining.preparation import prepare as stages
     from bert_pretraining.preparation import text_statistics
+    from bert_pretraining.preparation.vocabulary import Vocabulary
 
     for path in values.input_file:
         _require_other_output(path, values.output_file)
+    settings = _text_settings(values)
     statistics = stages.create_file(
         values.input_file,
         values.output_file,
-        _text_settings(values),
+        settings,
         files_are_documents=values.documents == "file",
     )
-    text_statistics.tell(", ".join(str(path) for path in values.input_file[:3]), statistics)
-    print(f"{values.output_file}: {statistics.examples} examples")
+    text_statistics.tell(
+        ", ".join(str(path) for path in values.input_file[:3]),
+        statistics,
+        vocabulary=str(Vocabulary.load(settings.vocab, settings.lower_case)),
+    )
+    print(f"{values.output_file}: {counted(statistics.examples, 'example')}")
 
 
 def _require_other_output(source: Path, output: Path) -> None:
@@ -206,14 +213,15 @@ def shard(arguments: list[str]) -> None:
     from bert_pretraining.preparation.text_statistics import warn
 
     pattern = values.shard_pattern or EXAMPLE_FILES
-    folder = shard_folder(values.input_dir, "make them with data create-examples", pattern)
+    make = "make them with python -m bert_pretraining data create-examples"
+    folder = shard_folder(values.input_dir, make, pattern)
     if folder.other_shards:
         others = listed(folder.other_shards)
         print(f"Left out of --input_dir, not {pattern}: {others}", file=sys.stderr)
     where = f"--input_dir {values.input_dir}"
     warn(require_all_parts(folder.names, where, values.allow_missing_parts))
     made, there = stages.shard(folder.shards, values.output_dir, values.num_shards)
-    print(f"{values.output_dir}: {made} shards made, {there} there already")
+    print(f"{values.output_dir}: {counted(made, 'shard')} made, {there} there already")
 
 
 def pick_eval(arguments: list[str]) -> None:
@@ -227,7 +235,7 @@ def pick_eval(arguments: list[str]) -> None:
 
     _require_other_output(values.input_file, values.output_file)
     stages.pick_file(values.input_file, values.output_file, values.num_examples)
-    print(f"{values.output_file}: {values.num_examples} examples")
+    print(f"{values.output_file}: {counted(values.num_examples, 'example')}")
 
 
 def to_varlength(arguments: list[str]) -> None:

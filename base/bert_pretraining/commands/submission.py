@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bert_pretraining import config, launch
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_NOT_CONVERGED, UserError
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.submission.rulesets import (
     DEFAULT_RULESET,
     RULESETS,
@@ -82,7 +83,7 @@ def rcp(arguments: list[str]) -> None:
         return
     print(f"  RCP mean                 {point.mean_samples:,.0f} samples")
     print(f"  standard deviation       {point.standard_deviation:,.0f} samples")
-    print(f"  least mean that passes   {least:,.0f} samples ({values.runs} runs)")
+    print(f"  least mean that passes   {least:,.0f} samples ({counted(values.runs, 'run')})")
     print(
         f"  scale factor             1 from the RCP mean on, up to "
         f"{figures['greatest_scale_factor']:.4f} below it: RCP mean / mean of the runs"
@@ -159,8 +160,9 @@ def run(arguments: list[str]) -> int:
         lambda line: print(line, flush=True),
     )  # fmt: skip
     converged = len(series.runs) - series.unconverged
-    print(f"{converged} of {len(series.runs)} runs converged; next: submission assemble --series "
-          f"{values.output_dir} --system NAME")  # fmt: skip
+    print(f"{converged} of {counted(len(series.runs), 'run')} converged; next: "
+          "python -m bert_pretraining "
+          f"submission assemble --series {values.output_dir} --system NAME")  # fmt: skip
     tolerated = 1 if len(series.runs) > 1 else 0
     return EXIT_CONVERGED if series.unconverged <= tolerated else EXIT_NOT_CONVERGED
 
@@ -204,7 +206,8 @@ def _training_config(training: list[str]) -> config.Config:
         raise UserError(
             f"{settings.nnodes} machines: submission run starts runs on one machine only",
             "start each run with "
-            "run_training.sh on all of them, then: submission assemble --logs LOG...",
+            "run_training.sh on all of them, then: python -m bert_pretraining submission assemble "
+            "--logs LOG...",
         )
     if settings.submission_org == "unknown":
         raise UserError(
@@ -300,12 +303,14 @@ def assemble(arguments: list[str]) -> None:
     made = assembling.assemble(
         runs, values.output_dir, values.system, values.implementation, values.system_fields
     )
-    print(f"Made {made.folder}: {len(runs.logs)} logs, the system's description, the code")
+    print(
+        f"Made {made.folder}: {counted(len(runs.logs), 'log')}, the system's description, the code"
+    )
     for remark in made.remarks:
         print(f"Note: {remark}")
     if made.blanks:
         print(f"Only a person can fill in, in {made.description}: {', '.join(made.blanks)}")
-    print(f"Next: submission check {made.folder}")
+    print(f"Next: python -m bert_pretraining submission check {made.folder}")
 
 
 def summarize(arguments: list[str]) -> int:

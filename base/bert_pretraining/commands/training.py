@@ -41,7 +41,7 @@ def launch(arguments: list[str]) -> int:
     if lacks_mini_data and not flags.dry_run:
         make_mini_once()
     plan = launching.make_plan(resolved, flags, _trainer_flags(values))
-    for notice in plan.notices:
+    for notice in (*plan.notices, checks.crowding_notice(plan)):
         _print_notice(notice, external)
     if flags.dry_run:
         print(launching.describe(plan), flush=True)
@@ -49,13 +49,12 @@ def launch(arguments: list[str]) -> int:
         return 0
     # The ranks find out themselves, and save. With --log_dir their output is in its files.
     output.when_lost(lambda _: None)
+    if external:
+        return launching.run_external_rank(plan, external)
 
     def check() -> None:
         inputs.data_paths(resolved.config)  # fail here, once, and not on every rank
 
-    if external:
-        check()
-        return launching.run_external_rank(plan, external)
     return _exit_code(launching.run(plan, check), flags.exit_zero_without_target)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
+from typing import Any
 
 # Groups of settings in --help and `config show`, with their titles.
 GROUPS = {
@@ -27,12 +29,16 @@ def setting(
     *,
     changes_numbers: bool = True,
     fix: str | None = None,
+    several: bool = False,
+    fault: Callable[[Any], str | None] | None = None,
 ) -> object:
     """A dataclass field.
 
     minimum, maximum: inclusive. changes_numbers: whether the setting affects losses and weights. A
     run that resumes with another value is then not bit-identical, and says so. fix: what to do
-    about a value that is none of `choices`.
+    about a value that is refused. fault: tells what is wrong with a value, or None. several: the
+    value is a text that holds any number of `choices`, between commas or blanks; the flag takes
+    them as separate words, too.
     """
     metadata = {
         "group": group,
@@ -42,5 +48,7 @@ def setting(
         "maximum": maximum,
         "changes_numbers": changes_numbers,
         "fix": fix,
+        "several": several,
+        "fault": fault,
     }
     return field(default=default, metadata=metadata)

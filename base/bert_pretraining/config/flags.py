@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import Field
 from typing import NoReturn
 
 from bert_pretraining.config.fields import GROUPS
 from bert_pretraining.config.home import expanded_argument
 from bert_pretraining.config.settings import FIELDS, base_type
+from bert_pretraining.config.trackers import split_names
 from bert_pretraining.errors import UserError
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """ "; did you mean X?" with the most similar name, or "" if none is similar."""
+def nearest(name: str, names: Iterable[str], means: Callable[[str], str] = str) -> str:
+    """ "; did you mean X?" with the most similar name, or "" if none is similar.
+
+    means: X of that name, such as the path of a folder.
+    """
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {means(close[0])}?" if close else ""
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -26,13 +31,18 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"see {self.prog} --help")
 
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Parse all of `arguments`; the error for an unknown flag names the most similar one."""
+    def parse(self, arguments: list[str], intermixed: bool = False) -> argparse.Namespace:
+        """Parse all of `arguments`; the error for an unknown flag names the most similar one.
+
+        intermixed: flags may stand between words of a list. What follows "--" is taken as it is.
+        """
+        end = arguments.index("--") if "--" in arguments else len(arguments)
         normal = [
             re.sub(r"^--[^=]+", lambda match: "--" + re.sub("[-.]", "_", match[0][2:]), argument)
-            for argument in map(expanded_argument, arguments)
+            for argument in map(expanded_argument, arguments[:end])
         ]
-        values, unknown = self.parse_known_args(normal)
+        parse = self.parse_known_intermixed_args if intermixed else self.parse_known_args
+        values, unknown = parse([*normal, *arguments[end:]])
         if unknown:
             flag = unknown[0].split("=")[0]
             if not flag.startswith("--"):
@@ -62,9 +72,26 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 f"--no_{field.name}", action="store_false", dest=field.name,
                 default=argparse.SUPPRESS, help=argparse.SUPPRESS,
             )  # fmt: skip
+        elif field.metadata["several"]:
+            group.add_argument(
+                f"--{field.name}", nargs="+", action=_Joined, metavar="NAME", **options
+            )
         else:
             metavar = kind.__name__.upper()
             group.add_argument(f"--{field.name}", type=kind, metavar=metavar, **options)
+
+
+class _Joined(argparse.Action):
+    """Several words of a flag, as one text with commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, ",".join(split_names(" ".join(values))))
 
 
 def _details(field: Field) -> str:

@@ -19,6 +19,7 @@ from bert_pretraining.config.flags import nearest
 from bert_pretraining.config.home import expanded
 from bert_pretraining.config.settings import FIELDS, Config, base_type
 from bert_pretraining.config.toml import parse_toml
+from bert_pretraining.config.trackers import split_names
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
 from bert_pretraining.runtime.files import real
@@ -170,7 +171,7 @@ def _config_path(name: str, config: str) -> Path:
     raise UserError(
         f"--config {config}: no such configuration of {name}{hint} "
         f"({name} has: {', '.join(configs)})",
-        "'config list' prints all",
+        "'python -m bert_pretraining config list' prints all",
     )
 
 
@@ -210,9 +211,11 @@ def _checked_key(key: str, value: object, path: Path) -> object:
         known = [name for name in FIELDS if name not in ("name", "config")]
         raise UserError(
             f"{_shown(path)}: unknown key '{key}'{nearest(key, known)}",
-            "correct or remove it; 'config show' prints all keys",
+            "correct or remove it; 'python -m bert_pretraining config show' prints all keys",
         )
     kind = base_type(FIELDS[key])
+    if FIELDS[key].metadata["several"] and isinstance(value, list):
+        value = ",".join(map(str, value))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -233,14 +236,20 @@ def _validate(config: Config, sources: dict[str, str]) -> None:
         choices = field.metadata["choices"]
         minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
         fault = None
-        if choices and value not in choices:
-            fault = f"must be one of {', '.join(choices)}{nearest(str(value), list(choices))}"
+        named = split_names(value) if field.metadata["several"] else [value]
+        unknown = [name for name in named if choices and name not in choices]
+        if unknown:
+            which = f"'{unknown[0]}' " if len(named) > 1 else ""
+            near = nearest(str(unknown[0]), list(choices))
+            fault = f"{which}must be one of {', '.join(choices)}{near}"
         elif minimum is not None and not value >= minimum:
             fault = f"must be at least {minimum:g}"
         elif maximum is not None and not value <= maximum:
             fault = f"must be at most {maximum:g}"
         elif isinstance(value, float) and not math.isfinite(value):
             fault = "must be finite"
+        elif field.metadata["fault"] is not None:
+            fault = field.metadata["fault"](value)
         if fault:
             raise UserError(
                 f"{where}: {fault}", f"{field.metadata['fix'] or f'correct {field.name}'}"

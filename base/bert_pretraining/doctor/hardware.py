@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 from bert_pretraining import topology
 from bert_pretraining.config import Config
-from bert_pretraining.data.inputs import BERT_CONFIG_NAME
 from bert_pretraining.doctor.report import NOTE, OK, PROBLEM, CheckResult
 from bert_pretraining.errors import UserError
 from bert_pretraining.launch import cpu_instead
 from bert_pretraining.launch.plan import LaunchFlags
-from bert_pretraining.model.bert_config import BertConfig
+from bert_pretraining.model.bert_config import BERT_CONFIG_NAME, BertConfig
 from bert_pretraining.runtime import packages
+from bert_pretraining.runtime.words import counted
 
 if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
 USUAL_HEAD_SIZE = 64  # of every BERT that Google published
+FP8_LAYERS = ((64, 256), (256, 64))  # (inputs, outputs): small ones show whether products are right
 
 
 def results(
@@ -71,7 +72,7 @@ def gpus(settings: Config, machine: topology.Machine) -> Iterator[CheckResult]:
         fix = f"pass --nproc_per_node {count}, or --device cpu"
         yield CheckResult("device", PROBLEM, text, fix)
     elif count:
-        yield CheckResult("device", OK, f"{count} GPUs, {cpu_instead.build()}")
+        yield CheckResult("device", OK, f"{counted(count, 'GPU')}, {cpu_instead.build()}")
     else:
         yield _no_gpu(settings)
 
@@ -90,6 +91,8 @@ def _described(device: torch.device) -> str:
 
 def _no_gpu(settings: Config) -> CheckResult:
     """What a launch says, or refuses, where PyTorch sees no accelerator."""
+    from bert_pretraining.runtime import device as devices
+
     if settings.device == "auto":
         try:
             notice = cpu_instead.notice(settings)
@@ -100,7 +103,8 @@ def _no_gpu(settings: Config) -> CheckResult:
         return CheckResult("device", NOTE, notice)
     found = topology.find_accelerators()
     if not found:
-        text = f"--device {settings.device}, but this machine has no accelerator"
+        meant = devices.did_you_mean(settings.device)
+        text = f"--device {settings.device}, but this machine has no accelerator{meant}"
         return CheckResult("device", PROBLEM, text, "pass --device cpu")
     build = cpu_instead.build()
     fix = cpu_instead.remedy(found, build)
@@ -150,6 +154,33 @@ def kernels(settings: Config, head_size: int = USUAL_HEAD_SIZE) -> Iterator[Chec
             yield CheckResult(what, PROBLEM if wanted else NOTE, str(error))
         else:
             yield CheckResult(what, status, text + chosen.describe())
+    yield fp8(settings, device)
+
+
+def fp8(settings: Config, device: torch.device) -> CheckResult:
+    """Whether the device's products in fp8 are there, and right; the other kernels are as above."""
+    import torch
+
+    from bert_pretraining.kernels import fp8_engine, fp8_linear
+    from bert_pretraining.runtime import device as devices
+
+    what, refused = "kernels fp8", PROBLEM if settings.resolved_precision == "fp8" else NOTE
+    has_bf16 = devices.supports(device, torch.bfloat16) and not devices.emulates_bf16(device)
+    try:
+        engine = fp8_engine.engine_for(device)
+        if device.type != "cpu":
+            fp8_linear.check(device, torch.bfloat16 if has_bf16 else torch.float16, FP8_LAYERS)
+    except UserError as error:
+        return CheckResult(what, refused, error.problem, error.fix)
+    except RuntimeError as error:  # of a device that lacks what its capability promises
+        text = " ".join(str(error).split())
+        return CheckResult(
+            what, refused, text, "pass --precision bf16, or mend the device's driver"
+        )
+    if device.type == "cpu":
+        text = "a CPU has no fp8: its rounding is emulated, which is slower than bf16"
+        return CheckResult(what, NOTE, text)
+    return CheckResult(what, OK, f"linear layers: {engine.name}; a small layer was right")
 
 
 def binding(
@@ -169,11 +200,12 @@ def binding(
         )
     num_cores = len(machine.cores)
     threads = sum(len(core.threads) for core in machine.cores)
-    text = f"{num_cores} cores, {threads} hardware threads, {len(machine.nodes)} NUMA nodes"
+    text = f"{counted(num_cores, 'core')}, {counted(threads, 'hardware thread')}, "
+    text += counted(len(machine.nodes), "NUMA node")
     if machine.cpu_quota is not None:
         text += f", but a quota of {machine.cpu_quota:g} CPUs"
     if settings.nproc_per_node > num_cores:
-        text += f", for {settings.nproc_per_node} ranks: ranks share cores"
+        text += f", for {counted(settings.nproc_per_node, 'rank')}: ranks share cores"
         fix = f"pass --nproc_per_node {num_cores} or less for full speed"
         yield CheckResult("CPUs", NOTE, text, fix)
     else:

@@ -16,6 +16,7 @@ from bert_pretraining.launch.checks import check_loopback
 from bert_pretraining.launch.network import LOCAL_ADDRESS
 from bert_pretraining.launch.plan import DEFAULT_PORT, LaunchFlags
 from bert_pretraining.launch.port import free_port
+from bert_pretraining.runtime.words import counted
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -89,18 +90,15 @@ def disk(what: str, directory: Path) -> CheckResult:
 
 def data(settings: Config) -> Iterator[CheckResult]:
     """Data directory, shards, model configuration and start checkpoint."""
-    faults = inputs.faults(settings)
-    for fault in faults:
+    found = inputs.examined(settings)
+    for fault in found.faults:
         yield CheckResult("data", PROBLEM, fault.problem, fault.fix)
-    if not faults:
-        paths = inputs.data_paths(settings)
-        training, evaluation = (
-            len(find(settings, paths).shards)
-            for find in (inputs.training_folder, inputs.evaluation_folder)
-        )
-        yield CheckResult("data", OK, f"{training} training and {evaluation} evaluation shards; "
-                      "`data verify DIR` checks their content")  # fmt: skip
-        yield CheckResult("checkpoint", OK, str(paths.init_checkpoint or "random weights"))
+    if not found.faults:
+        training, evaluation = (len(folder.shards) for folder in found.folders)
+        shards = f"{counted(training, 'training shard')}, {counted(evaluation, 'evaluation shard')}"
+        verify = f"python -m bert_pretraining data verify {settings.data_dir or 'DIR'}"
+        yield CheckResult("data", OK, f"{shards}; '{verify}' checks their content")
+        yield CheckResult("checkpoint", OK, str(found.init_checkpoint or "random weights"))
 
 
 def loopback() -> CheckResult:

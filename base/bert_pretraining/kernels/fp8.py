@@ -22,6 +22,7 @@ from bert_pretraining.kernels.fp8_casts import (
 )
 from bert_pretraining.kernels.fp8_engine import engine_for
 from bert_pretraining.kernels.fp8_weights import WeightCast
+from bert_pretraining.runtime.words import counted
 
 
 class Scaling:
@@ -177,7 +178,7 @@ class Fp8State:
         if tuple(state["names"]) != self.names:
             raise UserError(
                 "the checkpoint's fp8 scales are of another model: it has "
-                f"{len(state['names'])} fp8 layers, and this model {len(self.names)}",
+                f"{counted(len(state['names']), 'fp8 layer')}, and this model {len(self.names)}",
                 "pass the checkpoint and the bert_config.json of one run",
             )
         self.table[0].copy_(state["scales"])

@@ -146,11 +146,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling | No
 ACCUMULATION = 2.0**-9
 
 
-def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, int], ...]) -> None:
+def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, int], ...]) -> float:
     """Run small layers of these (inputs, outputs) on the device, forward and backward.
 
-    Results are compared with float64 products of the same fp8 numbers, on the CPU. Raises
-    UserError where a size is not a multiple of 16, or where a result is wrong.
+    Results are compared with float64 products of the same fp8 numbers, on the CPU. Returns the
+    largest error as a share of its bound. Raises UserError where a size is not a multiple of 16,
+    or where a result is wrong.
     """
     for size in {size for pair in features for size in pair}:
         if size % MULTIPLE:
@@ -168,19 +169,22 @@ def check(device: torch.device, dtype: torch.dtype, features: tuple[tuple[int, i
             f"--precision fp8: the casts of all weights at once are wrong on {device}",
             "pass --precision bf16",
         )
+    worst = 0.0
     for inputs, outputs in dict.fromkeys(features):
         shapes = {INPUT: (37, inputs), WEIGHT: (outputs, inputs), GRADIENT: (37, outputs)}
         given = {
             which: torch.randn(shape, generator=generator).to(device, dtype)
             for which, shape in shapes.items()
         }
-        fault = _fault(given, Fp8State(["checked"], device)["checked"])
+        fault, share = _fault(given, Fp8State(["checked"], device)["checked"])
+        worst = max(worst, share)
         if fault:
             raise UserError(
                 f"--precision fp8: a layer of {inputs} to {outputs} features is wrong on "
                 f"{device}: {fault}",
                 "pass --precision bf16",
             )
+    return worst
 
 
 def _same_copies(weights: list[list[Tensor]], one: WeightCast, other: WeightCast) -> bool:
@@ -197,8 +201,10 @@ def _same_copies(weights: list[list[Tensor]], one: WeightCast, other: WeightCast
     )
 
 
-def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:
-    """What is wrong with a layer's results for these tensors, or None."""
+def _fault(given: dict[int, Tensor], scaling: Scaling) -> tuple[str | None, float]:
+    """What is wrong with a layer's results for these tensors, or None; and their largest error,
+    as a share of its bound."""
+    worst = 0.0
     x, weight, gradient = given[INPUT], given[WEIGHT], given[GRADIENT]
     into_weight = torch.zeros_like(weight, dtype=torch.float32)
     y, saved = linear_forward(x, weight, None, scaling)
@@ -211,7 +217,7 @@ def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:
     for which, tensor in given.items():
         wide, scale = tensor.cpu().double(), scaling.scales[which].cpu()
         if not ((exact[which] - wide).abs() <= cast_bound(wide, scale, FORMATS[which])).all():
-            return f"the cast of {('x', 'the weight', 'the gradient')[which]} is off"
+            return f"the cast of {('x', 'the weight', 'the gradient')[which]} is off", worst
     for name, found, left, right in (
         ("the output", y, exact[INPUT], exact[WEIGHT].t()),
         ("the gradient of x", into_x, exact[GRADIENT], exact[WEIGHT]),
@@ -221,6 +227,8 @@ def _fault(given: dict[int, Tensor], scaling: Scaling) -> str | None:
         bound = ACCUMULATION * (left.abs() @ right.abs())
         bound += torch.finfo(found.dtype).eps * expected.abs()
         away = (found.cpu().double() - expected).abs()
-        if not (away <= bound + 1e-6).all():  # NaN is not
-            return f"{name} differs by {(away - bound).max().item():.2g} more than it may"
-    return None
+        bound += 1e-6
+        if not (away <= bound).all():  # NaN is not
+            return f"{name} differs by {(away - bound).max().item():.2g} more than it may", worst
+        worst = max(worst, (away / bound).max().item())
+    return None, worst

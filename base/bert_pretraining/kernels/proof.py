@@ -106,24 +106,42 @@ def cases(operator: str, sizes: Sizes) -> list[Case]:
     ]
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a proof found of one run of an operator.
+
+    fault: what is wrong with it, or None.
+    worst: the largest error as a share of its bound, over all elements that were compared: at most
+        1 where nothing is wrong. None where an element had no error that could be measured, as NaN.
+    """
+
+    fault: str | None
+    worst: float | None
+
+
 def find_fault(function: Callable, problem: Problem, dropout: float) -> str | None:
     """Run the operator once, forward and backward; what is wrong with it, or None.
 
     Exceptions of the operator pass through.
     """
+    return judge(function, problem, dropout).fault
+
+
+def judge(function: Callable, problem: Problem, dropout: float) -> Judgement:
+    """As `find_fault`, with the worst error; after a fault no other tensor is looked at."""
     masks: list[Tensor] = []
     if dropout:
         masks = problem.draw_masks(function, dropout, SEED, 1.0)
         fault = _fault_of_masks(masks, function, problem, dropout)
         if fault:
-            return fault
+            return Judgement(fault, None)
     torch.manual_seed(SEED)
     inputs = list(problem.inputs.values())
     output = problem.call(function, inputs, dropout)
     gradients = torch.autograd.grad(output, inputs, problem.direction(output), allow_unused=True)
     fault = problem.fault()
     if fault:
-        return fault
+        return Judgement(fault, None)
     found = dict(zip(("output", *problem.inputs), (output, *gradients), strict=True))
     exact = problem.exact(dropout, masks)
     grain = DROPOUT_GRAIN if dropout else 0.0
@@ -131,21 +149,24 @@ def find_fault(function: Callable, problem: Problem, dropout: float) -> str | No
     if problem.multiplies:
         spacing = arithmetic.rounding(problem.device, problem.dtype)
     unit = FACTOR * max(spacing, grain)
+    worst = 0.0
     for name, tensor in found.items():
         what, part = "output", problem.output_part
         if name != "output":
             what, part = f"gradient of {name}", problem.parts.get(name, ())
         if tensor is None:
-            return f"there is no {what}"
-        fault = _difference(tensor, part, exact[name], unit)
-        if fault is None and name != "output":
-            fault = _spill(tensor, part)
-        if fault:
-            return f"{what} {fault}"
-    return None
+            return Judgement(f"there is no {what}", None)
+        of_this = _difference(tensor, part, exact[name], unit)
+        if of_this.fault is None and name != "output":
+            spilt = _spill(tensor, part)
+            of_this = Judgement(spilt, None) if spilt else of_this
+        if of_this.fault:
+            return Judgement(f"{what} {of_this.fault}", of_this.worst)
+        worst = max(worst, of_this.worst)
+    return Judgement(None, worst)
 
 
-def _difference(tensor: Tensor, part: Part, exact: Exact, unit: float) -> str | None:
+def _difference(tensor: Tensor, part: Part, exact: Exact, unit: float) -> Judgement:
     """How the tensor differs from the exact one, at the element that is farthest beyond its bound.
 
     All elements must be finite; those of the part are compared.
@@ -154,24 +175,26 @@ def _difference(tensor: Tensor, part: Part, exact: Exact, unit: float) -> str | 
     finite = torch.isfinite(tensor)
     if not finite.all():
         place = (~finite).nonzero()[0]
-        return f"is {tensor[tuple(place)].item()}{_at(place.tolist())}"
+        return Judgement(f"is {tensor[tuple(place)].item()}{_at(place.tolist())}", None)
     ours = take(tensor, part)
     if ours.shape != exact.value.shape:
-        return f"has the shape {list(tensor.shape)}"
+        return Judgement(f"has the shape {list(tensor.shape)}", None)
     difference = (ours - exact.value).abs()
     # The least number of float16 is far larger than the other dtypes'.
     bound = unit * exact.magnitude + torch.finfo(tensor.dtype).tiny * unit
     excess = (difference / bound).flatten()
-    worst = int(excess.argmax())
-    if excess[worst] <= 1.0:
-        return None
-    place = [int(index) for index in torch.unravel_index(torch.tensor(worst), ours.shape)]
+    index = int(excess.argmax())
+    worst = excess[index].item()
+    if worst <= 1.0:
+        return Judgement(None, worst)
+    place = [int(number) for number in torch.unravel_index(torch.tensor(index), ours.shape)]
     for dimension, indices in part:
         place[dimension] = int(indices[place[dimension]])
-    return (
-        f"differs by {difference.flatten()[worst].item():.2g}{_at(place)} "
-        f"(bound {bound.flatten()[worst].item():.2g})"
+    fault = (
+        f"differs by {difference.flatten()[index].item():.2g}{_at(place)} "
+        f"(bound {bound.flatten()[index].item():.2g})"
     )
+    return Judgement(fault, worst)
 
 
 def _spill(gradient: Tensor, part: Part) -> str | None:

@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from bert_pretraining.kernels.proof_process import Verdict
 from bert_pretraining.kernels.provider import Target
 from bert_pretraining.runtime import arithmetic
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime.files import write_whole
+from bert_pretraining.runtime.files import write_shared
 
 
 def folder() -> Path | None:
@@ -63,12 +62,9 @@ def store(provider: str, operator: str, target: Target, sizes: Sizes, verdict: V
     if path is None or verdict.unavailable or verdict.may_pass:
         return
     content = json.dumps({"key": key, "verdict": dataclasses.asdict(verdict)}, indent=1)
-    # Machines may share the folder, so that each process writes under a name of its own first.
-    own = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(own, content)
-        os.replace(own, path)
+        write_shared(path, content)  # machines may share the folder
 
 
 def _path(key: dict) -> Path | None:

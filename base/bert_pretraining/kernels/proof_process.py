@@ -9,40 +9,35 @@ stay until the process ends. The next question starts a new child.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
-import re
 import select
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from bert_pretraining.errors import Unavailable, UserError
-from bert_pretraining.kernels import proof
+from bert_pretraining.kernels import fp8_linear, proof
+from bert_pretraining.kernels.fp8_engine import engine_for
 from bert_pretraining.kernels.proof_problem import Problem, Sizes
 from bert_pretraining.kernels.provider import Implementation, Target
 from bert_pretraining.kernels.table import find
-from bert_pretraining.runtime import arithmetic
+from bert_pretraining.runtime import arithmetic, rank_variables
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime.parent import end_with_parent
+from bert_pretraining.runtime.process_memory import says_no_memory
 
 START_SECONDS = 120.0  # for a child to import PyTorch and reach the device
 # For one case: Triton compiles its kernels in it. The other ranks wait meanwhile, for at most
 # process_group.COLLECTIVE_TIMEOUT; so a provider that has hung twice is not asked again.
 CASE_SECONDS = 60.0
 HANGS = 2
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-# What tells a process its place among the ranks. The child has none.
-_OF_RANKS = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
-)
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,20 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return not self.fault and not self.unavailable
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of one case.
+
+    worst: the largest error as a share of its bound; see `proof.Judgement`. description: of the
+    implementation. out_of_memory: the fault is that the device has not enough memory.
+    """
+
+    verdict: Verdict
+    worst: float | None = None
+    description: str = ""
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,16 @@ class Answers:
         self._found: dict[tuple[str, str], Implementation | Unavailable] = {}
 
     def __call__(self, question: dict) -> dict:
-        """{"fault": text or None}, {"seconds": number}, {"unavailable": why} or
-        {"raised": what}.
+        """{"fault": text or None, "worst", "description"}, {"seconds": number},
+        {"unavailable": why} or {"raised": what}.
 
-        question: the fields of a `Case` but its sizes, "provider", and "measure" (True: seconds).
+        question: the fields of a `Case` but its sizes, "provider", and "measure" (True: seconds);
+        or "features" alone: layers in fp8 of these (inputs, outputs).
         """
-        operator, provider = question["operator"], question["provider"]
         try:
+            if "features" in question:
+                return self._fp8([tuple(pair) for pair in question["features"]])
+            operator, provider = question["operator"], question["provider"]
             found = self._found.get((operator, provider))
             if found is None:
                 found = find(provider, operator, self._target)
@@ -109,10 +121,23 @@ class Answers:
             problem = self._problem_of(case)
             if question["measure"]:
                 return {"seconds": proof.measure(found.function, problem, case.dropout)}
-            return {"fault": proof.find_fault(found.function, problem, case.dropout)}
+            judged = proof.judge(found.function, problem, case.dropout)
+            return {**dataclasses.asdict(judged), "description": found.description}
         except Exception as error:  # whatever a kernel raises is an answer
             lines = str(error).strip().splitlines() or [""]
             return {"raised": f"{type(error).__name__}: {lines[0][:200]}"}
+
+    def _fp8(self, features: list[tuple[int, int]]) -> dict:
+        device = self._target.device
+        try:
+            engine = engine_for(device)
+        except UserError as error:
+            return {"unavailable": error.problem}
+        try:
+            worst = fp8_linear.check(device, self._target.dtype, tuple(features))
+        except UserError as error:
+            return {"fault": error.problem, "worst": None, "description": engine.name}
+        return {"fault": None, "worst": worst, "description": engine.name}
 
     def _problem_of(self, case: proof.Case) -> Problem:
         key = (case.operator, case.is_small)
@@ -124,8 +149,7 @@ class Answers:
 
 def main() -> None:
     """The child: `python -m bert_pretraining.kernels.proof_process`. argv: the answers' pipe."""
-    with contextlib.suppress(OSError, AttributeError):  # systems other than Linux have none
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+    end_with_parent(os.getppid())
     pipe = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
 
     def tell(answer: dict) -> None:
@@ -164,7 +188,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT,
-                pass_fds=[writing], env=_environment(),
+                pass_fds=[writing], env=rank_variables.environment_without_rank(),
             )  # fmt: skip
         except OSError:
             os.close(reading)
@@ -225,26 +249,20 @@ class Child:
         self._output.close()
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment for a child that is no rank, and that finds this package."""
-    kept = {name: value for name, value in os.environ.items() if not _OF_RANKS.fullmatch(name)}
-    base = str(Path(__file__).resolve().parents[2])
-    paths = [path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path]
-    kept["PYTHONPATH"] = os.pathsep.join([*paths, *([] if base in paths else [base])])
-    return kept
-
-
 class Prover:
     """Asks children, or this process where a child cannot use the device.
 
+    hangs: provider -> how often it has hung before; is counted on.
     notices: lines for people, of what was unusual.
     """
 
-    def __init__(self, target: Target, sizes: Sizes, limits: Limits) -> None:
+    def __init__(
+        self, target: Target, sizes: Sizes, limits: Limits, hangs: dict[str, int] | None = None
+    ) -> None:
         self._target, self._sizes, self._limits = target, sizes, limits
         self._child: Child | None = None
         self._here: Answers | None = None
-        self._hangs: dict[str, int] = {}  # provider -> operators in which it hung
+        self._hangs = {} if hangs is None else hangs
         self._answered = False
         self.notices: list[str] = []
 
@@ -258,7 +276,7 @@ class Prover:
         verdicts = {provider: Verdict() for provider in providers}
         for case in proof.cases(operator, self._sizes):
             for provider in [name for name, verdict in verdicts.items() if verdict.passed]:
-                verdicts[provider] = self._answer(provider, case, measure=False)
+                verdicts[provider] = self.try_case(provider, case).verdict
         passing = [name for name, verdict in verdicts.items() if verdict.passed]
         if len(passing) > 1:
             for provider in passing:
@@ -268,38 +286,44 @@ class Prover:
     def measure(self, operator: str, provider: str) -> Verdict:
         """The verdict with the seconds of a provider that has passed."""
         case = proof.Case(operator, self._sizes, is_small=False, dropout=self._sizes.dropout)
-        return self._answer(provider, case, measure=True)
+        return self._answer(provider, _question(provider, case, True), self._where(case)).verdict
 
-    def _answer(self, provider: str, case: proof.Case, measure: bool) -> Verdict:
+    def try_case(self, provider: str, case: proof.Case) -> Tried:
+        """What becomes of one case; nothing is measured."""
+        return self._answer(provider, _question(provider, case, False), self._where(case))
+
+    def try_fp8(self, features: Sequence[tuple[int, int]]) -> Tried:
+        """What becomes of layers of these (inputs, outputs) in fp8."""
+        return self._answer("fp8", {"features": features}, "in a layer in fp8")
+
+    def _where(self, case: proof.Case) -> str:
+        return f"at {case.describe(self._target.dtype)}"
+
+    def _answer(self, provider: str, question: dict, where: str) -> Tried:
         if self._hangs.get(provider, 0) >= HANGS:
             fault = f"not tried, because {provider} hung in {HANGS} operators"
-            return Verdict(fault=fault, may_pass=True)
-        question = {
-            "operator": case.operator,
-            "provider": provider,
-            "is_small": case.is_small,
-            "dropout": case.dropout,
-            "measure": measure,
-        }
-        where = f"at {case.describe(self._target.dtype)}"
+            return Tried(Verdict(fault=fault, may_pass=True))
         try:
-            answer = self._ask(question)
+            answer = self._ask(provider, question)
         except NoAnswer as error:
             self.close()
             if error.hung:
                 self._hangs[provider] = self._hangs.get(provider, 0) + 1
-            return Verdict(fault=f"{error} {where}", may_pass=True)
+            return Tried(Verdict(fault=f"{error} {where}", may_pass=True))
         if "raised" in answer:
             self.close()  # the device may be in error until the process ends
-            return Verdict(fault=f"{answer['raised']} {where}", may_pass=True)
+            raised = answer["raised"]
+            verdict = Verdict(fault=f"{raised} {where}", may_pass=True)
+            return Tried(verdict, out_of_memory=says_no_memory(raised))
         fault = answer.get("fault")
-        return Verdict(
+        verdict = Verdict(
             fault=f"{fault} {where}" if fault else "",
             unavailable=answer.get("unavailable", ""),
             seconds=answer.get("seconds"),
         )
+        return Tried(verdict, answer.get("worst"), answer.get("description", ""))
 
-    def _ask(self, question: dict) -> dict:
+    def _ask(self, provider: str, question: dict) -> dict:
         if self._here is None and self._child is None:
             try:
                 self._child = Child(self._target, self._sizes, self._limits.start)
@@ -323,10 +347,20 @@ class Prover:
                 return self._here(question)
         except RuntimeError as error:  # after a kernel's error a device may refuse everything
             raise UserError(
-                f"{self._target.device} cannot be used any more after {question['provider']}'s "
-                f"{question['operator']} ({str(error).splitlines()[0][:200]})",
-                f"choose other --kernels than {question['provider']}",
+                f"{self._target.device} cannot be used any more after {provider}'s "
+                f"{question.get('operator', 'layers')} ({str(error).splitlines()[0][:200]})",
+                f"choose other --kernels than {provider}",
             ) from error
+
+
+def _question(provider: str, case: proof.Case, measure: bool) -> dict:
+    return {
+        "operator": case.operator,
+        "provider": provider,
+        "is_small": case.is_small,
+        "dropout": case.dropout,
+        "measure": measure,
+    }
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 from bert_pretraining.errors import UserError
 from bert_pretraining.kernels import proof_cache, table
 from bert_pretraining.kernels.proof_problem import Sizes
 from bert_pretraining.kernels.proof_process import Limits, Prover, Verdict
 from bert_pretraining.kernels.provider import OPERATORS, Implementation, Target
 from bert_pretraining.kernels.table import LAST_RESORT, Candidates, Kernels
-from bert_pretraining.runtime import process_group
+from bert_pretraining.runtime import agreement, process_group
 
 FASTER = 0.9  # of the preferred provider's time: less counts as faster, not as noise
 NOT_EVERYWHERE = Verdict(unavailable="it is not installed on every machine")
@@ -51,7 +53,7 @@ def select_proven(
     limits = limits or Limits()
 
     def prove(names: Mapping[str, Sequence[str]]) -> tuple[Verdicts, list[str]]:
-        return _on_all_ranks(lambda: prove_here(names, target, sizes, again, limits))
+        return _on_all_ranks(lambda: prove_here(names, target, sizes, again, limits), target.device)
 
     verdicts, notices = prove({operator: asked.names for operator, asked in wanted.items()})
     left = [
@@ -104,39 +106,44 @@ def prove_here(
     return verdicts, prover.notices
 
 
-def _on_all_ranks(prove: Callable[[], tuple[Verdicts, list[str]]]) -> tuple[Verdicts, list[str]]:
-    """Prove on the first rank of each machine; the verdicts of all machines, on every rank."""
-    mine: tuple | None = None
+def _on_all_ranks(
+    prove: Callable[[], tuple[Verdicts, list[str]]], device: torch.device
+) -> tuple[Verdicts, list[str]]:
+    """Prove on the first rank of each machine; the machines' worst verdicts, on every rank."""
+    verdicts: Verdicts = {}
+    notices: list[str] = []
     error: Exception | None = None
-    if process_group.is_first_of_its_machine():
+    proves = process_group.is_first_of_its_machine()
+    if proves:
         try:
-            mine = prove()
+            verdicts, notices = prove()
         except Exception as raised:  # the other ranks must learn of it, or they would wait
-            error = raised if type(raised) is UserError else RuntimeError(str(raised))
-            process_group.gather((None, error))
-            raise
-    gathered = process_group.gather((mine, error))
-    for _, other_error in gathered:
-        if other_error is not None:
-            raise other_error
-    machines = [found for found, _ in gathered if found is not None]
-    notices = list(dict.fromkeys(notice for _, lines in machines for notice in lines))
-    merged = {
-        operator: {
-            provider: _worst(
-                [verdicts[operator].get(provider, NOT_EVERYWHERE) for verdicts, _ in machines]
-            )
-            for provider in providers
-        }
-        for operator, providers in machines[0][0].items()
-    }
-    return merged, notices
+            error = raised
+    told = error if error is None or type(error) is UserError else RuntimeError(str(error))
+    fault = agreement.first_said(told, device)
+    if fault is not None:
+        raise fault if error is None else error
+    own_names = {operator: list(found) for operator, found in verdicts.items()}
+    # Of the first rank that proves: rank 0 is not the first of its machine under every launcher.
+    names = agreement.first_said(own_names if proves else None, device)
+    worst: Verdicts = {}
+    for operator, providers in names.items():
+        worst[operator] = {}
+        for provider in providers:
+            mine = verdicts[operator].get(provider, NOT_EVERYWHERE) if proves else None
+            worst[operator][provider] = _worst(mine, device)
+    return worst, agreement.distinct(notices, device)
 
 
-def _worst(verdicts: list[Verdict]) -> Verdict:
-    """The first verdict that is no pass; else the slowest, since all ranks wait for it."""
-    failed = [verdict for verdict in verdicts if not verdict.passed]
-    return failed[0] if failed else max(verdicts, key=lambda verdict: verdict.seconds or 0.0)
+def _worst(mine: Verdict | None, device: torch.device) -> Verdict:
+    """The first machine's verdict that is no pass; else the slowest, since all ranks wait for it.
+
+    mine: this rank's verdict; None where it proves nothing.
+    """
+    passed = mine is not None and mine.passed
+    failed = agreement.first_said(None if passed else mine, device)
+    (seconds,) = process_group.largest([mine.seconds or 0.0 if passed else 0.0], device)
+    return failed or Verdict(seconds=seconds or None)
 
 
 def _choose(

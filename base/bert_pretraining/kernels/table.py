@@ -32,6 +32,7 @@ PROVIDERS: dict[str, Provider] = {
 }
 FALLBACK = "torch"  # it has every operator on every device
 LAST_RESORT = "reference"
+NOT_ON_CPU = ("triton", "apex")  # Triton's kernels run there in Python, for tests alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
@@ -54,6 +55,14 @@ class Kernels:
     def describe(self) -> str:
         """One line: operator=provider (reason), ..."""
         return ", ".join(f"{operator}={why}" for operator, why in self.choice.items())
+
+    def summary(self) -> str:
+        """The provider of most operators, and the operators of others: "triton; torch for ..."."""
+        operators: dict[str, list[str]] = {}
+        for operator, why in self.choice.items():
+            operators.setdefault(why.split()[0], []).append(operator)
+        most, *others = sorted(operators, key=lambda name: len(operators[name]), reverse=True)
+        return "; ".join([most, *(f"{name} for {', '.join(operators[name])}" for name in others)])
 
 
 def select(
@@ -131,7 +140,7 @@ def candidates(
     if target.device.type != "cpu" and wanted == "auto":
         # PyTorch's hand-tuned attention is preferred to our own kernel.
         preferred = [FALLBACK, "triton"] if operator == "attention" else ["triton", FALLBACK]
-    on_cpu = ("triton", "apex") if target.device.type == "cpu" else ()
+    on_cpu = NOT_ON_CPU if target.device.type == "cpu" else ()
     others = [name for name in PROVIDERS if name not in (*preferred, *on_cpu, LAST_RESORT)]
     return Candidates(
         tuple(

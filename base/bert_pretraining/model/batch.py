@@ -15,6 +15,8 @@ class PackedBatch:
     input_ids, segment_ids, position_ids: (T,) int32.
     cu_seqlens: (B + 1,) int32, the start of each sequence; the last entry is T.
     max_seqlen: the longest sequence's length.
+    token_pairs: the sum of the squares of the lengths, which decides the arithmetic of attention; 0
+        where it is not counted.
     masked_positions: (M,) int32 indices into T; masked_labels: (M,) int64.
     next_sentence_labels: (B,) int64, 1 if the second segment is a random one.
     """
@@ -27,6 +29,7 @@ class PackedBatch:
     masked_labels: Tensor
     next_sentence_labels: Tensor
     max_seqlen: int
+    token_pairs: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -60,7 +63,7 @@ class PackedBatch:
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self.tensors().items()
         }
-        return PackedBatch(**moved, max_seqlen=self.max_seqlen)
+        return PackedBatch(**moved, max_seqlen=self.max_seqlen, token_pairs=self.token_pairs)
 
 
 def smallest_batch(device: torch.device) -> PackedBatch:

@@ -10,7 +10,9 @@ from pathlib import Path
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
 
-FIX = "copy the file again, or pass the --bert_config_path of the checkpoint's model"
+BERT_CONFIG_NAME = "bert_config.json"
+FIX = "correct it (docs/data.md shows one), or take the file of the start checkpoint's model"
+WRITE = "write one (docs/data.md shows one), or give the run another: --bert_config_path FILE"
 GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # all mean the tanh approximation
 VOCAB_MULTIPLE = 8  # matrix products are faster with rows in multiples of 8
 
@@ -43,12 +45,12 @@ class BertConfig:
 
     @classmethod
     def load(cls, path: Path) -> BertConfig:
-        """Read and check the file. A UserError names the wrong key."""
-        require_regular(path, "pass --bert_config_path")
+        """Read and check the file. A UserError names the wrong key, or all that are missing."""
+        require_regular(path, WRITE)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise cannot_read(path, error, "pass --bert_config_path") from error
+            raise cannot_read(path, error, WRITE) from error
         except (ValueError, RecursionError) as error:
             reason = f"not valid JSON ({error})"
             raise not_the_kind(path, "a bert_config.json", FIX, reason, own="json") from error
@@ -57,26 +59,27 @@ class BertConfig:
         if "layer_norm_eps" in values:  # Hugging Face's config.json
             values.setdefault("layer_norm_epsilon", values["layer_norm_eps"])
         # The file may have keys of other tools, which do not change the model.
-        kept = {}
+        kept, missing = {}, []
         for field in fields(cls):
             if field.name in values:
                 kept[field.name] = _checked(field.name, str(field.type), values[field.name], path)
             elif field.default is MISSING:
-                raise UserError(
-                    f"{path}: no key '{field.name}', which the model needs",
-                    f"add it, or {FIX}",
-                )
+                missing.append(field.name)
+        if missing:
+            keys = "key" if len(missing) == 1 else "keys"
+            names = ", ".join(f"'{name}'" for name in missing)
+            raise UserError(f"{path}: no {keys} {names}, which the model needs", FIX)
         config = cls(**kept)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{path}: hidden_size {config.hidden_size} is not divisible by "
                 f"num_attention_heads {config.num_attention_heads}",
-                f"correct one of them, or {FIX}",
+                FIX,
             )
         if config.hidden_act not in GELU_NAMES:
             raise UserError(
                 f"{path}: hidden_act '{config.hidden_act}' is not supported, only 'gelu' is",
-                "pass the --bert_config_path of a model that uses it",
+                "use a model that has it",
             )
         return config
 

@@ -36,6 +36,7 @@ from bert_pretraining.optim.flat import ParameterTable, Request, Shard
 from bert_pretraining.optim.loss_scale import MINIMUM_SCALE, LossScale
 from bert_pretraining.optim.schedule import Schedule
 from bert_pretraining.runtime import device as devices
+from bert_pretraining.runtime import packages
 
 try:
     import triton
@@ -52,7 +53,9 @@ TILE, TILE_WARPS = 4096, 8
 def unavailable(device: torch.device) -> Unavailable | None:
     """Why these kernels cannot run on a device, or None if they can."""
     if triton is None:
-        return NotInstalled("the package 'triton' is not installed", "pip install triton")
+        return NotInstalled(
+            "the package 'triton' is not installed", packages.how_to_install(["triton"])
+        )
     if not devices.is_cuda(device) and os.environ.get("TRITON_INTERPRET") != "1":
         return Unavailable(f"Triton's kernels need a GPU, not device {device.type}")
     return None

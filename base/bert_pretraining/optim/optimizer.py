@@ -49,6 +49,7 @@ class Optimizer:
             of checkpoints.
         reduces_gradients: whether the optimizer itself averages gradients over the ranks. If so,
             it implements `overlap` and `finish_reduction`, and DistributedDataParallel is not used.
+        waits_in_step: whether the ranks wait for each other in the optimizer's step.
 
     Attributes:
         names, parameters, decays: one entry per parameter, in the order given.
@@ -66,6 +67,7 @@ class Optimizer:
 
     SLOTS: tuple[str, ...] = ()
     reduces_gradients = False
+    waits_in_step = False
     choice = ""
     sink: GradientSink | None = None
 
@@ -208,7 +210,7 @@ class Optimizer:
                 raise UserError(
                     f"the checkpoint is of another optimizer: its state has no '{key}'",
                     "pass the --optimizer that wrote it, or start from its weights with "
-                    "checkpoint convert --to apex",
+                    "python -m bert_pretraining checkpoint convert --to apex",
                 )
             saved = state[key]
             if set(saved) != set(self.names):

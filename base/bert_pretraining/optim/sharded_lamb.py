@@ -30,7 +30,6 @@ from bert_pretraining.runtime.process_group import (
     InProgress,
     all_gather,
     reduce_scatter,
-    sendable,
 )
 
 
@@ -45,6 +44,8 @@ class ShardedLamb(FlatLamb):
         arguments: as for `FlatLamb`. `bucket` is rounded up to a multiple of ranks x BLOCK.
     """
 
+    waits_in_step = True
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -57,7 +58,7 @@ class ShardedLamb(FlatLamb):
 
     def _create_state(self, masters: list[Tensor]) -> None:
         shapes = [parameter.shape for parameter in self.parameters]
-        bucket = _bucket_length(FlatLayout(shapes).length, self._bucket, self._world_size)
+        bucket = bucket_length(FlatLayout(shapes).length, self._bucket, self._world_size)
         self.layout = FlatLayout(shapes, bucket)
         self._count = self.layout.length // bucket
         full = self.layout.filled(masters)
@@ -116,13 +117,16 @@ class ShardedLamb(FlatLamb):
         }
 
     def _gather(self, shard: Tensor) -> Tensor | None:
-        """The whole flat tensor on rank 0's CPU, gathered bucket by bucket to save memory."""
+        """The whole flat tensor on rank 0's CPU, gathered bucket by bucket to save memory.
+
+        Every rank receives a bucket and drops it, see `process_group.gather_to_main`.
+        """
         flat = torch.empty(self.layout.length, dtype=shard.dtype) if self._rank == 0 else None
-        for bucket, piece in enumerate(map(sendable, shard.view(self._count, -1))):
-            pieces = [torch.empty_like(piece) for _ in range(self._world_size)]
-            dist.gather(piece, pieces if self._rank == 0 else None)
+        received = shard.new_empty(self.layout.length // self._count)
+        for bucket, piece in enumerate(shard.view(self._count, -1)):
+            all_gather(received, piece).wait()
             if flat is not None:
-                flat.view(self._count, -1)[bucket].copy_(torch.cat(pieces))
+                flat.view(self._count, -1)[bucket].copy_(received)
         return flat
 
     def _copy_state(self, state: dict) -> None:
@@ -131,7 +135,7 @@ class ShardedLamb(FlatLamb):
             shard.copy_(self._own_pieces(self.layout.filled(tensors)))
 
 
-def _bucket_length(length: int, wanted: int, world_size: int) -> int:
+def bucket_length(length: int, wanted: int, world_size: int) -> int:
     """Length of equal buckets: at most `wanted`, then up to a multiple of ranks x BLOCK."""
     equal = -(-length // -(-length // wanted))
     smallest = world_size * BLOCK

@@ -21,6 +21,7 @@ from torch import Tensor
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.device_types import (
     DEVICE_TYPES,
+    OTHER_NAMES,
     DeviceType,
     Graphs,
     function_of,
@@ -31,6 +32,7 @@ from bert_pretraining.runtime.device_types import (
     served,
     usable,
 )
+from bert_pretraining.runtime.words import counted
 
 _TAKEN_BY_GLOO = ("cpu", "cuda")  # the types of tensors that the backend gloo takes
 
@@ -89,7 +91,18 @@ def resolve(asked: str) -> str:
             f"install the {package} that fits torch {torch.__version__}, or {fix}",
         )
     sees = f"it sees {found}" if found else "it sees no accelerator"
-    raise UserError(f"--device {asked}: this PyTorch sees no such device; {sees}", fix)
+    raise UserError(
+        f"--device {asked}: this PyTorch sees no such device{did_you_mean(asked)}; {sees}", fix
+    )
+
+
+def did_you_mean(asked: str) -> str:
+    """ "; did you mean cuda?" for "gpu" or "cuda:0"; "" for a type that PyTorch has, and others."""
+    word = asked.lower().partition(":")[0]
+    meant = OTHER_NAMES.get(word, word if word in (*DEVICE_TYPES, "cpu") else None)
+    if word == "gpu":
+        meant = next(iter(types()), meant)
+    return f"; did you mean {meant}?" if meant not in (None, asked) else ""
 
 
 def choose(asked: str, local_rank: int) -> Chosen:
@@ -104,8 +117,8 @@ def choose(asked: str, local_rank: int) -> Chosen:
         return Chosen(torch.device("cpu"), notices)
     if local_rank >= count(kind):
         raise UserError(
-            f"this machine has {count(kind)} devices of type {kind}, but the configuration wants a "
-            f"rank on device {local_rank}",
+            f"this machine has {counted(count(kind), 'device')} of type {kind}, but the "
+            f"configuration wants a rank on device {local_rank}",
             f"pass --nproc_per_node {count(kind)}, or --device cpu",
         )
     if asked == "auto" and kind != "cuda":
@@ -178,10 +191,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Give the device back what PyTorch keeps for later tensors."""
+    """Give the device back what PyTorch keeps for later tensors, if it keeps any."""
     free = function_of(device.type, "empty_cache")
     if free is not None:
-        free()
+        runs(free)
 
 
 # ---- what it can do

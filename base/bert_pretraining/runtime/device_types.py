@@ -50,6 +50,13 @@ DEVICE_TYPES = {
 }  # fmt: skip
 
 
+# Words that people pass to --device -> the type that they mean.
+OTHER_NAMES = {
+    **dict.fromkeys(("gpu", "nvidia", "rocm", "amd", "hip"), "cuda"),
+    "ascend": "npu", "gaudi": "hpu", "intel": "xpu", "metal": "mps",
+}  # fmt: skip
+
+
 def module_of(kind: str) -> ModuleType | None:
     """`torch.<type>`; None for a type that this PyTorch does not know, and for the CPU."""
     try:

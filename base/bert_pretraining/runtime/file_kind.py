@@ -22,6 +22,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 TENSORFLOW_INDEX_END = 0xDB4775248B80FB57.to_bytes(8, "little")
 CONVERT = "convert it, or pass the right file"
 RIGHT_FILE = "pass the right file"
+_CUT = "truncated file"  # in HDF5's text for a file that is shorter than its header says
 # Endings that programs give to a file while they write it.
 UNFINISHED = (
     ".aria2", ".crdownload", ".download", ".filepart", ".incomplete", ".opdownload", ".part",
@@ -245,6 +246,18 @@ def errno_of(error: Exception) -> int | None:
         return number
     found = re.search(r"errno = (\d+)", str(error))
     return int(found[1]) if found else None
+
+
+def may_come_back(error: Exception) -> bool:
+    """Whether what could not be read may be there in a moment, as the same file.
+
+    So where the system failed to read it, such as a network disk that is away, and where an HDF5
+    file ends too early, which may still be copied. Content of another kind stays as it is.
+    """
+    if isinstance(error, UserError):
+        cause = error.__cause__  # h5py also raises KeyError and RuntimeError for such a disk
+        return cause is not None and (bool(errno_of(cause)) or _CUT in str(cause))
+    return isinstance(error, OSError)
 
 
 def _symbol(number: int | None) -> str:

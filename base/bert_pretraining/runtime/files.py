@@ -6,18 +6,26 @@ is imported: the checks run before any large package is imported, and `--dry_run
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
 import re
 import shutil
+import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.file_kind import RIGHT_FILE, cannot_read, kind_of, shown
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+THREADS = 64  # that wait for files; they compute next to nothing
 PARTIAL_SUFFIX = ".partial"  # ends the name of a file that is being written
 OTHER_CHECKPOINT = (
     "pass --init_checkpoint FILE, or --init_checkpoint random to start from random weights"
@@ -41,6 +49,9 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
     once it is on the disk. When anything fails, the temporary file is removed and `path` stays
     as it was. Two processes must not write the same path at the same time.
 
+    A device or a pipe (/dev/null, /dev/stdout, `>(...)`) is written to, and never replaced: the
+    superuser could, and the machine would have no /dev/null any more.
+
     Args:
         path: in a folder that exists.
         content: text (written as UTF-8), bytes, or a function that gets the path of the
@@ -49,14 +60,14 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
     Raises:
         OSError: the file cannot be written; also whatever the function raises.
     """
+    if _is_stream(path):
+        _write(path, content)
+        return
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         if callable(content):
             temporary.unlink(missing_ok=True)  # a process that was killed may have left it
-            content(temporary)
-        else:
-            data = content.encode("utf-8") if isinstance(content, str) else content
-            temporary.write_bytes(data)
+        _write(temporary, content)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -68,6 +79,72 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
         # Some network file systems cannot do this for a folder; the file itself is complete.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def _write(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a device, a pipe, a socket, or another process's name for an open file."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    folder = os.path.realpath(path.parent)
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or (
+        folder == "/dev" or f"{folder}/".startswith("/proc/")
+    )
+
+
+def write_shared(path: Path, content: str, mode: int | None = None) -> None:
+    """`write_whole` for a file that several processes, of several machines, may write at a time.
+
+    The last one wins. mode: who may read and write the file; None: as usual. Raises OSError.
+    """
+    own = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        write_whole(own, content)
+        if mode is not None:
+            os.chmod(own, mode)
+        os.replace(own, path)
+    except BaseException:
+        own.unlink(missing_ok=True)
+        raise
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`[function(item) for item in items]`, with the waiting for a slow file system overlapped.
+
+    Where the system allows no more threads, those that it allowed do all, or the caller alone.
+    Raises what the function raises.
+    """
+    if len(items) < THREADS:
+        return [function(item) for item in items]
+    results: list[Result] = [None] * len(items)  # type: ignore[list-item]  (all are replaced)
+    left = collections.deque(range(len(items)))
+
+    def work() -> None:
+        while True:
+            try:
+                number = left.popleft()
+            except IndexError:
+                return
+            results[number] = function(items[number])
+
+    started = []
+    with ThreadPoolExecutor(THREADS) as threads:
+        try:
+            for _ in range(THREADS):
+                started.append(threads.submit(work))
+        except RuntimeError:  # no more threads: a limit of processes, as containers have
+            work()
+    for one in started:
+        one.result()
+    return results
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from bert_pretraining.errors import TrainingError, UserError
+from bert_pretraining.runtime import rank_variables, screen
 from bert_pretraining.runtime.output import OutputLost
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -26,10 +27,11 @@ SECONDS_OF_ONE_SIGNAL = 1.0
 class StopRequest:
     """Remembers what asked this process to stop.
 
-    The first signal raises KeyboardInterrupt. Inside `deferred` it only sets `received`, and the
-    training loop stops after the current step. A second signal ends the process at once. SIGHUP
-    counts neither as a first nor as a second one: where a terminal is closed, several programs
-    send it, together with other signals. Where it is ignored (nohup), it stays ignored.
+    The first signal raises KeyboardInterrupt. Inside `deferred` it only sets `received`, the main
+    rank says so, and the training loop stops after the current step. A second signal ends the
+    process at once. SIGHUP counts neither as a first nor as a second one: where a terminal is
+    closed, several programs send it, together with other signals. Where it is ignored (nohup), it
+    stays ignored.
 
     Attributes:
         received: the signal's name, or None. It is "SIGHUP" also where stdout's reader is gone.
@@ -37,6 +39,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
+        self._handled: list[int] = []
         self.received: str | None = None
         self.failure: UserError | TrainingError | None = None
         self._deferred = False
@@ -70,7 +73,7 @@ class StopRequest:
         ignore_afterwards: a run that ended without an error ignores them from then on. For a rank
         that has nothing left to stop, but that other ranks still wait for.
         """
-        handled = [
+        handled = self._handled = [
             number
             for number in ASKING
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
@@ -84,6 +87,20 @@ class StopRequest:
         finally:
             for number, handler in after.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Inside this context, which is inside of `listening`, a signal ends the process at once.
+
+        For a wait in C++ with nothing to save. A handler in Python would run only after the wait.
+        """
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            for number in self._handled:
+                signal.signal(number, self._handle)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -108,6 +125,18 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        is_first = self.received is None
         self.received = self.received or name
         if not self._deferred:
             raise KeyboardInterrupt(name)
+        if is_first and rank_variables.own_rank() == 0:
+            screen.tell_at_once(_answer(number))
+
+
+def _answer(number: int) -> str:
+    """What a run that stops says to the signal."""
+    stopping = "topping after this update and saving"
+    if number == signal.SIGINT:
+        return f"S{stopping}; Ctrl-C again ends at once"
+    second = "" if number == signal.SIGHUP else "; a second signal ends at once"
+    return f"{signal.Signals(number).name}: s{stopping}{second}"

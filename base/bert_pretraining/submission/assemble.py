@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime.files import write_whole
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.submission.implementation import write_implementation
 from bert_pretraining.submission.rulesets import RUNS
 from bert_pretraining.submission.series import SYSTEM_FILE, find_log, load_series
@@ -84,7 +85,10 @@ def assemble(
     _require_name("--system", system)
     _require_name("--implementation", implementation)
     if not runs.logs:
-        raise UserError("no run has left a log", "make the runs first, with submission run")
+        raise UserError(
+            "no run has left a log",
+            "make the runs first, with python -m bert_pretraining submission run",
+        )
     organization = str(_shared(runs.logs, "submission_org"))
     _require_name("submission_org", organization)
     if organization == "unknown":
@@ -110,7 +114,7 @@ def assemble(
         ) from error
     remarks = [f"{kept} exists already; its code was kept"] if kept else []
     if len(runs.logs) != RUNS:
-        remarks.append(f"{len(runs.logs)} logs; a submission has {RUNS}")
+        remarks.append(f"{counted(len(runs.logs), 'log')}; a submission has {RUNS}")
     if runs.lost:
         remarks.append(f"no log of {', '.join(runs.lost)}, which ended before the log began")
     path = root / "systems" / f"{system}.json"

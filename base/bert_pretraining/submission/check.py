@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_pretraining.runtime.files import real
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.submission import official
 from bert_pretraining.submission.findings import Finding, warning
 from bert_pretraining.submission.log_checks import check_log
@@ -43,7 +44,7 @@ class CheckReport:
         """The report as text: the findings, a table of the tools, and the verdict."""
         errors = sum(finding.is_error for finding in self.findings)
         warnings = len(self.findings) - errors
-        counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+        counts = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
         verdict = "passes" if self.passed else "does not pass"
         return "\n".join(
             [
@@ -85,7 +86,7 @@ def check(folder: Path, ruleset: str = DEFAULT_RULESET) -> CheckReport:
         official.package(folder, ruleset),
         official.repository(folder, ruleset),
         official.description(found, ruleset),
-        Verdict(OWN, not any(each.is_error for each in own), f"{len(own)} findings", own),
+        Verdict(OWN, not any(each.is_error for each in own), counted(len(own), "finding"), own),
     ]
     findings = []
     for verdict in verdicts:
@@ -125,7 +126,3 @@ def _tolerated(finding: Finding, failed: set[Path]) -> Finding:
     if finding.is_error and finding.path in failed and excusable:
         return warning(finding.path, finding.line, finding.what)
     return finding
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

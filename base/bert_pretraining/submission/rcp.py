@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime.words import plural
 from bert_pretraining.submission.rulesets import (
     DEFAULT_RULESET,
     DROPPED_RUNS,
@@ -71,7 +72,8 @@ class ConvergencePoint:
         counted = runs - DROPPED_RUNS
         if counted < 1:
             raise UserError(
-                f"{runs} runs are too few: the fastest and the slowest are dropped",
+                f"{runs} {plural(runs, 'run')} {plural(runs, 'is')} too few: the fastest and the "
+                "slowest are dropped",
                 "give 3 or more",
             )
         if self.mean_samples is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bert_pretraining.config import nearest
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import packages
 
 RULESETS = ("1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0", "4.0.0", "4.1.0", "5.0.0")
 DEFAULT_RULESET = "4.1.0"
@@ -51,5 +52,5 @@ def missing(package: str) -> UserError:
     """The error for a missing package of MLPerf's tools."""
     return UserError(
         f"{sys.executable} lacks the package {package}, which MLPerf's tools come in or need",
-        "install it: python -m pip install mlperf-logging==4.1.68 scipy",
+        f"install it: {packages.how_to_install(['mlperf-logging==4.1.68', 'scipy'])}",
     )

@@ -32,6 +32,7 @@ from bert_pretraining.errors import (
 from bert_pretraining.runtime import seeds
 from bert_pretraining.runtime.files import write_whole
 from bert_pretraining.runtime.lock import FolderLock
+from bert_pretraining.runtime.words import counted, plural
 from bert_pretraining.submission.score import RunFigures, run_figures
 from bert_pretraining.submission.system import describe_machine
 from bert_pretraining.submission.tree import ResultLog, read_result
@@ -133,7 +134,8 @@ def load_series(directory: Path) -> Series:
         return Series(tuple(content["flags"]), content["number_of_runs"], runs)
     except FileNotFoundError as error:
         raise UserError(
-            f"{directory} holds no {STATE_FILE}", "'submission run' makes a series"
+            f"{directory} holds no {STATE_FILE}",
+            "make a series with python -m bert_pretraining submission run",
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -182,11 +184,11 @@ def _resume(
     series = load_series(directory)
     if (series.flags, series.number_of_runs) != (flags, number_of_runs):
         raise UserError(
-            f"{directory} holds a series of {series.number_of_runs} runs of '"
+            f"{directory} holds a series of {counted(series.number_of_runs, 'run')} of '"
             f"{shlex.join(series.flags)}'",
             "go on with those, or pass another --output_dir",
         )
-    kept = f"{len(series.runs)} of {number_of_runs} runs are there"
+    kept = f"{len(series.runs)} of {number_of_runs} runs {plural(len(series.runs), 'is')} there"
     lost = [run.folder for run in series.runs if run.exit_code is None]
     if lost:
         kept += f"; {', '.join(lost)} was ended from outside and counts as a failed run"
@@ -252,7 +254,9 @@ def launch_run(flags: Sequence[str], seed: int, folder: Path, dropped: bool, sho
 def _describe(run: SeriesRun, figures: RunFigures | None) -> str:
     text = f"{run.outcome} after {run.seconds:.1f} s"
     if figures and figures.samples is not None:
-        text += f", MLM accuracy {figures.accuracy:.4f} after {figures.samples:,} sequences"
+        text += (
+            f", MLM accuracy {figures.accuracy:.4f} after {counted(figures.samples, 'sequence')}"
+        )
     return text
 
 

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.submission.findings import Finding, warning
 from bert_pretraining.submission.rcp import MISSING, convergence_point
 from bert_pretraining.submission.rulesets import RUNS
@@ -65,7 +66,7 @@ def _called(log: ResultLog, beside: ResultLog) -> str:
 
 def _number(system: System, logs: list[ResultLog]) -> Iterator[Finding]:
     if len(logs) != RUNS:
-        yield Finding(system.folder, None, f"{len(logs)} logs result_*.txt, not {RUNS}")
+        yield Finding(system.folder, None, f"{counted(len(logs), 'log')} result_*.txt, not {RUNS}")
     numbers = [result_number(log.path) for log in logs]
     if len(logs) == RUNS and numbers != list(range(RUNS)):
         yield Finding(
@@ -124,7 +125,8 @@ def _shared_values(logs: list[ResultLog]) -> Iterator[Finding]:
             if (value := json.dumps(event.value)) != common:
                 yield Finding(
                     log.path, event.line,
-                    f"{key} is {value}, but {common} in {count} other logs of this system",
+                    f"{key} is {value}, but {common} in {counted(count, 'other log')} of this "
+                    "system",
                 )  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def systems(folder: Path) -> list[System]:
         raise UserError(
             f"{folder} holds no results/",
             "pass the directory ORG of ORG/systems, "
-            "ORG/benchmarks and ORG/results ('submission assemble' makes one)",
+            "ORG/benchmarks and ORG/results ('python -m bert_pretraining submission assemble' "
+            "makes one)",
         )
     names = sorted(path.name for path in results.iterdir() if path.is_dir())
     return [

@@ -16,6 +16,7 @@ from bert_pretraining.config import Config
 from bert_pretraining.kernels import DTYPES, fp8_linear
 from bert_pretraining.kernels.fp8 import Fp8State
 from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.logs.sinks import MatrixRate
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import OBJECTIVES
@@ -27,13 +28,16 @@ from bert_pretraining.optim import (
     Sharing,
     create_optimizer,
 )
-from bert_pretraining.runtime import arithmetic, seeds
+from bert_pretraining.runtime import arithmetic, process_group, seeds
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime.process_group import Ranks, check_replicas
+from bert_pretraining.runtime.matrix_rate import matrix_rate
+from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime.replicas import check_replicas
 from bert_pretraining.training.evaluate import Evaluator
 from bert_pretraining.training.gradient_reduction import make_reduction
 from bert_pretraining.training.kernel_choice import choose_kernels
 from bert_pretraining.training.step_choice import Trained, prepared_step
+from bert_pretraining.training.step_clock import StepClock
 from bert_pretraining.training.update import Update
 
 
@@ -62,7 +66,8 @@ class Training:
     """What `build` makes.
 
     module: the bare model, which holds the weights. evaluate: of its whole evaluation set. fp8: the
-    scales of its encoder, if it computes in fp8.
+    scales of its encoder, if it computes in fp8. clock: measures the updates. precision: of the
+    weights and products, as the log has it. matrix_rate: of all ranks' devices.
     """
 
     module: BertForPreTraining
@@ -71,6 +76,9 @@ class Training:
     update: Update
     evaluate: Evaluator
     fp8: Fp8State | None
+    clock: StepClock
+    precision: str
+    matrix_rate: MatrixRate | None
 
 
 def build(setup: Setup) -> Training:
@@ -78,6 +86,7 @@ def build(setup: Setup) -> Training:
     config, ranks, log = setup.config, setup.ranks, setup.log
     precision = _precision(setup)
     _say_what_has_no_effect(setup)
+    rate = _matrix_rate(setup, precision)
     module = _model(setup, precision)
     masters = None
     if DTYPES[precision].itemsize < 4:
@@ -93,9 +102,11 @@ def build(setup: Setup) -> Training:
         setup.start.restore(optimizer, loss_scale, fp8, ranks)
         check_replicas(dict(module.named_parameters()), optimizer.updates)
     tf32 = precision == "fp32" and arithmetic.multiplies_in_tf32(ranks.device)
-    log.precision("fp8" if fp8 else precision, tf32)
+    named_precision = "fp8" if fp8 else precision
+    log.precision(named_precision, tf32)
     limit = config.max_gradient_norm if setup.clips_before_reduction else None
-    reduction = make_reduction(module, optimizer, ranks, limit)
+    clock = StepClock(ranks.device)
+    reduction = make_reduction(module, optimizer, ranks, limit, clock.waits_from_here)
     log.built("MODEL_TO_DDP", reduction.model, reduction=reduction.name)
     longest = setup.bert_config.max_position_embeddings
     trained = Trained(
@@ -116,11 +127,14 @@ def build(setup: Setup) -> Training:
         loss_scale=loss_scale,
         normalization=config.mlm_loss_normalization,
         ranks=ranks,
+        clock=clock,
         fp8=fp8,
     )
     proves = config.proves_kernels_on(ranks.device.type)
     evaluate = Evaluator(module, ranks, micro_step.pool, proves, fp8, log.say)
-    return Training(module, optimizer, loss_scale, update, evaluate, fp8)
+    return Training(
+        module, optimizer, loss_scale, update, evaluate, fp8, clock, named_precision, rate
+    )
 
 
 def _say_what_has_no_effect(setup: Setup) -> None:
@@ -153,6 +167,20 @@ def _precision(setup: Setup) -> str:
         say(f"Notice: {device.type} devices do not compute in {precision}; training in fp32")
         return "fp32"
     return precision
+
+
+def _matrix_rate(setup: Setup, precision: str) -> MatrixRate | None:
+    """Measured on all ranks at the same time, as training uses them; None with fp8.
+
+    A product in fp8 is not like the others of a step, which stay in 16 bits.
+    """
+    if setup.config.resolved_precision == "fp8":
+        return None
+    device = setup.ranks.device
+    process_group.barrier(device)
+    rate, shape = matrix_rate(device, DTYPES[precision])
+    (of_all,) = process_group.total([rate], device)
+    return MatrixRate(of_all, precision, shape)
 
 
 def _model(setup: Setup, precision: str) -> BertForPreTraining:

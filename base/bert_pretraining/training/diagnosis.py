@@ -12,6 +12,7 @@ from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import PLAIN
 from bert_pretraining.model.losses import mean_loss
+from bert_pretraining.runtime.words import counted
 
 
 class NonFinite(NamedTuple):
@@ -97,4 +98,4 @@ def _fault(tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or torch.isfinite(tensor).all():
         return None
     nan, infinite = tensor.isnan().sum().item(), tensor.isinf().sum().item()
-    return f"{nan} NaN and {infinite} infinite of {tensor.numel()} numbers"
+    return f"{nan} NaN and {infinite} infinite of {counted(tensor.numel(), 'number')}"

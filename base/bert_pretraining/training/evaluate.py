@@ -105,7 +105,7 @@ class Evaluator:
 
     def _capture(self, evaluation_set: EvaluationSet, found: list[Sums]) -> None:
         """Capture the batches on all ranks, or on none. found: this rank's sums without graphs."""
-        fault = first_fault(lambda: self._try_to_capture(evaluation_set, found))
+        fault = first_fault(lambda: self._try_to_capture(evaluation_set, found), self._ranks.device)
         if fault is None:
             self._set = evaluation_set
             return

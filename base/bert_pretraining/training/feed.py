@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from bert_pretraining.errors import TrainingError, UserError
 from bert_pretraining.model.batch import PackedBatch
+from bert_pretraining.runtime.file_kind import may_come_back
 from bert_pretraining.runtime.signals import StopRequest
 
 SECONDS_TO_RETRY = 10.0  # for a network disk that is away for a moment
@@ -22,9 +23,10 @@ SECONDS_TO_RETRY = 10.0  # for a network disk that is away for a moment
 class Feed:
     """An endless iterator over one rank's batches, in main memory.
 
-    What cannot be read is tried once more after a while. If that fails too, `stop` is told, and
-    `reserve` more batches follow. Iterating raises that error only when nothing was given yet, so
-    that nothing can be lost, or when the reserve is used up.
+    What cannot be read is tried once more after a while; not so wrong content, which would stay as
+    it is. If that fails too, `stop` is told, and `reserve` more batches follow. Iterating raises
+    that error only when nothing was given yet, so that nothing can be lost, or when the reserve is
+    used up.
 
     Args:
         read_from: the batches from the one of this number on; 0 is the first of this run.
@@ -71,7 +73,7 @@ class Feed:
                     count += 1
                     yield batch
             except (UserError, OSError) as error:
-                if retried_at == count:
+                if retried_at == count or not may_come_back(error):
                     raise
                 retried_at = count
                 self._wait(error)
@@ -92,8 +94,8 @@ def _failure(error: Exception) -> UserError | TrainingError:
     """The error that ends the run."""
     afterwards = "then go on with --resume auto"
     if isinstance(error, UserError):
-        is_gone = isinstance(error.__cause__, OSError)  # the file may be sound, and its disk away
-        fix = "see that its folder and disk are there" if is_gone else error.fix
+        # The file may be sound, and its disk away.
+        fix = "see that its folder and disk are there" if may_come_back(error) else error.fix
         return UserError(error.problem, f"{fix}, {afterwards}")
     if isinstance(error, OSError):
         return UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -69,12 +70,16 @@ class DdpReduction:
     came. With more than two ranks the buckets decide in which order the ranks' parts of a
     gradient are added, and so its last bit. Two passes that change nothing therefore come before
     training: then the first step of a resumed run uses the buckets of the run it goes on with.
+
+    waits_from_here: is called in backward once this rank's gradients are complete.
     """
 
     name = "DuringBackward"
     can_follow = False
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, waits_from_here: Callable[[], None]
+    ) -> None:
         if torch_variables.is_detailed(os.environ) and compat.detail_breaks_ddp():
             raise UserError(
                 "TORCH_DISTRIBUTED_DEBUG=DETAIL is set, under which DistributedDataParallel of "
@@ -90,9 +95,19 @@ class DdpReduction:
                 sums = self.model(smallest_batch(device))
                 sum(task.loss for task in sums.values()).backward()
         module.zero_grad()
+        self._is_last = False
+
+        def complete(_: Tensor) -> None:
+            if self._is_last:
+                waits_from_here()
+
+        # Backward ends at the embeddings. What follows there is that DDP waits for the other ranks.
+        last = module.bert.embeddings.word_embeddings.weight
+        last.register_post_accumulate_grad_hook(complete)
 
     def overlap(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """See `Reduction`."""
+        self._is_last = last
         return contextlib.nullcontext() if last else self.model.no_sync()
 
     def finish(self, loss_scale: Tensor) -> None:
@@ -170,11 +185,17 @@ class OptimizerReduction:
 
 
 def make_reduction(
-    module: nn.Module, optimizer: Optimizer, ranks: Ranks, clip_first: float | None
+    module: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks,
+    clip_first: float | None,
+    waits_from_here: Callable[[], None] = lambda: None,
 ) -> Reduction:
     """The reduction for these ranks and this optimizer.
 
     clip_first: the norm to clip each rank's gradient to before the reduction, or None.
+    waits_from_here: is called where a rank has made its gradients, and begins to wait for those of
+        others, inside of the backward pass.
     """
     if ranks.world_size == 1:
         return NoReduction(module)
@@ -187,4 +208,4 @@ def make_reduction(
         return ClippedReduction(module, optimizer, clip_first)
     if not sends_from_device(ranks.device):
         return LateReduction(module, optimizer)
-    return DdpReduction(module, ranks.device)
+    return DdpReduction(module, ranks.device, waits_from_here)

@@ -21,10 +21,11 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.losses import LossTotals
 from bert_pretraining.optim import LossScale, Optimizer
 from bert_pretraining.optim.loss_scale import MAX_SKIPPED_IN_A_ROW
+from bert_pretraining.runtime import agreement, process_group
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.runtime.transfer import Copying
+from bert_pretraining.runtime.words import counted
 from bert_pretraining.training.diagnosis import first_non_finite
 
 # Updates between two copies. A copy is looked at when the next one is made, so that a signal to
@@ -183,22 +184,23 @@ class Outcomes:
             if scale.initial != 1.0:
                 fix = "--loss_scale, or 0 for a dynamic one"
             raise TrainingError(
-                f"a gradient is not finite after {updates_before + made} updates: "
+                f"a gradient is not finite after {counted(updates_before + made, 'update')}: "
                 f"{self._diagnose(batches[made], scale.initial)}; try a lower {fix}"
             )
         if in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"fp16 overflowed {in_a_row} times in a row after {updates_before + made} "
-                f"updates, at last at loss scale {value:g}: {self._diagnose(batches[-1], value)}; "
-                "the weights or the data are broken, or try --precision bf16"
+                f"fp16 overflowed {in_a_row} times in a row after "
+                f"{counted(updates_before + made, 'update')}, at last at loss scale "
+                f"{value:g}: {self._diagnose(batches[-1], value)}; the weights or the data are "
+                "broken, or try --precision bf16"
             )
         return UpdateResult(made, count - made, False, value)
 
     def _diagnose(self, micro_batches: list[PackedBatch], loss_scale: float) -> str:
         """What was not finite first, on the rank that can tell best; the same on every rank."""
-        found = process_group.gather(first_non_finite(self._module, micro_batches, loss_scale))
-        rank = min(range(len(found)), key=lambda rank: found[rank].place)
-        return found[rank].text if len(found) == 1 else f"rank {rank}: {found[rank].text}"
+        found = first_non_finite(self._module, micro_batches, loss_scale)
+        said = agreement.said_first(found.text, self._ranks.device, found.place)
+        return said.item if self._ranks.world_size == 1 else f"rank {said.rank}: {said.item}"
 
 
 def _split(numbers: list[float], count: int) -> tuple[list[float], int, float, bool]:

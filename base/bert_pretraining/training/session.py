@@ -31,6 +31,7 @@ from bert_pretraining.data.packing import on_device
 from bert_pretraining.data.shards import inspect_shards
 from bert_pretraining.logs.run_folder import versions
 from bert_pretraining.logs.run_log import RunLog
+from bert_pretraining.logs.sinks import RunOutline, Work
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.optim import Schedule
@@ -42,6 +43,8 @@ from bert_pretraining.training.baseline import commonest_token
 from bert_pretraining.training.build import Setup, Training, build
 from bert_pretraining.training.evaluate import Evaluation
 from bert_pretraining.training.feed import Feed
+from bert_pretraining.training.held_up import HeldUp
+from bert_pretraining.training.step_clock import over_ranks
 
 
 class Session:
@@ -100,6 +103,10 @@ class Session:
                 log=log,
             )
         )
+        log.outlined(self._outline())
+        self._held_up = HeldUp(
+            self.training.clock, ranks, log.notice, self.training.optimizer.waits_in_step
+        )
         self._state = TrainingState(
             self.training.module,
             self.training.optimizer,
@@ -110,6 +117,19 @@ class Session:
         )
         self._evaluation_set = EvaluationSet(0, [])  # until the clock has started
         self._writer = CheckpointWriter(log.folder, config.keep_n_most_recent_checkpoints)
+
+    def _outline(self) -> RunOutline:
+        module, sizes, training = self.training.module, self._bert_config, self.training
+        return RunOutline(
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            layers=sizes.num_hidden_layers,
+            hidden_size=sizes.hidden_size,
+            sequences=self.order.num_sequences,
+            shards=len(self._shards),
+            kernels=module.kernels.summary(),
+            precision=training.precision,
+            matrix_rate=training.matrix_rate,
+        )
 
     def _choose_seed(self) -> int:
         if self.config.seed is not None:
@@ -144,6 +164,7 @@ class Session:
         Returns why there is nothing to train, as `stop_reason`, or None.
         """
         self.training.module.train()
+        self._held_up.begin()
         if self._saved is None:
             self.log.start_evaluated(self.run, self.evaluate().seconds)
             return None
@@ -195,6 +216,19 @@ class Session:
         run.eval_sequences = result.num_sequences
         return result
 
+    def work(self, whole: bool = False) -> Work:
+        """What all ranks did since the last call, or with `whole` since training began.
+
+        Every rank must call it; the devices must have done all work given to them.
+        """
+        clock = self.training.clock
+        tally = clock.take()
+        taken = clock.whole if whole else tally
+        work = over_ranks(taken, clock.measures, self._bert_config, self.ranks)
+        if not whole:
+            self._held_up.logged(self.run.global_steps, tally, work)
+        return work
+
     def stop_reason(self) -> str | None:
         """Why training ends now, or None; keeps in `run` whether the target is reached."""
         config = self.config
@@ -225,6 +259,10 @@ class Session:
         return process_group.from_main(
             lambda: checkpoint_path(self.log.folder, self.run.global_steps).is_file()
         )
+
+    def close(self) -> None:
+        """End what runs beside the training; also after an error."""
+        self._held_up.end()
 
 
 def _triggers(config: Config) -> StepTriggers:

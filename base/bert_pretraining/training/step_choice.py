@@ -23,8 +23,8 @@ from bert_pretraining.model.heads import BertForPreTraining
 from bert_pretraining.model.layer_form import PLAIN, CompiledForm, FusedForm, LayerForm
 from bert_pretraining.model.losses import OBJECTIVES
 from bert_pretraining.model.parameter_memory import OwnGradients
+from bert_pretraining.runtime import agreement, packages
 from bert_pretraining.runtime import device as devices
-from bert_pretraining.runtime import process_group
 from bert_pretraining.runtime.gradient_sink import GradientSink
 from bert_pretraining.runtime.process_group import Ranks
 from bert_pretraining.training.micro_step import MicroStep, forward_backward
@@ -124,7 +124,7 @@ def best_that_works(
         step = _make(way, config, trained, ranks, say)
         with devices.generators_kept(ranks.device):
             batch = _sample(way, max_seqlen, ranks.device) if proves else None
-            fault, blamed = _prepare(step, way, batch, trained)
+            fault, blamed = _prepare(step, way, batch, trained, ranks.device)
             if fault is None and batch is not None:
                 blamed = str(way)
                 fault = _difference(step, way, trained, batch, config, say)
@@ -158,17 +158,21 @@ def _form(way: Way, trained: Trained) -> LayerForm:
 
 
 def _prepare(
-    step: MicroStep, way: Way, batch: PackedBatch | None, trained: Trained
+    step: MicroStep,
+    way: Way,
+    batch: PackedBatch | None,
+    trained: Trained,
+    device: torch.device,
 ) -> tuple[str | None, str]:
     """Compile and capture; why that failed, or None, and what failed. The same on every rank.
 
     The forward passes come first: they fail on a rank before other ranks wait for this rank's
     gradients in a backward pass. batch: to compile for if there is no constant shape.
     """
-    fault = first_fault(lambda: step.forward(batch))
+    fault = first_fault(lambda: step.forward(batch), device)
     if fault:
         return fault, "use_cuda_graph" if way.forms[0] == "plain" else FORMS[way.forms[0]]
-    return first_fault(lambda: step.prepare(trained.zero_grad)), str(way)
+    return first_fault(lambda: step.prepare(trained.zero_grad), device), str(way)
 
 
 def _difference(
@@ -212,8 +216,9 @@ def _difference(
             say(f"Notice: {way} is not compared with the plain modules: too little memory for both")
             found.append(None)
 
-    fault = first_fault(compare)
-    return fault or next(filter(None, process_group.gather(found[0])), None)
+    device = batch.input_ids.device
+    fault = first_fault(compare, device)
+    return fault or agreement.first_said(found[0], device)
 
 
 @contextlib.contextmanager
@@ -255,7 +260,9 @@ def _asked(
         elif not fuses:
             say("Notice: not compiled: triton is not installed")
     if forms == ["compiled"] and on_gpu and not has_triton:
-        raise UserError("--compile on: on a GPU it needs triton", "pip install triton")
+        raise UserError(
+            "--compile on: on a GPU it needs triton", packages.how_to_install(["triton"])
+        )
     balanced = config.resolved_batching == "balanced"
     obstacles = {
         "it needs a device that captures graphs": devices.graphs(ranks.device) is None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.model.losses import LossSum
-from bert_pretraining.runtime import arithmetic, process_group
+from bert_pretraining.runtime import agreement, arithmetic
 
 # Rounding of compiled and eager gradients differs by so many units of the dtype, relative to the
 # root mean square of a parameter's gradient or of the largest one: a key's bias has a gradient of
@@ -91,14 +91,17 @@ def difference(
     return None
 
 
-def first_fault(action: Callable[[], None]) -> str | None:
-    """The error of the first rank on which the action fails, in one line, or None."""
+def first_fault(action: Callable[[], None], device: torch.device) -> str | None:
+    """The error of the first rank on which the action fails, in one line, or None.
+
+    Every rank must call it; device: of the calling rank.
+    """
     reason = None
     try:
         action()
     except Exception as error:  # compilers raise errors of many kinds
         reason = reason_of(error)
-    return next(filter(None, process_group.gather(reason)), None)
+    return agreement.first_said(reason, device)
 
 
 def reason_of(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,11 +20,21 @@ from bert_pretraining.logs.run_log import RunLog
 from bert_pretraining.model.losses import LossMeans
 from bert_pretraining.progress import RunState
 from bert_pretraining.report.after_run import report_on
-from bert_pretraining.runtime import arithmetic, output, process_group, rank_reports
+from bert_pretraining.runtime import (
+    agreement,
+    arithmetic,
+    output,
+    process_group,
+    rank_reports,
+    rank_variables,
+    replicas,
+)
 from bert_pretraining.runtime import device as devices
 from bert_pretraining.runtime.process_group import Ranks
+from bert_pretraining.runtime.ranges import range_of
 from bert_pretraining.runtime.signals import StopRequest
 from bert_pretraining.training.outcomes import UpdateResult
+from bert_pretraining.training.profiling import Profile
 from bert_pretraining.training.session import Session
 
 
@@ -38,10 +49,29 @@ def main(resolved: Resolved) -> int:
     # A launched rank that has finished waits for the others, which may still save. A signal now
     # would end it, and the launcher would then end them.
     with stop.listening(ignore_afterwards=rank_reports.is_launched()):
-        paths = data_paths(config)
+        # Thousands of ranks may share the file system: one on each machine lists the shards, and
+        # tells the others if it finds a fault. They would wait for it in vain.
+        is_first = rank_variables.read(os.environ).local_rank == 0
+        paths = fault = None
+        try:
+            paths = data_paths(config, list_folders=is_first)
+        except UserError as error:
+            fault = error
+            if is_first:
+                _tell_before_waiting(fault)
         if config.deterministic:
             arithmetic.use_deterministic_operators(config.device)
-        ranks = process_group.start(config.device, config.dist_backend, dataclasses.asdict(config))
+        try:
+            settings = dataclasses.asdict(config)
+            with stop.ending_at_once():  # it waits for the other ranks in C++
+                ranks = process_group.start(config.device, config.dist_backend, settings)
+        except TrainingError:
+            if fault is None:
+                raise
+            raise fault from None  # what this rank knows is nearer to the cause
+        fault = agreement.first_said(fault, ranks.device)
+        if fault is not None:
+            raise fault
         arithmetic.set_tf32(ranks.device, config.allow_tf32)
         config = _with_the_ranks_there_are(config, ranks)
         resolved = dataclasses.replace(resolved, config=config)
@@ -53,17 +83,21 @@ def main(resolved: Resolved) -> int:
                 log.say(f"Notice: {notice}")
             if config.deterministic:
                 log.say("Deterministic: sums in a fixed order; kernels by preference, not by time")
-            session = Session(config, paths, ranks, log, run)
-            session.start_the_clock()
-            reason = train(session, stop)
+            log.measure_energy(ranks.device)
+            with Profile(config, ranks, log) as profile:
+                session = Session(config, paths, ranks, log, run)
+                session.start_the_clock()
+                reason = train(session, stop, profile)
         except BaseException as error:
             # The process group stays as it is: to leave it now would make the other ranks
             # fail, and report it, before this one has reported the cause.
             log.aborted(run)
-            if session is None and isinstance(error, UserError):
+            if isinstance(error, UserError):
                 log.discard()
             raise
         finally:
+            if session is not None:
+                session.close()
             log.close()
     if config.report and ranks.is_main:
         print(report_on(log.folder), flush=True)
@@ -74,6 +108,23 @@ def main(resolved: Resolved) -> int:
     return EXIT_CONVERGED if run.converged else EXIT_NOT_CONVERGED
 
 
+def _tell_before_waiting(fault: UserError) -> None:
+    """Print a fault of the input before this rank waits for the others, to tell them.
+
+    They may never come: where the variables of a rank are left over in a shell. A launcher of this
+    package has looked at the input itself, and has started all ranks.
+    """
+    several = rank_variables.read(os.environ).world_size > 1
+    if several and not rank_reports.is_launched():
+        seconds = process_group.CONNECT_TIMEOUT.seconds
+        print(
+            f"Notice: {fault}; this rank ends once it has told the others, and waits at most "
+            f"{seconds} s for them",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _with_the_ranks_there_are(config: Config, ranks: Ranks) -> Config:
     """A launcher starts as many ranks as the configuration says; without one there is one rank."""
     if config.world_size == ranks.world_size:
@@ -81,7 +132,7 @@ def _with_the_ranks_there_are(config: Config, ranks: Ranks) -> Config:
     return dataclasses.replace(config, nnodes=1, nproc_per_node=ranks.world_size)
 
 
-def train(session: Session, stop: StopRequest) -> str:
+def train(session: Session, stop: StopRequest, profile: Profile) -> str:
     """Train until the run ends, and return why: "target", "max_steps", ... or "signal".
 
     Raises, on every rank, the error for which a rank asked to stop, once the run is saved.
@@ -95,6 +146,7 @@ def train(session: Session, stop: StopRequest) -> str:
     epoch = None
     with stop.deferred():
         while reason is None:
+            profile.before_update(run.global_steps + outcomes.num_unread + 1)
             first_sample = run.samples_seen
             if order.epoch(first_sample) != epoch:
                 if epoch is not None:
@@ -103,14 +155,17 @@ def train(session: Session, stop: StopRequest) -> str:
                 log.epoch_began(epoch)
 
             # ---- forward, backward, reduction and the optimizer's step
-            totals = update([next(batches) for _ in range(config.gradient_accumulation_steps)])
+            with session.training.clock.part("data"):
+                taken = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            totals = update(taken)
             rank_reports.heartbeat(updates=1)
             run.samples_seen += samples_per_step
 
             # ---- the host does not wait for the device until something may be due
             expected = run.after(outcomes.num_unread, samples_per_step)
             learn = outcomes.read if triggers.anything_due(*expected) else outcomes.look
-            result = learn(run.global_steps, totals, stop.asked)
+            with range_of("outcomes"):
+                result = learn(run.global_steps, totals, stop.asked)
             if result is None:
                 continue
             step = run.account(result.updates, result.skipped, result.last_finite, samples_per_step)
@@ -118,7 +173,7 @@ def train(session: Session, stop: StopRequest) -> str:
                 log.skipped(run, result.skipped, result.loss_scale)
             if step and triggers.replica_check_due(step):
                 weights = dict(session.training.module.named_parameters())
-                process_group.check_replicas(weights, run.global_steps)
+                replicas.check_replicas(weights, run.global_steps)
 
             # ---- evaluate where due, and always after the last step
             evaluation = None
@@ -127,15 +182,17 @@ def train(session: Session, stop: StopRequest) -> str:
                 # The run then ends here, even if this evaluation finds a lower accuracy.
                 reason = session.stop_reason()
                 if reason or triggers.evaluation_due(step, run.num_trained_samples):
-                    evaluation = session.evaluate()
+                    with range_of("evaluation"):
+                        evaluation = session.evaluate()
                 if reason != "target":
                     reason = session.stop_reason()
             if reason is None and result.stopping:
                 reason = "signal"
 
             # ---- tell, and save
-            figures = None
+            figures = work = None
             if step and (triggers.logging_due(step) or evaluation):
+                work = session.work()
                 figures = {
                     **_step_figures(session, totals.names, result, step),
                     "epoch": epoch,
@@ -143,20 +200,26 @@ def train(session: Session, stop: StopRequest) -> str:
                     "iter_dataloader_idx": order.shard_ordinal(first_sample),
                 }
             seconds = evaluation.seconds if evaluation else None
-            log.steps(run, result.updates, samples_per_step, figures, seconds)
+            with range_of("logging"):
+                log.steps(run, result.updates, samples_per_step, figures, seconds, work)
             saving = step and config.save_checkpoint and reason is None
             if saving and triggers.checkpoint_due(run.num_trained_samples):
-                session.save()
+                with range_of("saving"):
+                    session.save()
             session.report_saved()
 
         batches.close()
-        _end(session, stop, reason, epoch)
+        _end(session, stop, reason, epoch, profile)
     return reason
 
 
-def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) -> None:
+def _end(
+    session: Session, stop: StopRequest, reason: str, epoch: int | None, profile: Profile
+) -> None:
     """Save, and tell the end. epoch: None for a run that had finished before."""
     run, log = session.run, session.log
+    if reason != "signal":
+        profile.ended()
     if epoch is not None:
         log.epoch_ended(epoch)
     process_group.barrier(session.ranks.device)
@@ -168,15 +231,16 @@ def _end(session: Session, stop: StopRequest, reason: str, epoch: int | None) ->
         # The run has its result; only a run that was to go on is nothing without its checkpoint.
         if reason != "signal" and not session.is_saved() and session.ranks.is_main:
             print(f"Warning: {_lost(None)}", file=sys.stderr, flush=True)
+    profile.ended()  # after a signal there may be no time for a long trace: the checkpoint is first
     failure = _failure(session, stop) if reason == "signal" else None
-    log.finished(run, _named(reason, stop, failure))
+    log.finished(run, _named(reason, stop, failure), session.work(whole=True))
     if failure is not None:
         raise failure
 
 
 def _failure(session: Session, stop: StopRequest) -> UserError | TrainingError | None:
     """The error to end with after a stop, or None; the same on every rank."""
-    failure = next(filter(None, process_group.gather(stop.failure)), None)
+    failure = agreement.first_said(stop.failure, session.ranks.device)
     return failure if session.is_saved() else _lost(failure)
 
 
@@ -203,5 +267,6 @@ def _step_figures(
         "loss": losses.loss,
         "mlm_acc": losses.accuracy["mlm"],
         "grad_norm": result.gradient_norm,
+        "loss_scale": result.loss_scale,
         "learning_rate": session.schedule(step - 1),  # the rate that this step's update used
     }
