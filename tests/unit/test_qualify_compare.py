@@ -255,6 +255,15 @@ def test_as_json(run: Run) -> None:
     assert figure["marks"] == ["", "fell by 6.0%"]
 
 
+def test_a_figure_that_is_not_finite_is_standard_json_and_marked(run: Run) -> None:
+    code, text = run({(*SIZE, "sequences/s"): "NaN"}, "--json")
+    assert code == 1
+    marked = json.loads(text, parse_constant=pytest.fail)["marked"]
+    assert [line.partition(": ")[2] for line in marked] == [
+        "step.by_batch_size.16.sequences/s is not finite: nan, was 1000"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -16,6 +16,7 @@ from bert_pretraining.runtime.words import counted, plural
         (15248, "training example", "15,248 training examples"),
         (1, "entry", "1 entry"),
         (2, "entry", "2 entries"),
+        (2, "key", "2 keys"),
         (2, "batch", "2 batches"),
     ],
 )

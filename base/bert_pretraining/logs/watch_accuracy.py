@@ -179,7 +179,8 @@ class Course:
                 f"{_where(evaluation)}, and always guessing the commonest token has {share:.4f}; "
                 f"the loss is {evaluation.loss:.4f}, and was {since.loss:.4f} {_where(since)}: "
                 f"pass another --learning_rate (it is {self._config.learning_rate:g}) or more "
-                "--warmup_steps, and look at the data with 'data verify'",
+                "--warmup_steps, and look at the data with 'python -m bert_pretraining data "
+                "verify'",
             )
 
 

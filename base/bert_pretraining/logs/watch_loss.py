@@ -72,5 +72,5 @@ class LossJumps:
             f"sample numbers {numbers}), more than {DEVIATIONS} standard deviations of "
             f"{deviation:.2g} above {median:.4g}, {compared}: if it does not come down again, go "
             "on from an earlier checkpoint with a lower --learning_rate; if it does, look for "
-            "damaged sequences with 'data verify'"
+            "damaged sequences with 'python -m bert_pretraining data verify'"
         )

@@ -92,7 +92,7 @@ class Pace:
             f"logged steps ({others * (1 + excess):.4g} s of its own work a step, "
             f"{others:.4g} s there), and all ranks wait for it: look at the clocks and the "
             "temperature of its device, at other programs on its cores or its device, and at how "
-            "it reads its data; 'doctor' shows which cores it has"
+            "it reads its data; 'python -m bert_pretraining doctor' shows which cores it has"
         )
 
 

@@ -93,8 +93,9 @@ def faults_of_start(
             "start_weights_useless",
             f"the start checkpoint's MLM accuracy is {accuracy:.4f} (loss {loss:.4g}); always "
             f"guessing the commonest token has {facts.commonest_share:.4f}: its weights are "
-            "likely damaged, or of another vocabulary or model; look at it with 'checkpoint "
-            "inspect', and use the vocab.txt and bert_config.json that it was trained with",
+            "likely damaged, or of another vocabulary or model; look at it with 'python -m "
+            "bert_pretraining checkpoint inspect', and use the vocab.txt and bert_config.json that "
+            "it was trained with",
         )
     elif known is not None and not known.lowest <= accuracy <= known.highest:
         yield (
@@ -102,6 +103,7 @@ def faults_of_start(
             f"the start checkpoint's MLM accuracy is {accuracy:.4f} (loss {loss:.4g}); "
             f"{known.whose} {START_NAME} has {known.lowest:g} to {known.highest:g} on "
             f"{known.whose} {known.sequences:,} evaluation sequences: the weights, the vocabulary "
-            "or the evaluation set are likely others; look at the checkpoint with 'checkpoint "
-            "inspect', and at the data with 'data verify'",
+            "or the evaluation set are likely others; look at the checkpoint with 'python -m "
+            "bert_pretraining checkpoint inspect', and at the data with 'python -m "
+            "bert_pretraining data verify'",
         )

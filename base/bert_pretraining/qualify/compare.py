@@ -27,6 +27,7 @@ from bert_pretraining.qualify.record import (
     damaged,
     read,
 )
+from bert_pretraining.runtime import strict_json
 from bert_pretraining.runtime.words import counted, plural
 
 LIMIT = 0.05  # change of a rate or a time that is marked
@@ -113,7 +114,7 @@ def main(arguments: list[str]) -> int:
     except DAMAGES as error:
         raise damaged(f"one of {', '.join(values.files)}", error) from error
     as_json = {"files": values.files, **asdict(found)}
-    print(json.dumps(as_json, indent=2) if values.json else text)
+    print(strict_json.dumps(as_json, indent=2) if values.json else text)
     return EXIT_MARKED if found.marked else 0
 
 
@@ -220,7 +221,7 @@ def _mark(rule: str | None, first: object, value: object, change: float | None) 
     if rule is None or not _is_number(first):
         return ""
     if not _is_number(value):
-        return "is missing"
+        return "is not finite" if isinstance(value, float) else "is missing"
     worse = None if change is None else (-change if rule == RATE else change)
     if worse is not None and worse >= LIMIT - 1e-9:  # 95 of 100 is not rounded to less than 5%
         return f"{'fell' if rule == RATE else 'rose'} by {worse:.1%}"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import strict_json
 from bert_pretraining.runtime.file_kind import (
     cannot_read,
     cannot_write,
@@ -81,7 +82,7 @@ class Qualification:
     def write(self, path: Path) -> None:
         """As JSON, atomically. UserError where the system refuses."""
         content = {"verdict": self.verdict, **asdict(self)}
-        write_or_tell(path, json.dumps(content, indent=2) + "\n")
+        write_or_tell(path, strict_json.dumps(content, indent=2) + "\n")
 
 
 def write_or_tell(path: Path, content: str | bytes) -> None:
@@ -115,7 +116,7 @@ def read(path: Path) -> Qualification:
             "qualify that machine again with this version",
         )
     try:
-        stages = [StageResult(**stage) for stage in content["stages"]]
+        stages = [StageResult(**stage) for stage in strict_json.numbers_again(content["stages"])]
         done = Qualification(
             content["started"], content["machine"], content["settings"], stages,
             asked=content.get("asked", []),

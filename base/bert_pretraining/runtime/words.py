@@ -20,6 +20,6 @@ def plural(number: float, what: str) -> str:
         return what
     if what in VERBS:
         return VERBS[what]
-    if what.endswith("y"):
+    if what.endswith("y") and what[-2:-1] not in tuple("aeiou"):
         return f"{what[:-1]}ies"
     return f"{what}es" if what.endswith("ch") else f"{what}s"
