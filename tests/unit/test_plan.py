@@ -160,7 +160,7 @@ def test_a_plan_of_a_published_device() -> None:
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
     assert "BERT-large, the default" in done.stdout
-    assert "in fp8 with evaluations; configured is bf16" in done.stdout
+    assert "in fp8; configured is bf16" in done.stdout
     assert "RCPs of ruleset 4.1.0 are at global batches of 448, 4,608," in done.stdout
     assert re.search(r"More ranks pay up to \d+: of the ranks added to reach", done.stdout)
     assert re.search(r"\n *4,096 +4 +16,384 ", done.stdout)  # the largest RCP

@@ -61,6 +61,7 @@ RESULT = RunResult(
     speed=SPEED,
     throughputs=Throughputs(8040.2, 8248.0, 8256.25),
     energy=Energy("NVML", 2_500_000.0, 2_016_000.0, 2_400_000),
+    loss_scale=65536.0,
 )
 LARGE = {"name": "nvidia", "config": "H200x1x8", "data_dir": "/data/bert"}
 
@@ -84,6 +85,7 @@ def test_every_known_figure_has_a_row() -> None:
         "- other": "0.0040 s, 4.0%",
         "- work of the fastest rank": "0.0851 s, rank 3",
         "- work of the slowest rank": "0.0899 s, rank 12",
+        "Loss scale": "65,536",
         "Energy of the run": "2,500,000 J (NVML)",
         "- a sequence": "1.04 J",
         "- a sequence, training": "0.84 J",
@@ -96,14 +98,16 @@ def test_what_is_not_known_has_no_row() -> None:
         SPEED, matrix_share=None, peak_memory=None, seconds=None, fastest=alone, slowest=alone
     )
     throughputs = Throughputs(8040.2, 8248.0, None)
-    result = dataclasses.replace(RESULT, speed=speed, throughputs=throughputs, energy=None)
+    result = dataclasses.replace(
+        RESULT, speed=speed, throughputs=throughputs, energy=None, loss_scale=None
+    )
     assert list(speed_rows(result, None)) == [
         "p_whole (all time)",
         "p_train (no evaluations)",
         "Tokens (no padding)",
         "Model TFLOP/s",
     ]
-    nothing = dataclasses.replace(RESULT, speed=None, throughputs=None, energy=None)
+    nothing = dataclasses.replace(result, speed=None, throughputs=None)
     assert speed_rows(nothing, RATE) == {}
     of_nothing = dataclasses.replace(nothing, energy=Energy("RAPL", 10.0, 0.0, 0))
     assert speed_rows(of_nothing) == {"Energy of the run": "10 J (RAPL)"}

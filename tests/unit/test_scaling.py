@@ -327,6 +327,10 @@ def test_the_batch_of_a_rank_falls_where_rcps_end() -> None:
     assert [row.batch for row in rows] == [8, 8, 8, 8, 4, 3]
     assert [row.run is None for row in rows] == [False] * 6
     assert [row.batch for row in by_batch(problem(sizes=(16, 64)), 4)] == [4, 8]
+    # Reference points between batches of a rank: those next to them, none above the largest one.
+    assert [row.batch for row in by_batch(problem(sizes=(16, 60)), 10)] == [1, 2, 6]
+    assert [row.batch for row in by_batch(problem(sizes=(16, 60)), 7)] == [2, 3, 8]
+    assert [row.batch for row in by_batch(problem(sizes=(16,)), 64)] == [1]
     beyond = by_ranks(problem(sizes=(16, 64)), 128)[-1]
     assert (beyond.batch, beyond.run) == (1, None)
 

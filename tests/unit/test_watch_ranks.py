@@ -53,6 +53,14 @@ def test_a_rank_that_is_slow_for_moments_is_not_called_slow() -> None:
     assert steps_until_named(9.0, 0.0, own=0.04, steps=40) == 25, "10 s of its work"
 
 
+@pytest.mark.parametrize("own", [0.005, 0.019])
+def test_a_slow_rank_is_named_however_short_its_steps_are(own: float) -> None:
+    """Also where 10 s of its work are more logged steps than are kept."""
+    named = steps_until_named(0.25, 0.0, own=own, steps=2000)
+    assert named is not None and 10.0 <= named * 1.25 * own <= 10.3
+    assert steps_until_named(0.0, 0.5, own=own, steps=2000) is None
+
+
 def test_one_long_step_makes_no_slow_rank() -> None:
     pace = Pace()
     for step in range(200):

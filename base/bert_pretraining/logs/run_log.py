@@ -78,6 +78,7 @@ class RunLog:
         self._init_time = self._train_time = self._evaluation_time = 0.0
         self._window_samples = self._skipped_samples = 0
         self._matrix_rate: float | None = None
+        self._loss_scale: float | None = None
         self._resumption: Resumption | None = None
         self._triggers: StepTriggers | None = None
         self._rank, self._energy, self._trains = rank, RunEnergy(), False
@@ -254,6 +255,7 @@ class RunLog:
 
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
         """So many of the latest updates were skipped. Speeds count their sequences."""
+        self._loss_scale = loss_scale
         self._window_samples += count * self.config.global_batch_size
         self._skipped_samples += count * self.config.global_batch_size
         self._tell(Sink.skipped, state.global_steps, count, state.skipped_steps, loss_scale)
@@ -277,7 +279,7 @@ class RunLog:
         self._evaluation_time += evaluation_seconds or 0.0
         ahead = self._seconds_to_evaluation(state)
         if figures is not None:
-            now = time.time()
+            now, self._loss_scale = time.time(), figures.get("loss_scale")
             seconds, sequences = max(now - self._window_started, 1e-9), self._window_samples
             self._window_samples, self._window_started = 0, now
             step, samples = state.global_steps, state.num_trained_samples
@@ -290,9 +292,8 @@ class RunLog:
             self._tell(Sink.evaluated, _evaluation(state, evaluation_seconds))
 
     def _speed(self, work: Work | None, sequences: int, seconds: float) -> Speed | None:
-        if work is None or not work.updates:
-            return None
-        return Speed.of(work, sequences, seconds, self._matrix_rate)
+        has_updates = work is not None and work.updates
+        return Speed.of(work, sequences, seconds, self._matrix_rate) if has_updates else None
 
     def _seconds_to_evaluation(self, state: RunState) -> float | None:
         """At this run's mean speed; None where no update is left."""
@@ -325,7 +326,6 @@ class RunLog:
         """
         sequences = self._trained_here(state) + self._skipped_samples
         training = self._train_time - self._evaluation_time
-        speed = self._speed(work, sequences, training)
         throughputs = _throughputs(sequences, self._train_time, training, work)
         result = RunResult(
             step=state.global_steps,
@@ -339,9 +339,10 @@ class RunLog:
             init_time=self._init_time,
             sequences_per_second=sequences / max(self._train_time, 1e-9),
             resumed_from=self._resumption.steps if self._resumption else None,
-            speed=speed,
+            speed=self._speed(work, sequences, training),
             throughputs=throughputs if sequences else None,
             energy=self._energy.finish(sequences),
+            loss_scale=self._loss_scale if self.config.resolved_precision == "fp16" else None,
         )
         self._tell(Sink.finished, result)
 

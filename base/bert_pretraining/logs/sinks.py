@@ -271,7 +271,8 @@ class RunResult:
 
     reason: "target", or what else stopped it. Times in seconds. resumed_from: the step, or None.
     speed: of all steps made here; throughputs: the same time in three ways; None where a resumed
-    run had nothing left to train. energy: None where no counter can be read.
+    run had nothing left to train. energy: None where no counter can be read. loss_scale: of the
+    last update that was logged or skipped; None where the precision needs none.
     """
 
     step: int
@@ -288,11 +289,13 @@ class RunResult:
     speed: Speed | None = None
     throughputs: Throughputs | None = None
     energy: Energy | None = None
+    loss_scale: float | None = None
 
     def measured(self) -> dict[str, float | int | str | None]:
-        """speed, throughputs and energy as logs and trackers name them."""
+        """speed, throughputs, energy and loss scale as logs and trackers name them."""
         parts = (self.throughputs, self.speed, self.energy)
-        return {name: value for part in parts if part for name, value in part.named().items()}
+        found = {name: value for part in parts if part for name, value in part.named().items()}
+        return found if self.loss_scale is None else found | {"loss_scale": self.loss_scale}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 SLOWER = 0.1
 FEWEST_STEPS, MOST_STEPS = 20, 500
 SECONDS = 10.0
+# Logged steps of less work are put together, so that MOST_STEPS of them have SECONDS in any case.
+SHORTEST = 0.1
 MULTIPLES = (1, 5, 25)
 STANDARD_ERRORS = 5.0  # of the mean, by which it must differ from 0: ranks differ by chance, too
 DELAY = 2.0  # seconds above what is usual, in one update
@@ -53,13 +55,23 @@ class Pace:
         self._steps: collections.deque[tuple[float, float, int]] = collections.deque(
             maxlen=MOST_STEPS
         )
+        self._short: list[tuple[float, float, int]] = []  # of less than SHORTEST together
 
     def logged(self, own: float, others: float, updates: int = 1) -> None:
         """A logged step, in which the latest updates are compared.
 
         own: seconds of this rank's own work in an update; others: mean of the other ranks.
         """
-        self._steps.append((own, others, updates))
+        self._short.append((own, others, updates))
+        if sum(own * updates for own, _, updates in self._short) < SHORTEST:
+            return
+        counts = [updates for _, _, updates in self._short]
+        means = (
+            sum(each * count for each, count in zip(seconds, counts, strict=True)) / sum(counts)
+            for seconds in list(zip(*self._short, strict=True))[:2]
+        )
+        self._steps.append((*means, sum(counts)))
+        self._short.clear()
 
     def excess(self) -> float:
         """The share by which this rank is slower; 0.0 where it is not, or where it may be chance.

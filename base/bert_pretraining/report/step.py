@@ -57,15 +57,15 @@ def pictures(view: View) -> list[Picture]:
             )
         size = panels.inches_of_rows(len(view.runs))
         made.append(Picture("step", "Where a step's time goes", caption, tuple(found), size))
-    if any(_is_dynamic(run) for run in view.runs):
+    if any(_is_scaled(run) for run in view.runs):
         caption = "What losses are multiplied by in fp16; it halves where a gradient overflows."
         made.append(Picture("loss_scale", "Loss scale", caption, (loss_scale,)))
     return made
 
 
-def _is_dynamic(run: Run) -> bool:
-    """Whether the loss scale has changed."""
-    return len({point.loss_scale for point in run.training} - {None}) > 1
+def _is_scaled(run: Run) -> bool:
+    """Whether losses were multiplied by anything but 1."""
+    return bool({point.loss_scale for point in run.training} - {None, 1.0})
 
 
 def loss_scale(axes: Axes, view: View, theme: Theme) -> None:

@@ -112,11 +112,15 @@ def counts_of(most: int, machine: int) -> list[int]:
 
 
 def by_batch(problem: Problem, ranks: int) -> list[Row]:
-    """At so many ranks, each batch of a rank whose global batch is that of a reference point or
-    the nearest one below it, at most the configured one; small ones first."""
+    """At so many ranks, each batch of a rank whose global batch is that of a reference point, or
+    the nearest ones below and above it up to the largest one, at most the configured batch; small
+    ones first."""
     alone = row_of(problem, 1, allowed_batch(problem, 1)).rate
     each = ranks * problem.asked.accumulation
-    sizes = {size // each for size in problem.targets.sizes} | {allowed_batch(problem, ranks)}
+    below = {size // each for size in problem.targets.sizes}
+    above = {math.ceil(size / each) for size in problem.targets.sizes}
+    most = allowed_batch(problem, ranks)
+    sizes = below | {size for size in above if size <= most} | {most}
     return [
         row_of(problem, ranks, size, alone) for size in sorted(sizes) if 1 <= size <= problem.batch
     ]

@@ -195,8 +195,11 @@ def _parts(
                 "pass --measured FILE of this model",
             )
         notes.append(
-            f"published results of {device} are in fp8 with evaluations; configured is "
-            f"{config.resolved_precision}"
+            f"published results of {device} are in fp8; configured is {config.resolved_precision}"
+        )
+        notes.append(
+            "evaluations are in the published times of a step, and their share is not known: no "
+            "advice is about them"
         )
         return known_devices.parts_of(device, spread).parts
     notes += files.notes
