@@ -368,6 +368,32 @@ def test_numbers_of_ranks_that_were_measured_are_kept(
     assert kept_figures(context, "scaling")["figures"] == finding.figures
 
 
+@pytest.mark.parametrize(("quick", "counts"), [(True, [1, 2]), (False, [1, 2, 4])])
+def test_a_quick_look_takes_the_figures_of_all_ranks_from_the_stage_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, counts: list[int]
+) -> None:
+    made, measured = by_ranks(n1=10.0, n2=19.0, n4=36.0)["by_ranks"], []
+
+    def measure(*_: object, ranks: int, **__: object) -> dict[str, object]:
+        measured.append(ranks)
+        return {**made[str(ranks)], "precision": "fp32"}
+
+    monkeypatch.setattr(step, "measured", measure)
+    context = context_of(tmp_path, ranks=4, quick=quick, batch_sizes=(2,))
+    known = {name: value for name, value in made["4"].items() if name != "other_programs_cpus"}
+    figures = {
+        "layers": context.layers, "ranks": 4, "best_batch_size": 2, "precision": "fp32",
+        "other_programs_cpus": 0.125, "by_batch_size": {"2": known},
+    }  # fmt: skip
+    (context.folder / "stages").mkdir(exist_ok=True)
+    (context.folder / "stages" / "step.json").write_text(json.dumps({"figures": figures}))
+    found = scaling.run(context, ignored).figures
+    assert measured == counts
+    assert found["efficiency"] == pytest.approx(0.9)
+    assert found["by_ranks"]["4"].keys() == found["by_ranks"]["1"].keys()
+    assert found["other_programs_cpus"] == (0.125 if quick else 0.0)
+
+
 def test_one_device_scales_to_nothing(tmp_path: Path) -> None:
     finding = scaling.run(context_of(tmp_path, ranks=1), ignored)
     assert (finding.verdict, finding.reason) == (PASS, "one device: nothing to scale")

@@ -224,11 +224,27 @@ def _has(ranks: Ranks, precision: str) -> bool:
 
 def best_batch_size(context: Context) -> int:
     """The best size that this qualification's stage `step` found; else the first to be tried."""
+    best = _found(context).get("best_batch_size")
+    return best if best in context.batch_sizes else context.batch_sizes[0]
+
+
+def measured_before(context: Context, size: int) -> dict[str, object] | None:
+    """What `measured` returned for this size in this qualification's stage `step`, but notices;
+    None where it did not."""
+    figures = _found(context)
+    found = figures.get("by_batch_size", {}).get(str(size))
+    if found is None:
+        return None
+    return {**found, **{name: figures.get(name) for name in ("precision", "other_programs_cpus")}}
+
+
+def _found(context: Context) -> dict:
+    """The stage's figures in this qualification; {} where it has not run with this model on as
+    many ranks."""
     file = context.folder / "stages" / "step.json"
     try:
         figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
         alike = (figures["layers"], figures["ranks"]) == (context.layers, context.ranks)
-        best = int(figures["best_batch_size"])
     except (OSError, ValueError, KeyError):
-        return context.batch_sizes[0]
-    return best if alike and best in context.batch_sizes else context.batch_sizes[0]
+        return {}
+    return figures if alike else {}
