@@ -118,8 +118,9 @@ def test_readme_shows_what_a_terminal_shows(mini_data: Path, tmp_path: Path) -> 
     assert all(len(line) <= COLUMNS for line in sample)
     (bar,) = (line for line in sample if re.match(r"\d+/1000 ", line))
     sample.remove(bar)
-    # The target is reached before there are the seven evaluations that an estimate needs.
-    figures = without_numbers(bar[bar.index("loss") :].partition(", target in ~")[0])
+    # The time to the target shows where an estimate is sure enough, which is not so in every run.
+    figures, *estimate = without_numbers(bar[bar.index("loss") :]).partition(", target in ~")
+    assert estimate in ([", target in ~", "0"], ["", ""])
     assert figures == "loss 0, acc 0, 0 seq/s"
     shown = [re.sub(r", lr [^,]+", "", state) for state in bars_in(done.text)]
     assert any(figures in without_numbers(state) for state in shown)
