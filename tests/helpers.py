@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from bert_pretraining.model.bert_config import BertConfig
 from bert_pretraining.model.heads import BertForPreTraining
 
 ROOT = Path(__file__).resolve().parents[1]
+_run_ports = itertools.count()
 REFERENCE = ROOT.parent / "shared" / "reference"
 
 # The fixture `make_once` of conftest.py.
@@ -34,6 +37,21 @@ MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"reference data absent: {REFERENCE}"
 )
+
+
+def run_port() -> int:
+    """A port for a run; the next one, which a restart takes, is free too.
+
+    It is below those that Linux gives to clients, and other workers of pytest take others.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(400):
+        port = 20_000 + 1000 * worker + (os.getpid() + 2 * next(_run_ports)) % 998
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("", port))
+            other.bind(("", port + 1))
+            return port
+    raise AssertionError("no free port")
 
 
 def padded_arrays(

@@ -20,7 +20,7 @@ PORT = 29500
 def ip(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run iproute2's `ip`."""
     return subprocess.run(
-        ["ip", *map(str, words)], capture_output=True, text=True, check=check, timeout=30
+        ["ip", *map(str, words)], capture_output=True, text=True, check=check, timeout=300
     )
 
 
@@ -64,7 +64,7 @@ class Launcher:
         """The last line of stderr, which has the reason."""
         return (self.errors.splitlines() or [""])[-1]
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 600) -> None:
         """Wait until the output has this text."""
         deadline = time.monotonic() + seconds
         while text not in self.output:
@@ -155,11 +155,18 @@ class Hosts:
             found += map(int, ip("netns", "pids", self._namespace(host)).stdout.split())
         return found
 
+    def wait_until_empty(self) -> None:
+        """Wait until no process runs on any host: those that are killed take a moment to end."""
+        deadline = time.monotonic() + 300
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
+
     def _namespace(self, host: int) -> str:
         return f"{self._prefix}host{host}"
 
 
-def end(launchers: list[Launcher], seconds: float = 120) -> list[int]:
+def end(launchers: list[Launcher], seconds: float = 600) -> list[int]:
     """Wait until the launchers have ended, and return their exit codes."""
     deadline = time.monotonic() + seconds
     return [one.process.wait(max(1.0, deadline - time.monotonic())) for one in launchers]

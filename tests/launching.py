@@ -15,8 +15,15 @@ from helpers import ROOT
 TIMEOUT = 300.0  # seconds; on an idle machine every wait takes a few
 
 # Every Python reads sitecustomize at its start: a rank's trainer becomes the test's program.
+# On a busy machine a launcher sees signals late, and its ranks write their stacks late.
 _REPLACE_TRAINER = """
 import os, sys
+if sys.orig_argv[1:4] == ["-m", "bert_pretraining", "launch"]:
+    from bert_pretraining.launch import hang, supervise
+
+    supervise.SECONDS_OF_ONE_SIGNAL = 60.0
+    if os.environ.get("TEST_RANKS_ANSWER"):
+        hang.SECONDS_TO_ANSWER = 60.0
 if sys.orig_argv[2:5] == ["-m", "bert_pretraining", "train"]:
     rank = int(os.environ["RANK"])
     with open(os.environ["TEST_PROGRAM"]) as file:

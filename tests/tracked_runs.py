@@ -39,6 +39,12 @@ def local_getaddrinfo(host, *more, **others):
 
 socket.socket.connect, socket.getaddrinfo = local_connect, local_getaddrinfo
 """
+# Likewise: the end of a run waits for trackers as long as a busy machine needs.
+PATIENT = """
+from bert_pretraining.logs.trackers import process
+
+process.USUAL = process.Patience(idle=600.0, most=600.0)
+"""
 
 
 @dataclass

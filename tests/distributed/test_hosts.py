@@ -27,7 +27,7 @@ def test_two_hosts_train_to_the_same_weights_as_one(mini_data: Path, tmp_path: P
     with hosts.Hosts(2) as two:
         launchers = two.launch_all(tmp_path, *flags, "two")
         assert hosts.end(launchers) == [EXIT_NOT_CONVERGED] * 2, launchers[1].errors
-        assert two.processes() == []
+        two.wait_until_empty()
     with hosts.Hosts(1) as one:
         alone = one.launch(0, tmp_path, *flags, "one", "--nproc_per_node", 2)
         assert hosts.end([alone]) == [EXIT_NOT_CONVERGED], alone.errors
@@ -49,7 +49,7 @@ def test_a_rank_killed_on_another_host(mini_data: Path, tmp_path: Path) -> None:
         first.wait_for('"event": "STEP_END"')
         hosts.kill(second.trainers()[0])
         assert hosts.end([first, second]) == [EXIT_CRASH] * 2
-        assert both.processes() == []
+        both.wait_until_empty()
     reason = "rank 1 was killed by SIGKILL"
     assert second.last_line.startswith(f"Error: {reason}")
     assert first.last_line.startswith(f"Error: machine 1 (hostb) ended: {reason}")
@@ -60,7 +60,7 @@ def test_hosts_that_were_given_different_settings(mini_data: Path, tmp_path: Pat
         flags = [tmp_path, "--data_dir", mini_data, "--learning_rate"]
         launchers = [both.launch(host, *flags, f"0.0{host + 1}") for host in range(2)]
         assert hosts.end(launchers) == [EXIT_USAGE] * 2
-        assert both.processes() == []
+        both.wait_until_empty()
     for launcher in launchers:
         assert launcher.last_line == (
             "Error: --learning_rate is 0.01 on machine 0 (hosta) and 0.02 on machine 1 (hostb); "

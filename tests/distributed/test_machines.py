@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_USAGE
-from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.rendezvous import Rendezvous, RendezvousSettings
+from helpers import run_port
 from launching import Launch, assert_gone, end_all, wait_until
 
 
@@ -23,7 +23,7 @@ def leave_nothing_behind() -> Iterator[None]:
 
 
 def launch_both(data: Path, here: Path, program: str, *flags: object) -> list[Launch]:
-    port = free_port(0)
+    port = run_port()
     launches = []
     for node in range(2):
         folder = here / f"machine{node}"
@@ -74,7 +74,7 @@ def test_no_machine_is_lost_before_the_first_contact() -> None:
 
 
 def test_a_second_launcher_of_one_machine_leaves_the_job_alone() -> None:
-    port = free_port(0)
+    port = run_port()
     here, again = (
         Rendezvous(RendezvousSettings("127.0.0.1", port, 0, 2, 0, 60.0), {}) for _ in range(2)
     )

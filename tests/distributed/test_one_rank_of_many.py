@@ -23,10 +23,10 @@ import pytest
 import torch
 
 from bert_pretraining.data.shards import write_shard
-from bert_pretraining.launch.port import free_port, port_holder
+from bert_pretraining.launch.port import port_holder
 from bert_pretraining.runtime import process_group
 from fake_ranks import FakeRanks
-from helpers import ROOT, MakeOnce, in_process, padded_arrays, perf_events
+from helpers import ROOT, MakeOnce, in_process, padded_arrays, perf_events, run_port
 
 LONGEST, VOCABULARY, SEQUENCES = 16, 101, 2**15
 MODEL = {
@@ -194,7 +194,7 @@ def test_a_rank_without_the_others_tells_a_fault_of_the_data_at_once(
     """As where the variables of a rank are left over in a shell."""
     monkeypatch.setattr(process_group, "CONNECT_TIMEOUT", datetime.timedelta(seconds=1))
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**variables, "MASTER_PORT": str(free_port(0))}.items():
+    for name, value in {**variables, "MASTER_PORT": str(run_port())}.items():
         monkeypatch.setenv(name, value)
     words = ("train", "--name", "mini", "--config", "CPUx1x2", "--data_dir", "absent")
     done = in_process(*words, cwd=tmp_path)
@@ -230,7 +230,7 @@ def test_logs_do_not_grow_with_the_number_of_ranks(main_rank: GetMain) -> None:
 
 def test_a_signal_ends_the_wait_for_ranks_that_do_not_come(mini_data: Path, tmp_path: Path) -> None:
     """It is a wait in C++, which no handler in Python would end."""
-    ports = {signal.SIGTERM: free_port(0), signal.SIGINT: free_port(0)}
+    ports = {signal.SIGTERM: run_port(), signal.SIGINT: run_port()}
     assert len(set(ports.values())) == 2
     words = ("train", "--name", "mini", "--config", "CPUx1x2", "--data_dir", str(mini_data))
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -249,7 +249,7 @@ def test_a_signal_ends_the_wait_for_ranks_that_do_not_come(mini_data: Path, tmp_
                 time.sleep(0.1)
             process.send_signal(number)
             # A shell shows these as 143 and 130.
-            assert process.wait(timeout=30) == -number
+            assert process.wait(timeout=600) == -number
     finally:
         for process in waiting.values():
             process.kill()

@@ -184,7 +184,7 @@ def test_what_differs_between_ranks_is_named(tmp_path: Path) -> None:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3",
          str(program)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "base")}, capture_output=True, text=True,
-        timeout=120, check=True,
+        timeout=600, check=True,
     )  # fmt: skip
     expected = [
         "--seed is 0 on rank 0", None, "moved on rank 1", [3.0, 1.5], [2.0], [0.0], 2.5, "one",

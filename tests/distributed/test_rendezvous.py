@@ -14,7 +14,6 @@ import torch.distributed as dist
 from bert_pretraining.errors import EXIT_CRASH, EXIT_USAGE
 from bert_pretraining.launch import rendezvous as module
 from bert_pretraining.launch.observer import LONGEST_LOOK, LONGEST_SILENCE
-from bert_pretraining.launch.port import free_port
 from bert_pretraining.launch.rendezvous import (
     SECONDS_TO_EXCHANGE,
     Rendezvous,
@@ -22,6 +21,7 @@ from bert_pretraining.launch.rendezvous import (
 )
 from bert_pretraining.launch.result import AttemptResult
 from faulty_runs import SlowStore
+from helpers import run_port
 from launching import wait_until
 
 HOST = os.uname().nodename
@@ -66,7 +66,7 @@ class Job:
         self.clock = Clock()
         self.counts: dict[threading.Thread, Counter[str]] = {}
         self.errors: dict[threading.Thread, type[Exception]] = {}
-        self.port = free_port(0)
+        self.port = run_port()
         self.launchers: dict[int, Rendezvous] = {}
         make = module.PrefixStore
         monkeypatch.setattr(

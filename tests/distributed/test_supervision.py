@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bert_pretraining.errors import EXIT_CONVERGED, EXIT_CRASH, EXIT_NOT_CONVERGED, EXIT_STOPPED
-from bert_pretraining.launch.port import free_port
+from helpers import run_port
 from launching import Launch, assert_gone, end_all
 
 
@@ -134,22 +134,23 @@ def test_ranks_do_not_outlive_a_killed_launcher(mini_data: Path, tmp_path: Path)
     assert_gone(pids)
 
 
-def test_a_rank_that_hangs_is_found_and_every_stack_shown(mini_data: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_found_and_every_stack_shown(
+    mini_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_RANKS_ANSWER", "1")
     program = (
         "def read_a_dead_disk():\n"
         "    time.sleep(600)\n"
         "code = 'def wait_for_the_others():\\n    time.sleep(600)\\n'\n"
         "exec(compile(code, '/lib/torch/distributed/collectives.py', 'exec'))\n"
         "rank_reports.show_stacks_on_request()\n"
-        "rank_reports.heartbeat()\n"
         "tell(f'rank{rank}')\n"
-        "if rank == 1:\n"
-        "    read_a_dead_disk()\n"
-        "while not (here / 'rank1').exists():\n"
+        "while rank == 0 and not (here / 'rank1').exists():\n"
         "    time.sleep(0.01)\n"
-        "wait_for_the_others()\n"
+        "rank_reports.heartbeat()\n"  # only ranks that ever made progress are watched
+        "read_a_dead_disk() if rank == 1 else wait_for_the_others()\n"
     )
-    launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 3)
+    launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 5)
     pids = launch.wait_for("rank0", "rank1")
     code, errors = launch.end()
     assert code == EXIT_CRASH
@@ -170,7 +171,7 @@ def test_a_stopped_rank_is_named_as_such(mini_data: Path, tmp_path: Path) -> Non
         "tell(f'rank{rank}')\n"
         "while True:\n    time.sleep(0.01)\n    rank_reports.heartbeat()\n"
     )
-    launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 2)
+    launch = Launch(tmp_path, mini_data, program, "--hang_timeout", 10)
     pids = launch.wait_for("rank0", "rank1")
     os.kill(int(pids[0]), signal.SIGSTOP)
     code, errors = launch.end()
@@ -199,7 +200,7 @@ def test_restarts(mini_data: Path, tmp_path: Path) -> None:
         "--log_dir",
         "logs",
         "--master_port",
-        free_port(0),
+        run_port(),
     )
     code, errors = launch.end()
     assert code == EXIT_CONVERGED, errors

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_pretraining.launch.port import free_port
 from bert_pretraining.logs.sinks import PARTS
-from helpers import ROOT, command, error_lines, in_process, perf_events
+from helpers import ROOT, command, error_lines, in_process, perf_events, run_port
 from mlperf_logs import failures
 
 # The figures that STEP_END and FINISHED have besides upstream's, on a machine of any kind.
@@ -99,7 +98,7 @@ def test_second_command_runs_and_stops_at_max_steps(
     done = run_training(
         workplace,
         "--name iluvatar --config 03V100x1x8 --train_batch_size 27 --data_dir "
-        f"data/datasets/bert_mini/ --master_port {free_port(0)} --max_steps 4 --device cpu{flags}",
+        f"data/datasets/bert_mini/ --master_port {run_port()} --max_steps 4 --device cpu{flags}",
     )
     assert done.returncode == 3, done.stderr
     shown = f"not reached (stopped by max_steps) after 4 steps, {4 * 27 * ranks} sequences"

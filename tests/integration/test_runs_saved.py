@@ -89,8 +89,9 @@ def test_data_that_goes_away(
     assert_same(saved(tmp_path / "ended")[1], expected)
 
     # The warm-up of this configuration is longer than six steps.
-    (told,) = perf_events(whole.stdout, "NOTICE")
+    told, *others = perf_events(whole.stdout, "NOTICE")
     assert told["kind"] == "warmup_too_long"
+    assert {one["kind"] for one in others} <= {"slow_output"}  # a busy machine
     assert f"Notice: {told['text']}" in whole.stdout.splitlines()
     (facts,) = perf_events(whole.stdout, "EVALUATION_SET")
     assert 0.05 < facts["commonest_share"] < 0.2
@@ -183,7 +184,7 @@ def test_a_reader_that_goes_away_in_mid_run(mini_data: Path, tmp_path: Path) -> 
             break
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(timeout=120) == 4, errors
+    assert process.wait(timeout=600) == 4, errors
     assert error_lines(errors) == []
     assert "Notice: nobody reads stdout (Broken pipe): stopping" in errors.splitlines()
     path, content = saved(tmp_path / "out")

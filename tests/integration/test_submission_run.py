@@ -18,7 +18,7 @@ from helpers import ROOT, command
 
 
 def wait_for_run_start(folder: Path) -> None:
-    for _ in range(2400):
+    for _ in range(12_000):
         log = find_log(folder)
         if log is not None and "run_start" in log.read_text():
             return
@@ -32,7 +32,7 @@ def test_a_stopped_series_goes_on_and_becomes_a_tree(mini_data: Path, tmp_path: 
     series_dir = tmp_path / "series"
     run = (
         f"submission run --runs 2 --output_dir {series_dir} --drop_caches never -- --name mini "
-        f"--config CPUx1x1 --data_dir {mini_data} --max_steps 60 --eval_steps 60 "
+        f"--config CPUx1x1 --data_dir {mini_data} --max_steps 300 --eval_steps 300 "
         "--submission_org ACME --submission_platform laptop"
     ).split()
     process = subprocess.Popen(
@@ -44,7 +44,7 @@ def test_a_stopped_series_goes_on_and_becomes_a_tree(mini_data: Path, tmp_path: 
     try:
         wait_for_run_start(series_dir / "run_01")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(300) == 128 + signal.SIGTERM
     finally:
         process.kill()
     series = load_series(series_dir)

@@ -9,7 +9,7 @@ import pytest
 
 from bert_pretraining.logs.reading.events import perflog_events
 from helpers import ROOT, MakeOnce, command, error_lines
-from tracked_runs import NO_NETWORK, READERS, Tracked, require, without_trackers_variables
+from tracked_runs import NO_NETWORK, PATIENT, READERS, Tracked, require, without_trackers_variables
 
 MINI = ("--name", "mini", "--config", "CPUx1x1", "--device", "cpu", "--data_dir")
 SHORT = ("--max_steps", "12", "--eval_steps", "6", "--log_freq", "2", "--num_eval_examples", "64")
@@ -24,7 +24,7 @@ def folder(mini_data: Path, make_once: MakeOnce) -> Path:
     def run(place: Path) -> None:
         place.mkdir()
         (place / "site").mkdir()
-        (place / "site/sitecustomize.py").write_text(NO_NETWORK)
+        (place / "site/sitecustomize.py").write_text(NO_NETWORK + PATIENT)
         with pytest.MonkeyPatch.context() as patch:
             without_trackers_variables(patch)
             done = command(

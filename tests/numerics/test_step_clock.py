@@ -111,7 +111,7 @@ def test_waiting_for_data_is_no_longer_than_the_device_stands_still() -> None:
     update(clock, device, waited=0.0004)
     assert clock.take().seconds["data"] == pytest.approx(0.0004)
     update(clock, device, waited=30.0)  # an evaluation came between; the host waited 1 ms or more
-    assert 0.001 <= clock.take().seconds["data"] < 10.0
+    assert 0.001 <= clock.take().seconds["data"] < 600.0
 
 
 def test_a_wait_inside_of_backward_counts_as_reduction() -> None:

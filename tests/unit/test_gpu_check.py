@@ -61,7 +61,7 @@ class Checked:
         )  # fmt: skip
 
     def end(self) -> int:
-        self.shown, self.errors = self.process.communicate(timeout=60)
+        self.shown, self.errors = self.process.communicate(timeout=600)
         return self.process.returncode
 
     @property
@@ -107,7 +107,7 @@ def test_the_exit_code_is_the_number_of_failed_steps(tmp_path: Path) -> None:
 
 def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path) -> None:
     checked = Checked(tmp_path, "1", hangs="--batch_size 48 --precision")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not any("--batch_size 48 --precision" in call for call in checked.calls):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -172,13 +172,14 @@ def test_the_compiled_cross_entropy_is_the_operator(monkeypatch: pytest.MonkeyPa
     from bert_pretraining.kernels.reference import IGNORED, masked_cross_entropy
 
     extra = load(ROOT / "benchmarks/gpu_extra.py", monkeypatch)
+    torch.manual_seed(0)
     logits = torch.randn(7, 11)
     logits[0, 3] = 9.0
     labels = torch.tensor([3, IGNORED, 0, 10, IGNORED, 5, 1])
     for found, right in zip(
         extra.cross_entropy(logits, labels), masked_cross_entropy(logits, labels), strict=True
     ):
-        torch.testing.assert_close(found.double(), right.double())
+        torch.testing.assert_close(found, right)
 
 
 def test_update_cost_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Exchange:
     """Collectives between the threads of a test, one for each rank."""
 
     def __init__(self, ranks: int) -> None:
-        self._barrier = threading.Barrier(ranks, timeout=60)
+        self._barrier = threading.Barrier(ranks, timeout=600)
         self._given: dict[int, object] = {}
         self.own = threading.local()
 

@@ -92,7 +92,7 @@ def test_any_path_is_shown_in_any_encoding(environment: dict[str, str], shown: b
     """Also a byte that is no UTF-8."""
     text = "print('D\\u00e4\\u6570 \\udcff')\n"
     process = in_a_new_python(text, subprocess.PIPE, **environment)
-    found, errors = process.communicate(timeout=60)
+    found, errors = process.communicate(timeout=600)
     assert (found, errors) == (shown + b"\n", b"")
 
 
@@ -118,7 +118,7 @@ def test_a_terminal_that_is_gone_is_a_loss_reported_once() -> None:
     process = in_a_new_python(program, its)
     os.close(its)
     os.close(ours)
-    _, errors = process.communicate(b"go on\n", timeout=60)
+    _, errors = process.communicate(b"go on\n", timeout=600)
     assert process.returncode == 0, errors
     assert errors.decode() == f"{os.strerror(errno.EIO)} False\n"
 
@@ -133,7 +133,7 @@ def test_a_pipe_that_does_not_block_gets_every_byte() -> None:
     with open(ours, "rb") as pipe:
         reader = threading.Thread(target=lambda: read.append(pipe.read()))
         reader.start()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
         reader.join()
     assert process.returncode == 0, errors
     assert len(read[0]) == 1_000_001

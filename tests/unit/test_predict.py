@@ -342,7 +342,7 @@ def test_a_conversation_on_a_terminal(mini_data: Path) -> None:
         os.write(ours, b"nothing\n")
         assert "Error: nothing to predict" in read_until(ours, "\r\n> ")
         os.write(ours, b"\x04")
-        assert started.wait(timeout=60) == 0
+        assert started.wait(timeout=600) == 0
     finally:
         started.kill()
         started.wait()

@@ -201,7 +201,7 @@ def test_a_stage_that_fails_because_the_disk_is_full_is_no_fail_of_the_machine(
     )
     done = subprocess.run(
         ["bash", "-c", f"ulimit -f 64; {command_line}"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 2, done
     (line,) = done.stderr.splitlines()
@@ -329,7 +329,7 @@ def test_sigterm_leaves_a_page_and_no_process(
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM

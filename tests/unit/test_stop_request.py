@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from bert_pretraining.errors import UserError
+from bert_pretraining.runtime import signals
 from bert_pretraining.runtime.output import OutputLost
 from bert_pretraining.runtime.signals import StopRequest
 from helpers import ROOT
@@ -21,9 +22,10 @@ FULL = OutputLost(OSError(errno.ENOSPC, "No space left on device"))
 
 
 @pytest.fixture
-def hang_up() -> Iterator[None]:
+def hang_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SIGHUP as a terminal's programs have it; the tests' own handling afterwards."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(signals, "SECONDS_OF_ONE_SIGNAL", 600.0)  # a busy machine sends slowly
     yield
     signal.signal(signal.SIGHUP, before)
 

@@ -56,6 +56,7 @@ class Run:
         if BEHAVIOUR == "crash": os._exit(7)
     def finish(self, exit_code):
         if BEHAVIOUR == "hang": time.sleep(600)
+        while BEHAVIOUR == "starved" and time.process_time() < 3: pass
 def init(**_):
     if BEHAVIOUR == "hang at start": time.sleep(600)
     return Run()
@@ -325,13 +326,32 @@ def test_a_tracker_that_takes_nothing_never_holds_up_the_run(
     assert "(it takes figures more slowly than the run makes them)" in text
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_tracker_that_waits_for_a_cpu_is_not_taken_for_one_that_hangs(
+    fake: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a busy machine its process has no ticks of the clock; here none are seen."""
+    fake.setenv("BEHAVIOUR", "starved")
+    fake.setattr(process, "_processor_ticks", lambda pid: 0)
+    fake.setattr(process, "QUIET_SECONDS", 0.1)
+    run, notices = facts(tmp_path / "output/run-1", track="wandb"), []
+    sink = Trackers(
+        run, lambda *notice: notices.append(notice), lambda text: None, Patience(1.0, 600)
+    )
+    sink.start_evaluated(EVALUATION)
+    sink.finished(result())
+    sink.close()
+    assert notices == []
+
+
 def test_what_a_good_tracker_prints_leaves_no_file(
     fake: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake.setenv("BEHAVIOUR", "good")
     notices: list[tuple[str, str]] = []
     run = facts(tmp_path / "output/run-1", track="wandb")
-    sink = Trackers(run, lambda *notice: notices.append(notice), lambda text: None)
+    patience = Patience(600, 600)
+    sink = Trackers(run, lambda *notice: notices.append(notice), lambda text: None, patience)
     sink.start_evaluated(EVALUATION)
     sink.close()
     assert notices == []

@@ -26,7 +26,7 @@ from bert_pretraining.runtime.words import counted
 RECORD, PAGE = "qualification.json", "qualification.html"
 CPU_LAYERS, CPU_BATCHES, CPU_QUICK_BATCHES = 2, (1, 2, 4), (1,)
 LAYERS, BATCHES, QUICK_BATCHES = 24, (16, 32, 48, 64, 96, 128, 192, 256), (16, 48)
-QUICK_MINUTES = 0.15
+QUICK_MINUTES = 0.1
 EXIT_FAILED = 1
 TEXT = (
     "Qualify this machine's accelerators, or its CPU: is everything right, and as fast as it "

@@ -170,13 +170,13 @@ def _wait(process: subprocess.Popen, log: Path, deadline: float, tell: Tell) -> 
     with log.open(encoding="utf-8", errors="replace") as lines:
         rest = ""
         while True:
-            code = process.poll()
+            code, is_over = process.poll(), time.monotonic() > deadline
             rest += lines.read()
             *whole, rest = rest.split("\n")
             for line in whole:
                 if line.startswith(PROGRESS):
                     tell(line.removeprefix(PROGRESS))
-            if code is not None or time.monotonic() > deadline:
+            if code is not None or is_over:
                 return code
             time.sleep(0.05)
 

@@ -10,8 +10,18 @@ USER, SYSTEM, CHILDREN_SYSTEM = 11, 12, 14  # CPU time in clock ticks; children'
 
 def fields(pid: int) -> list[str]:
     """The fields behind the process's name; empty if there is no such process, or no Linux."""
+    return _fields(Path(f"/proc/{pid}/stat"))
+
+
+def is_runnable(pid: int) -> bool:
+    """Whether one of its threads runs, or waits for a CPU that others use, or for a disk."""
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return any(_fields(path)[STATE:][:1] in (["R"], ["D"]) for path in threads)
+
+
+def _fields(path: Path) -> list[str]:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = path.read_text()
     except OSError:
         return []
     # The name stands in parentheses and may itself contain spaces and parentheses.

@@ -28,7 +28,8 @@ ANSWER_BYTES = 65536
 class Patience(NamedTuple):
     """How long the end of a run waits for a tracker, in seconds.
 
-    idle: in which its process uses no processor time: it hangs. most: in all, after the run.
+    idle: in which its process uses no processor time, and waits for none: it hangs. most: in all,
+    after the run.
     """
 
     idle: float
@@ -131,11 +132,13 @@ class TrackerProcess:
 
     def _deadline(self, ended: float) -> float:
         """The process is ended then; of time.monotonic()."""
-        ticks = _processor_ticks(self._process.pid) if self._process else 0
-        if ticks is None:
-            return ended + self._patience.most
-        if ticks > self._ticks:
-            self._ticks, self._busy_at = ticks, time.monotonic()
+        if self._process is not None:
+            ticks = _processor_ticks(self._process.pid)
+            if ticks is None:
+                return ended + self._patience.most
+            # On a busy machine a process of low priority gets no CPU for seconds.
+            if ticks > self._ticks or process_stat.is_runnable(self._process.pid):
+                self._ticks, self._busy_at = ticks, time.monotonic()
         idle_since = max(ended, self._busy_at)
         return min(idle_since + self._patience.idle, ended + self._patience.most)
 
