@@ -29,6 +29,8 @@ from bert_pretraining.model.heads import BertForPreTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 _run_ports = itertools.count()
+# Kinds of notices that a run gives where other programs keep its ranks or its logs waiting.
+OF_A_BUSY_MACHINE = ("slow_output", "rank_delayed", "straggler")
 REFERENCE = ROOT.parent / "shared" / "reference"
 
 # The fixture `make_once` of conftest.py.
@@ -46,7 +48,7 @@ def run_port() -> int:
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(400):
-        port = 20_000 + 1000 * worker + (os.getpid() + 2 * next(_run_ports)) % 998
+        port = 20_000 + 200 * (worker % 45) + (os.getpid() + 2 * next(_run_ports)) % 198
         with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
             one.bind(("", port))
             other.bind(("", port + 1))

@@ -157,7 +157,7 @@ class Hosts:
 
     def wait_until_empty(self) -> None:
         """Wait until no process runs on any host: those that are killed take a moment to end."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 20
         while left := self.processes():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.05)

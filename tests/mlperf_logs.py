@@ -108,8 +108,11 @@ class Recording:
         samples = self.state.after(steps, self.batch_size)
         self.state.global_steps, self.state.num_trained_samples = samples
 
-    def step_logged(self, steps: int, evaluation_seconds: float | None = None) -> None:
+    def step_logged(
+        self, steps: int, evaluation_seconds: float | None = None, loss_scale: float = 1.0
+    ) -> None:
         figures = {"loss": 1.5, "mlm_acc": 0.7, "learning_rate": 3e-4, "epoch": 0}
+        figures["loss_scale"] = loss_scale
         self.log.steps(self.state, steps, self.batch_size, figures, evaluation_seconds)
 
     def train_to_target(self, samples_to_target: int) -> None:

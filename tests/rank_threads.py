@@ -39,7 +39,7 @@ def as_ranks(count: int, work: Callable[[int], Result]) -> list[Result | Excepti
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(600)
     finally:
         multi_threaded_pg._uninstall_threaded_pg()
         isolate(False)

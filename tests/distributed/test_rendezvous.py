@@ -68,6 +68,7 @@ class Job:
         self.errors: dict[threading.Thread, type[Exception]] = {}
         self.port = run_port()
         self.launchers: dict[int, Rendezvous] = {}
+        self.asked: list[Rendezvous] = []  # those that report a result
         make = module.PrefixStore
         monkeypatch.setattr(
             module,
@@ -92,17 +93,17 @@ class Job:
     def until(self, what: Callable[[], bool]) -> None:
         wait_until(what, lambda: f"{[one.awaited() for one in self.launchers.values()]}")
 
-    def rounds(self, node: int) -> int:
-        """How often a launcher has written its heartbeat, or machine 0 the board."""
-        return self.counts.get(self.launchers[node], Counter())["set"]
+    def rounds(self, launcher: Rendezvous) -> int:
+        """How often it has written its heartbeat, or machine 0 the board."""
+        return self.counts.get(launcher, Counter())["set"]
 
     def all_go_on(self, rounds: int = 3) -> None:
         """Until every launcher that has not ended has gone through some more rounds."""
-        before = {node: self.rounds(node) for node in self.launchers}
+        before = {one: self.rounds(one) for one in [*self.launchers.values(), *self.asked]}
         self.until(
             lambda: all(
-                self.rounds(node) >= before[node] + rounds or not launcher.is_alive()
-                for node, launcher in self.launchers.items()
+                self.rounds(launcher) >= count + rounds or not launcher.is_alive()
+                for launcher, count in before.items()
             )
         )
 
@@ -148,6 +149,7 @@ class Job:
     ) -> Callable[[], AttemptResult | None]:
         answers: list[AttemptResult | None] = []
         launcher = self.launchers.pop(node)
+        self.asked.append(launcher)
         thread = threading.Thread(target=lambda: answers.append(what(launcher)))
         thread.start()
 

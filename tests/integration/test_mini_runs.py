@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from bert_pretraining.logs.sinks import PARTS
-from helpers import ROOT, command, error_lines, in_process, perf_events, run_port
+from helpers import (
+    OF_A_BUSY_MACHINE,
+    ROOT,
+    command,
+    error_lines,
+    in_process,
+    perf_events,
+    run_port,
+)
 from mlperf_logs import failures
 
 # The figures that STEP_END and FINISHED have besides upstream's, on a machine of any kind.
@@ -69,7 +77,11 @@ def test_first_command_meets_its_target_at_once(workplace: Path, ranks: int, fla
     assert " on 1,114 sequences, loss " in done.stdout
     assert "num_eval_examples 1" not in done.stdout
     events = perf_events(done.stdout)
-    names = [event["event"] for event in events]
+    names = [
+        event["event"]
+        for event in events
+        if event["event"] != "NOTICE" or event["value"]["kind"] not in OF_A_BUSY_MACHINE
+    ]
     assert names == [
         "LAUNCH_TRAINING", "SUBMITTED_INFO", "INIT_START", "CONVERT_MODEL", "CREATE_OPTIMIZER",
         "MODEL_TO_FP16", "MODEL_TO_DDP", "RUN_OUTLINE", "EVALUATION_SET", "INIT_EVALUATION",

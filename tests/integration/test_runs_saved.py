@@ -17,7 +17,7 @@ from bert_pretraining.errors import UserError
 from bert_pretraining.logs.line_file import LineFile
 from bert_pretraining.model.batch import PackedBatch
 from bert_pretraining.training import feed
-from helpers import ROOT, error_lines, in_process, perf_events
+from helpers import OF_A_BUSY_MACHINE, ROOT, error_lines, in_process, perf_events
 from launching import Launch
 
 BATCH = 8
@@ -89,9 +89,9 @@ def test_data_that_goes_away(
     assert_same(saved(tmp_path / "ended")[1], expected)
 
     # The warm-up of this configuration is longer than six steps.
-    told, *others = perf_events(whole.stdout, "NOTICE")
+    notices = perf_events(whole.stdout, "NOTICE")
+    (told,) = (one for one in notices if one["kind"] not in OF_A_BUSY_MACHINE)
     assert told["kind"] == "warmup_too_long"
-    assert {one["kind"] for one in others} <= {"slow_output"}  # a busy machine
     assert f"Notice: {told['text']}" in whole.stdout.splitlines()
     (facts,) = perf_events(whole.stdout, "EVALUATION_SET")
     assert 0.05 < facts["commonest_share"] < 0.2

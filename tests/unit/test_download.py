@@ -84,7 +84,6 @@ def site(monkeypatch: MonkeyPatch) -> Iterator[Site]:
     """A server with every file of the data set; connections are tried again at once."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 5.0)
     made = Site(files={CHECKPOINT: BODY, "bert_config.json": b"{}"})
     for remote in FILES:
         if remote.unpack:
@@ -96,7 +95,7 @@ def site(monkeypatch: MonkeyPatch) -> Iterator[Site]:
     yield made
     server.shutdown()
     server.server_close()
-    thread.join(timeout=5)
+    thread.join(timeout=600)
     assert not thread.is_alive()
 
 

@@ -94,7 +94,7 @@ def notices(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert told[1:] == [told[0]] * 3, "all ranks are told the same"
     return told[0]
 

@@ -272,6 +272,20 @@ def test_cache_clear_says_what_was_done(
     assert values(mllog_events(run.log.folder / "mllog.txt"), "cache_clear") == [True]
 
 
+@pytest.mark.parametrize(("scale", "said"), [(1.0, None), (2.0**20, 2.0**20)])
+def test_the_loss_scale_at_the_end(
+    clock: Clock, tmp_path: Path, scale: float, said: float | None
+) -> None:
+    """Also where fp16 is asked for on a device without it: the scale is then 1."""
+    run = Recording(clock, tmp_path, precision="fp16")
+    run.start_clock()
+    run.train(10)
+    run.step_logged(10, loss_scale=scale)
+    perflog = run.finish("max_steps").with_name("perflog.txt")
+    (finished,) = (one.value for one in perflog_events(perflog) if one.key == "FINISHED")
+    assert finished.get("loss_scale") == said
+
+
 def test_a_resumed_run_reports_its_part_and_says_so(
     clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -381,6 +381,7 @@ def test_a_quick_look_takes_the_figures_of_all_ranks_from_the_stage_step(
     monkeypatch.setattr(step, "measured", measure)
     context = context_of(tmp_path, ranks=4, quick=quick, batch_sizes=(2,))
     known = {name: value for name, value in made["4"].items() if name != "other_programs_cpus"}
+    known |= {"p_whole": 30.0, "p_train": 31.0, "p_core": 32.0, "evaluation_sequences/s": 99.0}
     figures = {
         "layers": context.layers, "ranks": 4, "best_batch_size": 2, "precision": "fp32",
         "other_programs_cpus": 0.125, "by_batch_size": {"2": known},

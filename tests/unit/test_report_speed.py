@@ -163,11 +163,16 @@ def test_a_log_with_figures_of_the_whole_run_alone(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["run"]
 
 
-def test_a_loss_scale_that_stays_is_not_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "is_drawn"), [(1.0, False), (65536.0, True)])
+def test_a_loss_scale_of_1_is_not_drawn(scale: float, is_drawn: bool, tmp_path: Path) -> None:
     def still(number: int) -> dict[str, object]:
-        return {**speed_figures(number), "loss_scale": 1.0}
+        return {**speed_figures(number), "loss_scale": scale}
 
-    assert "loss_scale" not in names(view_of(write_run(tmp_path / "run", 1, speed=still)))
+    view = view_of(write_run(tmp_path / "run", 1, speed=still))
+    assert ("loss_scale" in names(view)) == is_drawn
+    if is_drawn:
+        low, high = drawn(view, "loss_scale").axes[0].get_ylim()
+        assert low < scale < high
 
 
 def test_a_log_of_a_single_step_is_drawn(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ RESULT = RunResult(
     speed=SPEED,
     throughputs=Throughputs(8040.2, 8248.0, 8256.25),
     energy=Energy("NVML", 2_500_000.0, 2_016_000.0, 2_400_000),
-    loss_scale=65536.0,
+    loss_scale=2.0**20,
 )
 LARGE = {"name": "nvidia", "config": "H200x1x8", "data_dir": "/data/bert"}
 
@@ -85,7 +85,7 @@ def test_every_known_figure_has_a_row() -> None:
         "- other": "0.0040 s, 4.0%",
         "- work of the fastest rank": "0.0851 s, rank 3",
         "- work of the slowest rank": "0.0899 s, rank 12",
-        "Loss scale": "65,536",
+        "Loss scale": "1,048,576",
         "Energy of the run": "2,500,000 J (NVML)",
         "- a sequence": "1.04 J",
         "- a sequence, training": "0.84 J",

@@ -49,7 +49,7 @@ def test_one_file_at_a_time_is_written_and_the_oldest_go(
     def slow(path: Path, **content: dict) -> None:
         under_way.append(path)
         most.append(len(under_way))
-        gate.wait()
+        gate.wait(600)
         write(path, **content)
         under_way.remove(path)
 

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -69,6 +70,9 @@ def run(plan: Plan, check: Callable[[], None] = lambda: None) -> int:
     if fault is not None and not several:
         raise fault
     with _collected_signals() as received:
+        if fault is None and not several:
+            # It imports torch, seconds in which another program could take a port that was chosen.
+            importlib.import_module("bert_pretraining.launch.agent")
         for attempt in range(plan.flags.max_restarts + 1):
             port = _master_port(plan, attempt)
             log_paths = _log_paths(plan) if fault is None else {}

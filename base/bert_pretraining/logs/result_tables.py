@@ -79,7 +79,7 @@ def speed_rows(result: RunResult, matrix_rate: MatrixRate | None = None) -> dict
     rows = (
         *_throughput_rows(result.throughputs),
         *_speed_rows(result.speed, matrix_rate),
-        ("Loss scale", None if result.loss_scale is None else f"{result.loss_scale:,g}"),
+        ("Loss scale", None if result.loss_scale is None else f"{result.loss_scale:,.15g}"),
         *_energy_rows(result.energy),
     )
     return {name: value for name, value in rows if value is not None}

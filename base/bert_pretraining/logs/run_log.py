@@ -255,7 +255,6 @@ class RunLog:
 
     def skipped(self, state: RunState, count: int, loss_scale: float) -> None:
         """So many of the latest updates were skipped. Speeds count their sequences."""
-        self._loss_scale = loss_scale
         self._window_samples += count * self.config.global_batch_size
         self._skipped_samples += count * self.config.global_batch_size
         self._tell(Sink.skipped, state.global_steps, count, state.skipped_steps, loss_scale)
@@ -342,7 +341,7 @@ class RunLog:
             speed=self._speed(work, sequences, training),
             throughputs=throughputs if sequences else None,
             energy=self._energy.finish(sequences),
-            loss_scale=self._loss_scale if self.config.resolved_precision == "fp16" else None,
+            loss_scale=None if self._loss_scale == 1.0 else self._loss_scale,
         )
         self._tell(Sink.finished, result)
 

@@ -272,7 +272,7 @@ class RunResult:
     reason: "target", or what else stopped it. Times in seconds. resumed_from: the step, or None.
     speed: of all steps made here; throughputs: the same time in three ways; None where a resumed
     run had nothing left to train. energy: None where no counter can be read. loss_scale: of the
-    last update that was logged or skipped; None where the precision needs none.
+    last update that was logged; None where it is 1.
     """
 
     step: int

@@ -51,7 +51,7 @@ class Pace:
     """How much longer a rank's own work takes than that of the other ranks, over logged steps."""
 
     def __init__(self) -> None:
-        # Of logged steps: own, others, updates.
+        # Of logged steps, or of short ones together: own, others, updates.
         self._steps: collections.deque[tuple[float, float, int]] = collections.deque(
             maxlen=MOST_STEPS
         )
@@ -63,14 +63,12 @@ class Pace:
         own: seconds of this rank's own work in an update; others: mean of the other ranks.
         """
         self._short.append((own, others, updates))
-        if sum(own * updates for own, _, updates in self._short) < SHORTEST:
+        work = sum(seconds * count for seconds, _, count in self._short)
+        if work < SHORTEST:
             return
-        counts = [updates for _, _, updates in self._short]
-        means = (
-            sum(each * count for each, count in zip(seconds, counts, strict=True)) / sum(counts)
-            for seconds in list(zip(*self._short, strict=True))[:2]
-        )
-        self._steps.append((*means, sum(counts)))
+        theirs = sum(seconds * count for _, seconds, count in self._short)
+        count = sum(count for _, _, count in self._short)
+        self._steps.append((work / count, theirs / count, count))
         self._short.clear()
 
     def excess(self) -> float:

@@ -1,8 +1,9 @@
 """`qualify compare A.json B.json ...`: every figure of some qualifications, and what changed.
 
 The first is the one to compare with. Marked are: a rate that fell by 5% or more or a time that rose
-as much, a judged figure that is missing, a kernel that is right no longer, a stage that fails now,
-and fingerprints that differ on the same type of machine. `RULES` says which figures are judged.
+as much, a judged figure that is missing or not finite, a kernel that is right no longer, a stage
+that fails now, and fingerprints that differ on the same type of machine. `RULES` says which figures
+are judged.
 
 Machines, dates, drivers and versions may differ; other settings, and other stages, may not.
 """

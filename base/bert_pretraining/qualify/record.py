@@ -21,7 +21,7 @@ SCHEMA = 1
 PASS, NOTE, FAIL = "pass", "note", "fail"
 VERDICTS = (PASS, NOTE, FAIL)  # from good to bad
 # What code raises that reads figures of another kind than a qualification's.
-DAMAGES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 FIX = "pass a qualification.json that 'python -m bert_pretraining qualify' wrote"
 
 
@@ -116,14 +116,17 @@ def read(path: Path) -> Qualification:
             "qualify that machine again with this version",
         )
     try:
-        stages = [StageResult(**stage) for stage in strict_json.numbers_again(content["stages"])]
+        stages = [StageResult(**stage) for stage in content["stages"]]
+        for stage in stages:
+            if isinstance(stage.figures, dict):
+                stage.figures.update(strict_json.numbers_again(stage.figures))
         done = Qualification(
             content["started"], content["machine"], content["settings"], stages,
             asked=content.get("asked", []),
         )  # fmt: skip
         _require_kinds(done)
         return done
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a qualification ({error})", FIX) from error
 
 

@@ -1,8 +1,8 @@
 """What do more ranks give? 1, 2, 4 and so on, each with the same batch (weak scaling).
 
 A rank has as many CPUs as when all ranks run. With --quick the figures of all ranks are those of
-the stage `step`, where it has run: they are the same measurement. On a CPU the ranks share the
-memory's bandwidth, and so the efficiency is lower there by nature.
+the stage `step`, where it has run, to save time. On a CPU the ranks share the memory's bandwidth,
+and so the efficiency is lower there by nature.
 
 Figures:
     batch_size          of a rank

@@ -36,6 +36,7 @@ from bert_pretraining.runtime.words import counted
 
 PROGRAM = "step:measure"
 NOTICE = "Notice: "  # begins a line of the run about what it does in another way
+OF_EVALUATIONS = ("p_train", "p_whole", "p_core", "evaluation_sequences/s")  # of `measured`
 TOLD = ("precision", "notices")  # of `measured`; they stand elsewhere
 NO_TIME = "the stage's time was nearly over"
 OTHER_PRECISIONS = ("bf16", "fp32")
@@ -229,13 +230,14 @@ def best_batch_size(context: Context) -> int:
 
 
 def measured_before(context: Context, size: int) -> dict[str, object] | None:
-    """What `measured` returned for this size in this qualification's stage `step`, but notices;
-    None where it did not."""
+    """The figures of training with this size in this qualification's stage `step`, by the names of
+    `measured`; None where there are none. other_programs_cpus: of all sizes."""
     figures = _found(context)
     found = figures.get("by_batch_size", {}).get(str(size))
     if found is None:
         return None
-    return {**found, **{name: figures.get(name) for name in ("precision", "other_programs_cpus")}}
+    kept = {name: value for name, value in found.items() if name not in OF_EVALUATIONS}
+    return {**kept, **{name: figures.get(name) for name in ("precision", "other_programs_cpus")}}
 
 
 def _found(context: Context) -> dict:

@@ -58,7 +58,9 @@ def pictures(view: View) -> list[Picture]:
         size = panels.inches_of_rows(len(view.runs))
         made.append(Picture("step", "Where a step's time goes", caption, tuple(found), size))
     if any(_is_scaled(run) for run in view.runs):
-        caption = "What losses are multiplied by in fp16; it halves where a gradient overflows."
+        caption = (
+            "What losses are multiplied by; a dynamic scale halves where a gradient overflows."
+        )
         made.append(Picture("loss_scale", "Loss scale", caption, (loss_scale,)))
     return made
 

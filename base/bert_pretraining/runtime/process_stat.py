@@ -14,9 +14,9 @@ def fields(pid: int) -> list[str]:
 
 
 def is_runnable(pid: int) -> bool:
-    """Whether one of its threads runs, or waits for a CPU that others use, or for a disk."""
+    """Whether one of its threads runs, or waits for a CPU that others use."""
     threads = Path(f"/proc/{pid}/task").glob("*/stat")
-    return any(_fields(path)[STATE:][:1] in (["R"], ["D"]) for path in threads)
+    return any(_fields(path)[STATE:][:1] == ["R"] for path in threads)
 
 
 def _fields(path: Path) -> list[str]:

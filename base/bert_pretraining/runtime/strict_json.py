@@ -1,6 +1,7 @@
 """JSON that every program reads: a number that is not finite is a text there.
 
 Python's json writes NaN and Infinity, which no standard JSON has, and which many readers refuse.
+Where nobody reads the numbers again, null is enough, as in PerfLog.
 """
 
 from __future__ import annotations
