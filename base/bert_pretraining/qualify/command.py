@@ -24,7 +24,8 @@ from bert_pretraining.runtime.signals import StopRequest
 from bert_pretraining.runtime.words import counted
 
 RECORD, PAGE = "qualification.json", "qualification.html"
-CPU_LAYERS, CPU_BATCHES, CPU_QUICK_BATCHES = 2, (1, 2, 4), (1,)
+CPU_LAYERS, CPU_BATCHES = 2, (1, 2, 4)
+CPU_QUICK_LAYERS, CPU_QUICK_BATCHES = 1, (1,)
 LAYERS, BATCHES, QUICK_BATCHES = 24, (16, 32, 48, 64, 96, 128, 192, 256), (16, 48)
 QUICK_MINUTES = 0.1
 EXIT_FAILED = 1
@@ -94,7 +95,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         help="ranks, one a device (default: one for each accelerator; two on a CPU)")  # fmt: skip
     add("--num_layers", type=int, metavar="N",
         help=f"encoder layers of the measured model (default: {LAYERS}; on a CPU "
-        f"{CPU_LAYERS})")  # fmt: skip
+        f"{CPU_LAYERS}, and {CPU_QUICK_LAYERS} with --quick)")  # fmt: skip
     add("--only", nargs="+", choices=[stage.name for stage in STAGES], metavar="STAGE",
         help="these stages alone: " + ", ".join(stage.name for stage in STAGES))  # fmt: skip
     configuration.add_config_flags(parser)
@@ -136,13 +137,15 @@ def _context(flags: argparse.Namespace, config: Config) -> Context:
             f"--ranks {ranks}: this machine has {counted(there, 'device')} of type {device}",
             f"pass --ranks {there}",
         )
-    batches = (CPU_QUICK_BATCHES, CPU_BATCHES) if on_cpu else (QUICK_BATCHES, BATCHES)
+    usual = (CPU_LAYERS, CPU_BATCHES) if on_cpu else (LAYERS, BATCHES)
+    quick = (CPU_QUICK_LAYERS, CPU_QUICK_BATCHES) if on_cpu else (LAYERS, QUICK_BATCHES)
+    layers, batch_sizes = quick if flags.quick else usual
     return Context(
         config=config,
         device=device,
         ranks=ranks,
-        layers=flags.num_layers or (CPU_LAYERS if on_cpu else LAYERS),
-        batch_sizes=batches[0] if flags.quick else batches[1],
+        layers=flags.num_layers or layers,
+        batch_sizes=batch_sizes,
         minutes=flags.minutes or (QUICK_MINUTES if flags.quick else 10.0),
         quick=flags.quick,
         folder=Path(config.resolved_output_dir).absolute(),
