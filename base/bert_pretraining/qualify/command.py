@@ -87,7 +87,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     add = parser.add_argument
     add("--quick", action="store_true",
-        help="about two minutes on two idle cores (default: thorough)")  # fmt: skip
+        help="less than two minutes on two idle cores (default: thorough)")  # fmt: skip
     add("--minutes", type=float, metavar="M",
         help="of steady steps in the stage endurance, above 0 (default: 10; with --quick "
         f"{QUICK_MINUTES})")  # fmt: skip
