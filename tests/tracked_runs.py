@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bert_pretraining.config import resolve
 from bert_pretraining.config.trackers import MLFLOW_STORE, TRACKERS
+from bert_pretraining.logs import sinks
 
 MODULES = {**TRACKERS, "mlflow": (*TRACKERS["mlflow"], *MLFLOW_STORE)}
 # For processes of a test, as their sitecustomize: who asks the network is noted, and refused.
@@ -46,6 +48,12 @@ from bert_pretraining.logs.trackers import process
 process.USUAL = process.Patience(idle=600.0, most=600.0)
 """
 
+EVALUATION = sinks.EvaluationFigures(0, 0, 4.0, 0.3, 64, 1.5)
+VALUES = {
+    "loss": 1.5, "mlm_acc": 0.7, "learning_rate": 3e-4, "grad_norm": 2.0, "loss_scale": 1024.0,
+    "epoch": 0, "end_training": False, "iter_dataloader_idx": 7,
+}  # fmt: skip
+
 
 @dataclass
 class Tracked:
@@ -56,6 +64,13 @@ class Tracked:
     table: dict[str, object]
     figures: dict[str, dict[int, float]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+
+
+def facts(folder: Path, **flags: object) -> sinks.RunFacts:
+    """The facts of a run with this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = resolve({"output_dir": str(folder.parent), **flags})
+    return sinks.RunFacts(resolved.config, resolved.path, 1e9, False, "CPU", 1, folder)
 
 
 def require(*trackers: str) -> None:

@@ -17,16 +17,16 @@ from bert_pretraining.data import inputs
 from bert_pretraining.errors import UserError
 from bert_pretraining.logs import sinks
 from bert_pretraining.logs.reading.events import mllog_events, perflog_events
-from bert_pretraining.logs.sinks import RunFacts
 from bert_pretraining.logs.trackers import figures, process
 from bert_pretraining.logs.trackers.child import serve
 from bert_pretraining.logs.trackers.process import Patience
 from bert_pretraining.logs.trackers.sink import Trackers
 from bert_pretraining.logs.trackers.table import CLASSES
 from bert_pretraining.logs.trackers.tracker import TrackedRun, Tracker
+from bert_pretraining.runtime import process_stat
 from helpers import ROOT
 from mlperf_logs import Clock, Recording
-from tracked_runs import READERS, require, without_trackers_variables
+from tracked_runs import EVALUATION, READERS, VALUES, facts, without_trackers_variables
 
 SPEED = sinks.Speed(
     sequences_per_second=100.0,
@@ -37,11 +37,6 @@ SPEED = sinks.Speed(
     seconds={"data": 0.01, "forward_backward": 0.2, "optimizer": 0.03},
     slowest=sinks.RankSeconds(3, 0.25),
 )
-EVALUATION = sinks.EvaluationFigures(0, 0, 4.0, 0.3, 64, 1.5)
-VALUES = {
-    "loss": 1.5, "mlm_acc": 0.7, "learning_rate": 3e-4, "grad_norm": 2.0, "loss_scale": 1024.0,
-    "epoch": 0, "end_training": False, "iter_dataloader_idx": 7,
-}  # fmt: skip
 # A package by the name of a real one, whose behaviour the variable BEHAVIOUR chooses.
 FAKE = """
 import errno, os, sys, time
@@ -65,13 +60,6 @@ def init(**_):
 
 def resolved_trackers(**flags: object) -> list[str]:
     return resolve(flags).config.trackers
-
-
-def facts(folder: Path, **flags: object) -> RunFacts:
-    """The facts of a run with this folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = resolve({"output_dir": str(folder.parent), **flags})
-    return RunFacts(resolved.config, resolved.path, 1e9, False, "CPU", 1, folder)
 
 
 @pytest.fixture
@@ -332,7 +320,7 @@ def test_a_tracker_that_waits_for_a_cpu_is_not_taken_for_one_that_hangs(
 ) -> None:
     """On a busy machine its process has no ticks of the clock; here none are seen."""
     fake.setenv("BEHAVIOUR", "starved")
-    fake.setattr(process, "_processor_ticks", lambda pid: 0)
+    fake.setattr(process_stat, "cpu_ticks", lambda pid: 0)
     fake.setattr(process, "QUIET_SECONDS", 0.1)
     run, notices = facts(tmp_path / "output/run-1", track="wandb"), []
     sink = Trackers(
@@ -364,56 +352,3 @@ def test_a_tensorboard_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> Non
     run = facts(tmp_path / "output/run-1", tensorboard_dir=str(tmp_path / "file/board"))
     with pytest.raises(UserError, match=r"cannot write to tensorboard_dir .*board \(Not a dir"):
         Trackers(run, lambda *_: None, print)
-
-
-# ---- the real packages: what the run through the command line does not show
-
-
-@pytest.mark.parametrize("tracker", READERS)
-def test_an_error_a_notice_and_odd_values_reach_the_tracker(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tracker: str
-) -> None:
-    """A run that fails: its status; its loss was no number."""
-    require(tracker)
-    without_trackers_variables(monkeypatch)
-    notices: list[tuple[str, str]] = []
-    run = facts(tmp_path / "mini CPU#1/run-1", track=tracker)
-    sink = Trackers(run, lambda *notice: notices.append(notice), print, Patience(100, 100))
-    sink.noticed("early", "before the start")
-    sink.hyperparameters(sinks.Hyperparameters(seed=123))
-    sink.start_evaluated(EVALUATION)
-    sink.step_logged(sinks.StepFigures(1, 64, {**VALUES, "loss": float("nan")}, 10.0, None))
-    sink.skipped(1, 2, 5, 512.0)
-    sink.step_logged(sinks.StepFigures(2, 128, VALUES, 11.0, None))
-    sink.noticed("late", "| loss is high |")
-    try:
-        raise ValueError("a defect")
-    except ValueError:
-        sink.aborted(128, 64)
-    sink.close()
-    assert notices == []
-    found = READERS[tracker](run.folder)
-    assert found.status == "failed"
-    assert float(found.table["result/samples"]) == 128
-    assert str(found.facts["seed"]) in ("123", "123.0")
-    assert {kind: text.partition(" (step")[0] for kind, text in found.texts.items()} == {
-        "early": "before the start", "late": "| loss is high |",
-    }  # fmt: skip
-    assert found.figures["training/loss"][2] == pytest.approx(1.5)
-    assert found.figures["training/skipped_updates"] == {1: 5}
-    assert found.figures["evaluation/seconds"] == {0: 1.5}
-
-
-@pytest.mark.parametrize("tracker", READERS)
-def test_a_run_that_never_began_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tracker: str
-) -> None:
-    require(tracker)
-    without_trackers_variables(monkeypatch)
-    run = facts(tmp_path / "output/run-1", track=tracker)
-    sink = Trackers(run, lambda *_: None, print, Patience(100, 100))
-    sink.noticed("early", "before the start")
-    sink.aborted(0, 0)
-    sink.close()
-    assert list(run.folder.iterdir()) == []
-    assert [path.name for path in run.folder.parent.iterdir()] == ["run-1"]

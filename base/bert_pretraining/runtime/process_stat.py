@@ -13,6 +13,12 @@ def fields(pid: int) -> list[str]:
     return _fields(Path(f"/proc/{pid}/stat"))
 
 
+def cpu_ticks(pid: int) -> int | None:
+    """The processor time that a process has used, in clock ticks; None where it is not known."""
+    found = fields(pid)
+    return int(found[USER]) + int(found[SYSTEM]) if found else None
+
+
 def is_runnable(pid: int) -> bool:
     """Whether one of its threads runs, or waits for a CPU that others use."""
     threads = Path(f"/proc/{pid}/task").glob("*/stat")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bert_pretraining.runtime import process_stat, rank_variables
-from bert_pretraining.runtime.process_stat import SYSTEM, USER
 
 MOST_UNSENT = 2**26  # bytes of calls that wait for a slow tracker
 QUIET_SECONDS = 1.0  # that the end of a run waits before it says so
@@ -133,7 +132,7 @@ class TrackerProcess:
     def _deadline(self, ended: float) -> float:
         """The process is ended then; of time.monotonic()."""
         if self._process is not None:
-            ticks = _processor_ticks(self._process.pid)
+            ticks = process_stat.cpu_ticks(self._process.pid)
             if ticks is None:
                 return ended + self._patience.most
             # On a busy machine a process of low priority gets no CPU for seconds.
@@ -192,9 +191,3 @@ class TrackerProcess:
             f"the tracker {self._name} has failed ({what}), and {effect}; see {self._log}, then "
             "mend it for the next run or leave it out of --track"
         )
-
-
-def _processor_ticks(pid: int) -> int | None:
-    """The processor time that a process has used, in clock ticks; None where it is not known."""
-    found = process_stat.fields(pid)
-    return int(found[USER]) + int(found[SYSTEM]) if found else None
