@@ -36,7 +36,7 @@ from bert_pretraining.bench import record
 from bert_pretraining.launch import rendezvous as launching
 from bert_pretraining.launch.rendezvous import Rendezvous, RendezvousSettings
 from bert_pretraining.launch.result import AttemptResult
-from bert_pretraining.runtime import consistency, process_group
+from bert_pretraining.runtime import consistency, process_group, process_stat
 
 HOST = "127.0.0.1"
 PROCESSES = 4
@@ -94,8 +94,7 @@ def client_store(
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (process_stat.cpu_ticks(pid) or 0) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> float:

@@ -184,11 +184,6 @@ class SlowStore:
                 continue  # it was closed already
 
 
-def state_of(pid: int) -> str:
-    """The state letter of a process."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 def signal_group(pids: list[int], signum: int) -> None:
     for pid in pids:
         os.kill(pid, signum)

@@ -22,6 +22,7 @@ from bert_pretraining.qualify.context import Context
 from bert_pretraining.qualify.record import FAIL, NOTE, PASS, StageResult, read
 from bert_pretraining.qualify.stages import Stage
 from bert_pretraining.report import figures
+from bert_pretraining.runtime import process_stat
 from helpers import ROOT
 from qualify_doubles import context_of, ignored
 
@@ -363,11 +364,8 @@ def test_a_stage_and_its_ranks_end_with_what_started_them(tmp_path: Path) -> Non
 def is_gone(process: int) -> bool:
     """Whether it ends; a zombie has ended."""
     for _ in range(600):
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state in "ZX":
+        found = process_stat.fields(process)
+        if not found or found[process_stat.STATE] in "ZX":
             return True
         time.sleep(0.05)
     return False

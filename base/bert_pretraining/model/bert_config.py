@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
-from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
+from bert_pretraining.runtime.file_kind import read_json
 
 BERT_CONFIG_NAME = "bert_config.json"
 FIX = "correct it (docs/data.md shows one), or take the file of the start checkpoint's model"
@@ -46,14 +45,7 @@ class BertConfig:
     @classmethod
     def load(cls, path: Path) -> BertConfig:
         """Read and check the file. A UserError names the wrong key, or all that are missing."""
-        require_regular(path, WRITE)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise cannot_read(path, error, WRITE) from error
-        except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON ({error})"
-            raise not_the_kind(path, "a bert_config.json", FIX, reason, own="json") from error
+        values = read_json(path, "a bert_config.json", FIX, absent=WRITE)
         if not isinstance(values, dict):
             raise UserError(f"{path}: must hold a JSON object, not {type(values).__name__}", FIX)
         if "layer_norm_eps" in values:  # Hugging Face's config.json

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bert_pretraining.errors import UserError
 from bert_pretraining.runtime import strict_json
-from bert_pretraining.runtime.file_kind import (
-    cannot_read,
-    cannot_write,
-    not_the_kind,
-    require_regular,
-)
+from bert_pretraining.runtime.file_kind import cannot_write, read_json
 from bert_pretraining.runtime.files import write_whole
 
 SCHEMA = 1
@@ -100,14 +94,7 @@ def worst(verdicts: Sequence[str]) -> str:
 
 def read(path: Path) -> Qualification:
     """What `write` wrote. UserError for another file, and for another schema."""
-    require_regular(path, FIX)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cannot_read(path, error, FIX) from error
-    except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({error})"
-        raise not_the_kind(path, "a qualification", FIX, reason, own="json") from error
+    content = read_json(path, "a qualification", FIX)
     if not isinstance(content, Mapping) or "schema" not in content:
         raise UserError(f"{path}: not a qualification: it has no 'schema'", FIX)
     if content["schema"] != SCHEMA:

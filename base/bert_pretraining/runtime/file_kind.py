@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import re
 import stat
@@ -155,6 +156,21 @@ def require_regular(path: Path, fix: str = RIGHT_FILE) -> None:
     except (OSError, ValueError) as error:
         raise cannot_read(path, error, fix) from error
     raise UserError(f"{shown(path)}: {kind.what}, not a file", fix)
+
+
+def read_json(path: Path, wanted: str, fix: str, absent: str = "") -> object:
+    """The content of a user's JSON file. UserError where there is none that can be read.
+
+    wanted: what it is, such as "a qualification". absent: what to do where the file is missing or
+    closed to the user; `fix` by default.
+    """
+    require_regular(path, absent or fix)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot_read(path, error, absent or fix) from error
+    except (ValueError, RecursionError) as error:
+        raise not_the_kind(path, wanted, fix, f"not valid JSON ({error})", own="json") from error
 
 
 def unfinished(name: str) -> bool:

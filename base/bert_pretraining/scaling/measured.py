@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from bert_pretraining.bench.workload import BERT_LARGE
 from bert_pretraining.errors import UserError
 from bert_pretraining.model.bert_config import BertConfig
-from bert_pretraining.runtime.file_kind import cannot_read, not_the_kind, require_regular
+from bert_pretraining.runtime.file_kind import read_json
 from bert_pretraining.runtime.words import counted
 from bert_pretraining.scaling.collectives import Link
 from bert_pretraining.scaling.rank_parts import Sourced
@@ -107,14 +106,7 @@ def _compare(found: Measured) -> None:
 
 
 def _content(path: Path) -> Mapping[str, Any]:
-    require_regular(path, FIX)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cannot_read(path, error, FIX) from error
-    except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({error})"
-        raise not_the_kind(path, "figures in JSON", FIX, reason, own="json") from error
+    content = read_json(path, "figures in JSON", FIX)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no JSON object", FIX)
     return content
